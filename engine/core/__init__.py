@@ -1,0 +1,1 @@
+"""What every long job stands on: recipes, randomness, processes, runs, checkpoints, the loop."""

@@ -1,0 +1,287 @@
+"""Processes of one job: start, wait for each other, compare notes, notice who is gone.
+
+Called by every command that trains. Works under torchrun and the deepspeed launcher (both set RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) and alone. Every wait is bounded and its error
+names the ranks that did not arrive: ranks leave a note in the job's key-value store before they
+wait, so whoever is still there can list the absent ones.
+"""
+
+import getpass
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of the job.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: number of processes.
+        local_rank: index of this process on its machine.
+        device: where this rank's tensors live.
+        hosts: "host:device" of every rank.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    hosts: tuple[str, ...] = ()
+    store: Any = field(default=None, repr=False)
+    control: Any = field(default=None, repr=False)  # a gloo group: flags without touching the GPU
+    launcher: int = 0  # process id of the launcher; 0 when started by hand
+    _turns: Counter = field(default_factory=Counter, repr=False)
+
+    @property
+    def launcher_gone(self) -> bool:
+        """True once the launcher that started this rank has died: save and leave."""
+        return self.launcher != 0 and os.getppid() != self.launcher
+
+
+def start(timeout_s: float = 60.0) -> World:
+    """Join the job described by the environment, or be the only process.
+
+    Args:
+        timeout_s: how long to wait for the other ranks.
+
+    Raises:
+        UserError: the rendezvous cannot be reached, or ranks are missing (named with the hosts
+            that did arrive).
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = _device(local_rank)
+    here = f"{socket.gethostname()}:{device}"
+    if size == 1:
+        return World(rank, size, local_rank, device, (here,))
+    store = _connect(rank, timeout_s)
+    world = World(rank, size, local_rank, device, store=store, launcher=os.getppid())
+    hosts = tuple(exchange(world, "start", here, timeout_s))
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=_COLLECTIVE_TIMEOUT,
+        )
+    control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
+    return World(rank, size, local_rank, device, hosts, store, control, os.getppid())
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} on {socket.gethostname()} has no GPU of its own "
+            f"({count} visible); start at most {count} processes per machine"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _connect(rank: int, timeout_s: float) -> Any:
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port:
+        raise UserError(
+            "WORLD_SIZE is set but MASTER_ADDR or MASTER_PORT is not; start with "
+            "`torchrun --nproc-per-node N -m etude train RECIPE`"
+        )
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store
+    try:
+        store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=rank == 0 and not hosted,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {host}:{port} within "
+            f"{timeout_s:.0f} s ({str(error).splitlines()[0][:120]}); check MASTER_ADDR, the port "
+            "and the firewall"
+        ) from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"etude-{attempt}", store)
+
+
+def exchange(world: World, what: str, value: Any, timeout_s: float = 1800.0) -> list[Any]:
+    """Every rank's JSON-able `value`, in rank order; all ranks call it in the same order.
+
+    Raises:
+        UserError: some ranks did not arrive in `timeout_s` seconds; they are named.
+    """
+    if world.size == 1:
+        return [value]
+    turn = world._turns[what]
+    world._turns[what] += 1
+    keys = [f"{what}/{turn}/{rank}" for rank in range(world.size)]
+    world.store.set(keys[world.rank], json.dumps(value))
+    deadline = time.monotonic() + timeout_s
+    while missing := [r for r, key in enumerate(keys) if not world.store.check([key])]:
+        if time.monotonic() > deadline:
+            raise UserError(_absent(world, what, missing, timeout_s))
+        time.sleep(0.005)
+    values = [json.loads(world.store.get(key)) for key in keys]
+    if turn > 1:  # everyone who is here has read the turn before the last
+        world.store.delete_key(f"{what}/{turn - 2}/{world.rank}")
+    return values
+
+
+def _absent(world: World, what: str, missing: list[int], timeout_s: float) -> str:
+    where = [f"{r} ({world.hosts[r]})" if world.hosts else str(r) for r in missing]
+    present = []
+    for rank in set(range(world.size)) - set(missing):
+        key = f"start/0/{rank}"
+        there = world.hosts[rank] if world.hosts else json.loads(world.store.get(key))
+        present.append(f"{rank} ({there})")
+    plural = "s" if len(missing) > 1 else ""
+    return (
+        f"rank{plural} {', '.join(where)} of {world.size} did not reach {what!r} within "
+        f"{timeout_s:.0f} s; present: {', '.join(present)}; look at the missing ranks' own output"
+    )
+
+
+def barrier(world: World, what: str, timeout_s: float = 1800.0) -> None:
+    """Wait until every rank has reached `what`; a time-out names the ranks that are missing."""
+    exchange(world, f"barrier/{what}", None, timeout_s)
+
+
+def any_rank(world: World, flag: bool) -> bool:
+    """True on every rank when `flag` is true on any; cheap enough for every step, no GPU sync."""
+    if world.size == 1:
+        return bool(flag)
+    value = torch.tensor([int(flag)], dtype=torch.uint8)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=world.control)
+    return bool(value.item())
+
+
+def local_facts(**more: str) -> dict[str, str]:
+    """What must be the same on every rank: code revision and versions, plus the caller's own."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "code": git.stdout.strip() or "not a git checkout",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **more,
+    }
+
+
+def all_agree(world: World, facts: dict[str, str], folder: Path | None = None) -> None:
+    """Compare facts over all ranks before the first step; with `folder`, also that all see it.
+
+    Args:
+        facts: name -> value, for example code revision, versions, recipe and shard fingerprints.
+        folder: the run folder; rank 0 leaves a token there that every rank must find.
+
+    Raises:
+        UserError: on every rank, naming each odd rank, its host, the field and both values.
+    """
+    facts = {key: str(value) for key, value in facts.items()}
+    if folder is not None and world.size > 1:
+        facts["run folder"] = _see_token(world, Path(folder))
+    complaints = []
+    everyone = exchange(world, "facts", facts)
+    for key in sorted({key for entry in everyone for key in entry}):
+        values = [entry.get(key, "missing") for entry in everyone]
+        # ties go to rank 0's value, so that one of two ranks is always the odd one
+        usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+        for rank, value in enumerate(values):
+            if value != usual:
+                where = world.hosts[rank] if world.hosts else "this machine"
+                complaints.append(f"rank {rank} ({where}): {key} is {value!r}, others {usual!r}")
+    if complaints:
+        raise UserError("the ranks disagree, make them equal first: " + "; ".join(complaints))
+
+
+def _see_token(world: World, folder: Path) -> str:
+    token = exchange(world, "token", uuid.uuid4().hex if world.rank == 0 else "")[0]
+    path = folder / f".sight-{token}"
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    barrier(world, "token written")
+    deadline = time.monotonic() + 10  # network file systems show a new file late
+    while not path.exists() and time.monotonic() < deadline:
+        os.listdir(folder) if folder.exists() else None
+        time.sleep(0.1)
+    seen = path.exists()
+    barrier(world, "token seen")
+    if world.rank == 0:
+        path.unlink(missing_ok=True)
+    return "visible" if seen else f"{folder} is not the folder that rank 0 writes"
+
+
+def local_caches() -> Path:
+    """Point compiler caches at this machine's own disk, unless the environment already says where.
+
+    Sets TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR: on a shared home directory many ranks race on
+    them. Returns the folder; clears build locks left by killed processes.
+    """
+    root = Path(tempfile.gettempdir()) / f"etude-cache-{getpass.getuser()}"
+    for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCH_EXTENSIONS_DIR", "extensions")):
+        os.environ.setdefault(variable, str(root / name))
+        Path(os.environ[variable]).mkdir(parents=True, exist_ok=True)
+    clear_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+    return root
+
+
+def clear_stale_locks(folder: Path) -> list[Path]:
+    """Remove torch extension `lock` files that no running build holds; returns what was removed.
+
+    A killed build leaves its lock behind and every later one waits on it without a word. A build
+    runs ninja inside the lock's folder, so a lock is alive while a process works there.
+    """
+    removed = []
+    for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+        try:
+            young = time.time() - lock.stat().st_mtime < 5
+            if not young and not _someone_works_in(lock.parent):
+                lock.unlink()
+                removed.append(lock)
+        except FileNotFoundError:
+            continue
+    return removed
+
+
+def _someone_works_in(folder: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return time.time() - (folder / "lock").stat().st_mtime < 1800
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if os.readlink(link) == str(folder.resolve()):
+                return True
+        except OSError:
+            continue
+    return False

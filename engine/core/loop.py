@@ -1,0 +1,258 @@
+"""The training loop: data, step, log, evaluate, save, stop; training.py gives it the loss.
+
+It is the one place where progress advances. Progress is `images_seen`; every interval is in images
+and is met at the first step that reaches it, so the global batch need not divide it. The host reads
+two flags, "a value was not finite" and "somebody asked us to stop", one step after they were set on
+the device and agreed by all ranks: it never waits for the step it has just launched.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import CheckpointConfig, prune, save_checkpoint
+from .config import Config, option
+from .distributed import World
+from .errors import UserError
+from .log import Log
+from .optim import OptimConfig, learning_rate
+from .signals import Stopper
+from .strategy import Strategy
+
+
+class LoopConfig(Config):
+    """How long to train, in which batches, and how often to look, save and stop."""
+
+    images: int = option(..., "training length", unit="images", gt=0)
+    global_batch: int = option(..., "pictures per optimizer step over all ranks", gt=0)
+    micro_batch: int = option(
+        ..., "pictures per rank and forward pass; accumulation is derived", gt=0,
+        affects_result=False,
+    )
+    log_every: int = option(..., "log interval", unit="images", gt=0, affects_result=False)
+    evaluate_every: int = option(
+        ..., "held-out loss and sample grid interval", unit="images", gt=0, affects_result=False
+    )
+    max_minutes: float = option(
+        0.0, "save and stop after this time; 0 means no limit", unit="minutes", ge=0,
+        affects_result=False,
+    )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "what to do when a loss or gradient is not finite; no state changes either way"
+    )
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), "when to save and what to keep")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches per step and rank; refuses batches that do not divide."""
+        share = self.micro_batch * world_size
+        if self.global_batch % share:
+            raise UserError(
+                f"loop.global_batch={self.global_batch} is not a multiple of loop.micro_batch="
+                f"{self.micro_batch} times {world_size} rank(s): set loop.micro_batch to a divisor "
+                f"of {self.global_batch // world_size or 1}"
+            )
+        return self.global_batch // share
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why the loop returned: `stopped` is None after the last image, else the reason."""
+
+    images_seen: int
+    stopped: str | None
+
+
+class _Verdict:
+    """Flags that all ranks agree on, copied to the host behind the next step's work."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.flags = torch.zeros(2, device=world.device)
+        self.host = torch.zeros(2, pin_memory=world.device.type == "cuda")
+        self.ready: torch.cuda.Event | None = None
+
+    def post(self, nonfinite: Tensor, stop: bool) -> None:
+        self.flags = torch.stack([nonfinite.float(), nonfinite.new_full((), stop).float()])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(self.flags, torch.distributed.ReduceOp.MAX)
+        self.host.copy_(self.flags, non_blocking=True)
+        if self.world.device.type == "cuda":
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def read(self) -> tuple[bool, bool]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return bool(self.host[0]), bool(self.host[1])
+
+
+class _Meter:
+    """Sums of loss and waiting time since the last log line; the loss stays on the device."""
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.images = 0
+        self.wait_seconds = 0.0
+        self.started = time.monotonic()
+
+    def add(self, losses: Tensor, wait_seconds: float) -> None:
+        total = losses.detach().sum()
+        self.loss = total if self.loss is None else self.loss + total
+        self.images += len(losses)
+        self.wait_seconds += wait_seconds
+
+    def read(self, world: World) -> dict[str, float]:
+        """Mean loss over all ranks, images per second of the job, share of time spent waiting."""
+        totals = torch.stack([self.loss.double(), self.loss.new_tensor(self.images).double()])
+        if world.size > 1:
+            torch.distributed.all_reduce(totals)
+        seconds = time.monotonic() - self.started
+        return {
+            "loss": float(totals[0] / totals[1]),
+            "images_per_second": float(totals[1]) / seconds,
+            "data_wait_percent": 100.0 * self.wait_seconds / seconds,
+        }
+
+
+def run_loop(
+    *,
+    config: LoopConfig,
+    optim: OptimConfig,
+    strategy: Strategy,
+    batches: Callable[[int], Iterator],
+    losses: Callable[[Callable, object], Tensor],
+    world: World,
+    log: Log,
+    checkpoints,
+    stopper: Stopper,
+    start: int = 0,
+    extra: Callable[[], dict] = dict,
+    evaluate: Callable[[int], None] = lambda images_seen: None,
+) -> Outcome:
+    """Train from `start` to `config.images` or until stopped; saves on the way and at the end.
+
+    Args:
+        batches: start position -> endless iterator of this rank's micro batches in step order.
+        losses: (forward, micro batch) -> per-sample losses (B,) float32.
+        extra: what to store beside the tensors, for example the latents' scale.
+        evaluate: called on every rank at the first step at or past each interval, and at the end.
+
+    Raises:
+        UserError: a loss or gradient was not finite and `on_nonfinite` is "stop"; the message names
+            the step, the samples and the first bad layer, and the state is that before the step.
+    """
+    accumulation = config.accumulation(world.size)
+    images_seen, skipped, stopped = start, 0, None
+    last_saved = start
+    verdict, meter = _Verdict(world), _Meter()
+    stream, previous = batches(start), []
+
+    def save() -> None:
+        nonlocal last_saved
+        if images_seen != last_saved:
+            save_checkpoint(checkpoints, images_seen, strategy, extra(), world)
+            prune(checkpoints, config.checkpoint, world)
+            last_saved = images_seen
+
+    with log.progress("training", config.images, done=images_seen) as progress:
+        while images_seen < config.images:
+            current = []
+            for _ in range(accumulation):
+                batch = next(stream)
+                per_sample = losses(strategy, batch)
+                strategy.backward(per_sample.mean())
+                meter.add(per_sample, batch.wait_seconds)
+                current.append(batch)
+
+            nonfinite, stop = verdict.read()
+            if nonfinite:
+                skipped += 1
+                _report_nonfinite(
+                    config, strategy, losses, previous, images_seen - config.global_batch, log
+                )
+            if stop:
+                stopped = stopper.requested or "another rank was asked to stop"
+                break
+
+            strategy.step(learning_rate(optim, images_seen, config.images))
+            before, images_seen = images_seen, images_seen + config.global_batch
+            verdict.post(strategy.nonfinite, stopper.requested is not None)
+            previous = current
+
+            if _due(config.log_every, before, images_seen, config.images):
+                shown = meter.read(world)
+                shown["grad_norm"] = float(strategy.grad_norm)
+                shown["lr"] = learning_rate(optim, before, config.images)
+                log.metrics("train", images_seen, **shown, skipped=skipped)
+                progress.advance(0, loss=shown["loss"], wait=f"{shown['data_wait_percent']:.0f}%")
+                meter = _Meter()
+            if _due(config.evaluate_every, before, images_seen, config.images):
+                evaluate(images_seen)
+            if _due(config.checkpoint.every_images, before, images_seen, config.images):
+                save()
+            progress.advance(config.global_batch)
+
+        if stopped is None and verdict.read()[0]:
+            _report_nonfinite(
+                config, strategy, losses, previous, images_seen - config.global_batch, log
+            )
+    save()
+    return Outcome(images_seen, stopped)
+
+
+def _due(interval: int, before: int, now: int, end: int) -> bool:
+    return now // interval > before // interval or now >= end
+
+
+def _report_nonfinite(
+    config: LoopConfig,
+    strategy: Strategy,
+    losses: Callable[[Callable, object], Tensor],
+    batches: list,
+    start: int,
+    log: Log,
+) -> None:
+    """Says which step, samples and layer were not finite; raises unless told to skip."""
+    keys = [key for batch in batches for key in batch.keys]
+    sentence = (
+        f"step {start // config.global_batch} (images {start} to {start + config.global_batch}) is "
+        f"not finite, first in {first_bad_layer(strategy, losses, batches)}; this rank's samples "
+        f"were {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
+    )
+    if config.on_nonfinite == "stop":
+        raise UserError(
+            f"{sentence}; no weight was changed: look with `etude runs replay RUN --at {start}`, "
+            "or go on without such steps with loop.on_nonfinite=skip"
+        )
+    log.warn(f"{sentence}; skipped")
+
+
+def first_bad_layer(
+    strategy: Strategy, losses: Callable[[Callable, object], Tensor], batches: list
+) -> str:
+    """The first module, in forward order, whose output is not finite for these micro batches."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                    found.append(name or "the model's output")
+
+        return hook
+
+    with strategy.weights("raw") as model, torch.no_grad():
+        hooks = [module.register_forward_hook(watch(n)) for n, module in model.named_modules()]
+        try:
+            finite = all(bool(torch.isfinite(losses(model, batch)).all()) for batch in batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if found:
+        return f"layer `{found[0]}`"
+    return "the backward pass (the forward pass is finite)" if finite else "the loss"

@@ -1,0 +1,145 @@
+"""Randomness as a function of (seed, stream, position); called by data, training and sampling.
+
+Bits come from Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+with key (seed, stream) and counter (position mod 2^32, position div 2^32, block, 0). Nothing is
+drawn from a hidden state, so the value of a position never depends on rank, world size, worker,
+micro batch, decoder or resume. Integer bits are identical in numpy and torch; normals come from one
+Box-Muller form and agree within 2e-6 between backends.
+"""
+
+import math
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+class Stream(IntEnum):
+    """What a number is drawn for; numbers of different streams are independent. Values are fixed."""
+
+    ORDER = 1  # permutation of a pass over the data
+    SUBSTITUTE = 2  # which sample replaces an unreadable one
+    CROP = 3
+    FLIP = 4
+    VARIANT = 5  # which cached augmentation of a picture
+    POSTERIOR = 6  # the autoencoder's latent sample
+    TIMESTEP = 7
+    NOISE = 8
+    DROP_SEMANTIC = 9
+    DROP_CONTROL = 10
+    POOL = 11  # index into a growing pool
+    SAMPLE_NOISE = 12  # the initial noise of a generated picture
+    SAMPLE_STEP = 13  # the noise added by a stochastic sampler
+    SAMPLE_LABEL = 14
+    MIX = 15  # mixup and cutmix
+    SPLIT = 16
+    SUBSET = 17  # subsampling in statistics
+    INITIAL = 18  # weight initialisation
+
+
+def philox(key: tuple[int, int], counter: tuple) -> tuple:
+    """Ten Philox-4x32 rounds.
+
+    Args:
+        key: two integers below 2^32.
+        counter: four equal-shaped arrays of uint32 values, all numpy uint64 or all torch int64.
+
+    Returns:
+        Four arrays of the same kind with values in [0, 2^32).
+    """
+    key_0, key_1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(_ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1  # wraps modulo 2^64
+        c0, c1, c2, c3 = (
+            ((product_1 >> 32) & _MASK) ^ c1 ^ key_0,
+            product_1 & _MASK,
+            ((product_0 >> 32) & _MASK) ^ c3 ^ key_1,
+            product_0 & _MASK,
+        )
+        key_0, key_1 = (key_0 + _WEYL_0) & _MASK, (key_1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def bits(seed: int, stream: int, positions: np.ndarray, count: int) -> np.ndarray:
+    """Random 32-bit words, (B, count) uint32, for positions (B,) int64."""
+    position = np.asarray(positions, dtype=np.int64).astype(np.uint64)[:, None]
+    blocks = np.arange(-(-count // 4), dtype=np.uint64)[None, :]
+    shape = np.broadcast_shapes(position.shape, blocks.shape)
+    counter = (
+        np.broadcast_to(position & np.uint64(_MASK), shape),
+        np.broadcast_to(position >> np.uint64(32), shape),
+        np.broadcast_to(blocks, shape),
+        np.zeros(shape, dtype=np.uint64),
+    )
+    words = philox((seed & _MASK, int(stream) & _MASK), counter)
+    return np.stack(words, axis=-1).reshape(len(position), -1)[:, :count].astype(np.uint32)
+
+
+def uniform(seed: int, stream: int, positions: np.ndarray, count: int = 1) -> np.ndarray:
+    """Uniform numbers in [0, 1) with 24 random bits, (B, count) float64, exact in float32."""
+    return (bits(seed, stream, positions, count) >> 8) * 2.0**-24
+
+
+def integers(seed: int, stream: int, positions: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
+    """Integers in [0, bound), (B,) int64; `bound` is a number or (B,). The bias is below 2^-32."""
+    words = bits(seed, stream, positions, 2).astype(object)
+    wide = words[:, 0] * (1 << 32) + words[:, 1]
+    return np.array([int(w) * int(b) >> 64 for w, b in zip(wide, np.broadcast_to(bound, len(wide)))])
+
+
+def normal(
+    seed: int,
+    stream: int,
+    positions: np.ndarray | torch.Tensor,
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Standard normal numbers, (B, *shape) float32, one independent field per position.
+
+    Element i of a position's flattened field is lane i mod 4 of Philox block i div 4; lanes (0, 1)
+    and (2, 3) are the cosine and sine of one Box-Muller pair each. The largest magnitude is 5.77.
+    """
+    position = torch.as_tensor(positions, dtype=torch.int64, device=device)[:, None]
+    size = math.prod(shape)
+    blocks = torch.arange(-(-size // 4), dtype=torch.int64, device=device)[None, :]
+    zero = torch.zeros_like(position + blocks)
+    counter = (zero + (position & _MASK), zero + (position >> 32), zero + blocks, zero)
+    w0, w1, w2, w3 = philox((seed & _MASK, int(stream) & _MASK), counter)
+    lanes = (*_box_muller(w0, w1), *_box_muller(w2, w3))
+    return torch.stack(lanes, dim=-1).reshape(len(position), -1)[:, :size].reshape(-1, *shape)
+
+
+def _box_muller(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    radius = torch.sqrt(-2.0 * torch.log(((first >> 8) + 1).to(torch.float32) * 2.0**-24))
+    angle = (second >> 8).to(torch.float32) * (2.0 * math.pi * 2.0**-24)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def permute(index: np.ndarray, size: int, seed: int, stream: int, turn: int) -> np.ndarray:
+    """Entry `index` of a pseudo-random permutation of range(size): O(1) per entry, no table.
+
+    A balanced Feistel network with Philox round functions over the smallest even number of bits
+    that holds `size`, walked until the value falls inside (Black and Rogaway 2002).
+
+    Args:
+        index: (B,) int64 in [0, size).
+        turn: which permutation, for example the number of the pass over the data.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    value = np.asarray(index, dtype=np.int64).copy()
+    pending = np.ones(len(value), dtype=bool)
+    while pending.any():
+        left, right = value[pending] >> half, value[pending] & mask
+        for step in range(6):
+            word = bits(seed, stream, right + (turn << 32), step + 1)[:, step].astype(np.int64)
+            left, right = right, left ^ (word & mask)
+        value[pending] = (left << half) | right
+        pending &= value >= size
+    return value

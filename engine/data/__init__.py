@@ -1,0 +1,1 @@
+"""Pictures to batches: shards, their order, augmentation, two decoders, latents, growing pools."""

@@ -1,0 +1,1 @@
+"""Noise schedules, training objectives, samplers and guidance, for any callable denoiser."""

@@ -1,0 +1,217 @@
+"""What a denoiser is trained to predict, and what its prediction says about the clean sample.
+
+Called by training (`losses`), samplers and guidance (`clean`). With x_t = alpha x_0 + sigma eps a
+network predicts one of
+
+    flow   eps - x_0                       (Lipman et al. 2023; SD3's sign: t = 1 is noise)
+    eps    eps                             (Ho et al. 2020)
+    v      alpha eps - sigma x_0           (Salimans and Ho 2022)
+
+Any of them goes with any schedule. A denoiser is a callable (x (B, C, H, W), t (B,) in [0, 1],
+condition) -> raw output (B, C, H, W), or (B, 2 C, H, W) whose second half is a variance.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from etude.core.config import Config, option
+
+from .schedules import Schedule, ScheduleName
+
+Denoiser = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+class ObjectiveConfig(Config):
+    """Prediction, schedule and distribution of times."""
+
+    prediction: Literal["flow", "eps", "v"] = option("flow", "what the network predicts")
+    schedule: ScheduleName = option("flow", "how signal and noise are mixed over time")
+    train_steps: int = option(1000, "entries of the linear and scaled_linear tables", gt=1)
+    beta_start: float | None = option(None, "first beta of a table; none: as published")
+    beta_end: float | None = option(None, "last beta of a table; none: as published")
+    zero_terminal_snr: bool = option(False, "make the last entry of a table pure noise")
+    shift: float = option(1.0, "divides the signal-to-noise amplitude; for larger pictures", gt=0)
+    timesteps: Literal["uniform", "logit_normal"] = option("uniform", "distribution of times")
+    logit_mean: float = option(0.0, "mean of the logit-normal times")
+    logit_std: float = option(1.0, "standard deviation of the logit-normal times", gt=0)
+    variance: Literal["fixed", "learned_range"] = option(
+        "fixed", "learned_range: train the second half of the output by the variational bound"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ObjectiveConfig":
+        table = self.schedule in ("linear", "scaled_linear")
+        if not table and (self.beta_start or self.beta_end or self.zero_terminal_snr):
+            raise ValueError(
+                f"beta_start, beta_end and zero_terminal_snr have no effect on schedule"
+                f" {self.schedule!r}: leave them out, or set schedule to linear"
+            )
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "prediction 'eps' says nothing at zero_terminal_snr's last entry: set prediction: v"
+            )
+        if self.variance == "learned_range" and not (table and self.prediction == "eps"):
+            raise ValueError(
+                "variance 'learned_range' is defined for prediction 'eps' on a table:"
+                " set schedule: linear, or variance: fixed"
+            )
+        return self
+
+
+class Objective:
+    """Noising, targets, losses and clean estimates; arithmetic in float32, or float64 if given."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.schedule = Schedule(
+            config.schedule,
+            steps=config.train_steps,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            zero_terminal_snr=config.zero_terminal_snr,
+            shift=config.shift,
+        )
+
+    @property
+    def last_time(self) -> float:
+        """The noisiest time in use, where sampling starts.
+
+        An eps prediction cannot give x_0 where alpha is zero, so on a continuous schedule that
+        prediction is trained and sampled up to 0.999 only.
+        """
+        if self.schedule.discrete:
+            return (self.schedule.steps - 1) / self.schedule.steps
+        return 0.999 if self.config.prediction == "eps" else 1.0
+
+    def times(self, u: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1), (B,), to training times (B,) in [0, 1]."""
+        t = u.to(torch.promote_types(u.dtype, torch.float32))
+        if self.config.timesteps == "logit_normal":
+            # Uniforms have 24 bits; half a unit keeps the two ends finite.
+            normal = torch.special.ndtri(t.double().clamp(2.0**-25, 1.0 - 2.0**-25))
+            logit = self.config.logit_mean + self.config.logit_std * normal
+            t = torch.sigmoid(logit).to(t.dtype)
+        t = self.schedule.snap(t)
+        return t if self.schedule.discrete else t * self.last_time
+
+    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t for clean x0 (B, ...), noise eps (B, ...) and times t (B,)."""
+        alpha, sigma = self._coefficients(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should return at (x_t, t)."""
+        if self.config.prediction == "flow":
+            return eps - x0
+        if self.config.prediction == "eps":
+            return eps
+        alpha, sigma = self._coefficients(t, x0)
+        return alpha * eps - sigma * x0
+
+    def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A raw output into the prediction, in x's dtype, and the variance half or None."""
+        output = output.to(x.dtype)
+        if output.shape[1] == 2 * x.shape[1]:
+            prediction, variance = output.chunk(2, dim=1)
+            return prediction, variance
+        return output, None
+
+    def clean(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates (x0_hat, eps_hat) from a raw output at (x (B, C, H, W), t (B,))."""
+        prediction, _ = self.split(output, x)
+        alpha, sigma = self._coefficients(t, x)
+        if self.config.prediction == "eps":
+            return (x - sigma * prediction) / alpha, prediction
+        if self.config.prediction == "flow":
+            total = alpha + sigma
+            return (x - sigma * prediction) / total, (x + alpha * prediction) / total
+        power = alpha**2 + sigma**2
+        return (
+            (alpha * x - sigma * prediction) / power,
+            (sigma * x + alpha * prediction) / power,
+        )
+
+    def losses(
+        self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: dict[str, Any]
+    ) -> Tensor:
+        """Mean squared error of each sample, (B,) float32; plus the bound of a learned variance.
+
+        Args:
+            denoiser: called once, at the noisy x.
+            x0: (B, C, H, W) clean latents, scaled to unit variance.
+            eps: (B, C, H, W) standard normal noise.
+            t: (B,) times from `times`.
+            condition: handed to the denoiser.
+        """
+        x0, eps = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (x0, eps))
+        x = self.noise(x0, eps, t)
+        prediction, variance = self.split(denoiser(x, t, condition), x)
+        losses = (prediction - self.target(x0, eps, t)).square().flatten(1).mean(1)
+        if self.config.variance == "fixed":
+            return losses
+        if variance is None:
+            raise ValueError("variance 'learned_range' needs a network with learn_sigma")
+        return losses + self._bound(x0, x, t, prediction.detach(), variance)
+
+    def _bound(
+        self, x0: Tensor, x: Tensor, t: Tensor, prediction: Tensor, variance: Tensor
+    ) -> Tensor:
+        """One term of the variational bound in bits per dimension, (B,), its mean held fixed.
+
+        Nichol and Dhariwal 2021, as the published DiT trains it: the divergence between the true
+        and the predicted posterior, and at the first entry the likelihood of 8-bit levels.
+        """
+        index = self.schedule.index(t)
+        step = Posterior.between(self.schedule, index, x.ndim)
+        x0_hat, _ = self.clean(prediction, x, t)
+        mean, mean_hat = step.mean(x0, x), step.mean(x0_hat, x)
+        log_hat = step.learned_log_variance(variance)
+        log_true = step.log_variance
+        divergence = 0.5 * (
+            log_hat - log_true - 1.0 + torch.exp(log_true - log_hat)
+            + (mean - mean_hat).square() * torch.exp(-log_hat)
+        )
+        likelihood = -_level_log_likelihood(x0, mean_hat, 0.5 * log_hat)
+        first = (index == 0).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(first, likelihood, divergence).flatten(1).mean(1) / math.log(2.0)
+
+    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.schedule.coefficients(t)
+        shape = (-1, *[1] * (like.ndim - 1))
+        return alpha.view(shape), sigma.view(shape)
+
+
+class Posterior:
+    """q(x_s | x_t, x_0) for s before t: Gaussian, with the two bounds of a learned variance.
+
+    Coefficients are tensors that broadcast against x, or numbers turned into 0-d tensors.
+    """
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> None:
+        ratio = alpha / alpha_s
+        self.largest = sigma**2 - ratio**2 * sigma_s**2  # variance of x_t given x_s
+        self.variance = self.largest * sigma_s**2 / sigma**2
+        self._from_x0 = alpha_s * self.largest / sigma**2
+        self._from_x = ratio * sigma_s**2 / sigma**2
+
+    @classmethod
+    def between(cls, schedule: Schedule, index: Tensor, ndim: int) -> "Posterior":
+        """The step from table entries `index` (B,) to the entries before them."""
+        shape = (-1, *[1] * (ndim - 1))
+        t = index.double() / schedule.steps
+        alpha, sigma = (a.view(shape) for a in schedule.coefficients(t))
+        alpha_s, sigma_s = (a.view(shape) for a in schedule.coefficients(t - 1 / schedule.steps))
+        first = (index == 0).view(shape)
+        alpha_s, sigma_s = alpha_s.masked_fill(first, 1.0), sigma_s.masked_fill(first, 0.0)
+        posterior = cls(alpha, sigma, alpha_s, sigma_s)
+        # The first step's variance is zero; its logarithm is taken from the second entry.
+        floor = cls(*schedule.coefficients(t.new_tensor([1, 0]) / schedule.steps).__iter__())
+        return posterior
+
+    def mean(self, x0: Tensor, x: Tensor) -> Tensor:
+        return self._from_x0.to(x.dtype) * x0 + self._from_x.to(x.dtype) * x

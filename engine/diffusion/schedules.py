@@ -1,0 +1,124 @@
+"""Noise schedules: x_t = alpha(t) x_0 + sigma(t) eps, with t = 0 clean and t = 1 pure noise.
+
+Called by `objectives.py` and `samplers.py`. Two families share one time axis:
+
+- continuous: "flow" (alpha = 1 - t, sigma = t) and "cosine" (alpha = cos, sigma = sin of pi t / 2);
+- tables of `steps` entries: "linear" (Ho et al. 2020) and "scaled_linear" (linear in the root of
+  beta, as latent diffusion and Stable Diffusion use under the name "linear"). Entry i lies at time
+  t = i / steps, so a network that takes t * 1000 sees the published index of a 1000-step table.
+
+`shift` divides the amplitude signal-to-noise ratio alpha / sigma by a constant, as larger pictures
+need (Esser et al. 2024: for flow, t -> s t / (1 + (s - 1) t)).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScheduleName = Literal["flow", "cosine", "linear", "scaled_linear"]
+BETAS = {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
+
+
+class Schedule:
+    """Coefficients of a schedule; float32, or float64 for float64 times."""
+
+    def __init__(
+        self,
+        name: ScheduleName,
+        *,
+        steps: int = 1000,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        zero_terminal_snr: bool = False,
+        shift: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            name: one of "flow", "cosine", "linear", "scaled_linear".
+            steps: entries of a table; unused by the continuous schedules.
+            beta_start: first beta of a table; None: the published value of its name.
+            beta_end: last beta of a table; None: the published value of its name.
+            zero_terminal_snr: rescale a table so that its last entry is pure noise (Lin et al.
+                2024, algorithm 1).
+            shift: divides alpha / sigma; 1 leaves the schedule alone.
+        """
+        self.name = name
+        self.steps = steps
+        self.shift = shift
+        self.discrete = name in BETAS
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        if self.discrete:
+            first, last = BETAS[name]
+            self._alpha_bar = _alpha_bar(
+                name,
+                steps,
+                first if beta_start is None else beta_start,
+                last if beta_end is None else beta_end,
+                zero_terminal_snr,
+                shift,
+            )
+        self.reaches_noise = not self.discrete or zero_terminal_snr
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the clean data at times t in [0, 1], same shape."""
+        return self.coefficients(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Scale of the noise at times t in [0, 1], same shape."""
+        return self.coefficients(t)[1]
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t); a table is read at the entry nearest to t."""
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        if self.discrete:
+            alpha, sigma = self._table(t.device, t.dtype)
+            index = self.index(t)
+            return alpha[index], sigma[index]
+        if self.name == "flow":
+            return 1.0 - t, t
+        # The sine of the complement is exact where the cosine goes through zero, at t = 1.
+        return torch.sin(0.5 * math.pi * (1.0 - t)), torch.sin(0.5 * math.pi * t)
+
+    def index(self, t: Tensor) -> Tensor:
+        """Table entry nearest to times t in [0, 1], int64."""
+        return (t * self.steps).round().long().clamp(0, self.steps - 1)
+
+    def snap(self, t: Tensor) -> Tensor:
+        """Uniform times t in [0, 1) to times of this schedule: shifted, or the entry t falls in."""
+        if self.discrete:
+            return (t * self.steps).floor().clamp(0, self.steps - 1) / self.steps
+        return self.shifted(t, self.shift)
+
+    def shifted(self, t: Tensor, shift: float) -> Tensor:
+        """Times of a continuous schedule at which alpha / sigma is that of t, divided by shift."""
+        if shift == 1.0:
+            return t
+        if self.name == "flow":
+            return shift * t / (1.0 + (shift - 1.0) * t)
+        angle = 0.5 * math.pi * t
+        return torch.atan2(shift * torch.sin(angle), torch.cos(angle)) / (0.5 * math.pi)
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = (device, dtype)
+        if key not in self._tables:
+            alpha = self._alpha_bar.sqrt().to(device, dtype)
+            sigma = (1.0 - self._alpha_bar).sqrt().to(device, dtype)
+            self._tables[key] = alpha, sigma
+        return self._tables[key]
+
+
+def _alpha_bar(
+    name: str, steps: int, first: float, last: float, zero_terminal_snr: bool, shift: float
+) -> Tensor:
+    """Squared signal scale of every entry, (steps,) float64."""
+    if name == "linear":
+        beta = torch.linspace(first, last, steps, dtype=torch.float64)
+    else:
+        beta = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1.0 - beta, dim=0)
+    if zero_terminal_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return alpha_bar / (alpha_bar + shift**2 * (1.0 - alpha_bar))

@@ -1,0 +1,1 @@
+"""One thin file per optional library; nothing else in the engine imports these libraries."""

@@ -1,0 +1,1 @@
+"""What is measured on features: store, moments, Frechet, KID, PRDC, nearest pictures, intervals."""

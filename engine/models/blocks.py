@@ -1,0 +1,138 @@
+"""Building blocks shared by the transformer denoisers: embedders, attention, MLP and final layer.
+
+Called by `dit.py`. Parameter names follow the original DiT (Peebles and Xie 2023), so published
+weights load without a map. Shapes: B batch, N tokens, D hidden size, C channels, P patch size.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = EPS) -> Tensor:
+    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return y * (1 + scale[:, None]) + shift[:, None]
+
+
+def gate_residual_adaln(
+    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    x = x + gate[:, None] * h
+    return x, adaln_modulate(x, shift, scale, eps=eps)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weight initialisation as a function of `seed`; the caller's generators stay untouched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class PatchEmbed(nn.Module):
+    """Latents (B, C, H, W) to tokens (B, N, D), row by row; the patch projection is a convolution.
+
+    The convolution does not overlap, so it is computed as one matrix product of flattened patches.
+    """
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time (B,) in [0, 1000) to (B, D): 256 cosines and sines (cosines first), then an MLP."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        # The angles reach 1000 radians, where bf16 has no fraction left: float32 at least.
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        index = torch.arange(half, dtype=dtype, device=t.device)
+        angles = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) / half * index)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) int64 in [0, num_classes] to (B, D); label `num_classes` means no class."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, N, D) with a fused, biased query-key-value map."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron with the tanh approximation of GELU."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulation(hidden_size: int, chunks: int) -> nn.Sequential:
+    """The adaLN map: conditioning (B, D) to (B, chunks * D), linear after SiLU."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+
+
+def positions_2d(hidden_size: int, grid: int) -> Tensor:
+    """Fixed sine-cosine embedding (grid * grid, D) float32 of integer token coordinates.
+
+    The first half of the channels holds the column, the second the row; in each half the sines come
+    first. Frequencies fall geometrically from 1 to 1/10000.
+    """
+    quarter = hidden_size // 4
+    index = torch.arange(quarter, dtype=torch.float64)
+    frequency = 1.0 / 10000.0 ** (index / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    column = axis[None, :, :].expand(grid, -1, -1)
+    row = axis[:, None, :].expand(-1, grid, -1)
+    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size).to(torch.float32)
+
+
+def unpatchify(tokens: Tensor, channels: int, patch_size: int) -> Tensor:
+    """Tokens (B, N, P * P * C) of a square grid to (B, C, H, W)."""
+    grid = math.isqrt(tokens.shape[1])
+    x = tokens.view(len(tokens), grid, grid, patch_size, patch_size, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(
+        len(tokens), channels, grid * patch_size, grid * patch_size
+    )

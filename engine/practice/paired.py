@@ -1,0 +1,205 @@
+"""Accuracies that were measured on the same pictures, compared with intervals.
+
+Called by rounds.py for one seed and by experiments for several. One seed: the score interval of a
+difference of paired proportions (Tango 1998, Statistics in Medicine 17:891-908), which inverts
+McNemar's statistic and keeps its coverage at small counts, and McNemar's exact p-value. Several
+seeds: pictures and seeds are crossed random effects; the variance of the mean difference is
+(MS_seed + MS_picture - MS_rest) / (seeds * pictures), with Satterthwaite's degrees of freedom. The
+generator is the same in all seeds, so such an interval speaks about this generator only.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from etude.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval at `level`; accuracies and differences are in [-1, 1]."""
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+    p_value: float | None = None
+    degrees_of_freedom: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def accuracy_interval(correct: int, total: int, level: float = 0.95) -> Interval:
+    """Exact binomial interval (Clopper and Pearson 1934) of `correct` out of `total` pictures."""
+    tail = (1.0 - level) / 2.0
+    low, high = 0.0, 1.0
+    if correct > 0:
+        low = _root(lambda p: _binomial_at_least(correct, total, p) - tail, 0.0, 1.0)
+    if correct < total:
+        high = _root(lambda p: _binomial_at_least(correct + 1, total, p) - (1 - tail), 0.0, 1.0)
+    return Interval(correct / total, low, high, level)
+
+
+def paired_difference(
+    correct_a: np.ndarray, correct_b: np.ndarray, level: float = 0.95
+) -> Interval:
+    """Accuracy of a minus accuracy of b on the same pictures, with Tango's score interval.
+
+    Args:
+        correct_a, correct_b: (pictures,) bool or 0/1, in the same order.
+        level: coverage over repeated draws of test pictures, in (0, 1).
+
+    Returns:
+        The difference, its interval, and McNemar's exact two-sided p-value for "no difference".
+    """
+    a, b = _as_matrix(correct_a, correct_b)
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    total = a.size
+    value = (only_a - only_b) / total
+    quantile = normal_quantile(0.5 + level / 2.0)
+
+    def excess(difference: float) -> float:
+        return _tango(only_a, only_b, total, difference)
+
+    low = _root(lambda d: quantile - excess(d), -1.0, value)
+    high = _root(lambda d: -quantile - excess(d), value, 1.0)
+    discordant = only_a + only_b
+    tail = _binomial_at_least(max(only_a, only_b), discordant, 0.5) if discordant else 1.0
+    return Interval(value, low, high, level, p_value=min(1.0, 2.0 * tail))
+
+
+def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, level: float = 0.95) -> Interval:
+    """Accuracy of a minus accuracy of b over test pictures AND seeds.
+
+    Args:
+        correct_a, correct_b: (seeds, pictures) bool or 0/1; row s of both is the same seed, column
+            i the same test picture. At least two seeds.
+        level: coverage over repeated draws of pictures and of seeds, in (0, 1).
+
+    Returns:
+        The mean difference with a t interval. Each of the two sources of chance alone is a lower
+        bound of the variance used, so a negative variance component never narrows the interval.
+    """
+    a, b = _as_matrix(correct_a, correct_b)
+    if a.ndim != 2 or min(a.shape) < 2:
+        raise UserError(
+            f"paired_interval got correctness of shape {a.shape}, and needs (seeds, pictures) with "
+            "at least two of each: use paired_difference for one seed"
+        )
+    difference = a - b
+    seeds, pictures = difference.shape
+    value = float(difference.mean())
+    by_seed, by_picture = difference.mean(axis=1), difference.mean(axis=0)
+    rest = difference - by_seed[:, None] - by_picture[None, :] + value
+    freedom = {"seed": seeds - 1, "picture": pictures - 1, "rest": (seeds - 1) * (pictures - 1)}
+    square = {
+        "seed": pictures * float(((by_seed - value) ** 2).sum()) / freedom["seed"],
+        "picture": seeds * float(((by_picture - value) ** 2).sum()) / freedom["picture"],
+        "rest": float((rest**2).sum()) / freedom["rest"],
+    }
+    total = square["seed"] + square["picture"] - square["rest"]
+    if total <= max(square["seed"], square["picture"]):
+        used = max(("seed", "picture"), key=square.__getitem__)
+        total, degrees = square[used], float(freedom[used])
+    else:
+        degrees = total**2 / sum(square[name] ** 2 / freedom[name] for name in square)
+    if total == 0.0:
+        return Interval(value, value, value, level, degrees_of_freedom=degrees)
+    half = student_quantile(0.5 + level / 2.0, degrees) * math.sqrt(total / (seeds * pictures))
+    return Interval(
+        value, max(-1.0, value - half), min(1.0, value + half), level, degrees_of_freedom=degrees
+    )
+
+
+def normal_quantile(probability: float) -> float:
+    """The standard normal quantile, by bisection on erfc (absolute error below 1e-12)."""
+    return _root(lambda x: 0.5 * math.erfc(-x / math.sqrt(2.0)) - probability, -40.0, 40.0)
+
+
+def student_quantile(probability: float, degrees: float) -> float:
+    """Student's t quantile for probability in (0.5, 1) and any positive degrees of freedom."""
+
+    def below(t: float) -> float:
+        return 1.0 - 0.5 * _regularised_beta(degrees / (degrees + t * t), degrees / 2.0, 0.5)
+
+    high = 2.0
+    while below(high) < probability:
+        high *= 2.0
+    return _root(lambda t: below(t) - probability, 0.0, high)
+
+
+def _as_matrix(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(correct_a, dtype=np.float64), np.asarray(correct_b, dtype=np.float64)
+    if a.shape != b.shape or a.size == 0:
+        raise UserError(
+            f"correctness vectors of shapes {a.shape} and {b.shape} cannot be paired: both must "
+            "come from the same test pictures in the same order"
+        )
+    return a, b
+
+
+def _tango(only_a: int, only_b: int, total: int, difference: float) -> float:
+    """Score statistic for P(only a) - P(only b) = difference (Tango 1998, equations 7 to 9)."""
+    linear = -only_a - only_b + (2 * total - only_a + only_b) * difference
+    constant = -only_b * difference * (1.0 - difference)
+    root = math.sqrt(max(linear**2 - 8.0 * total * constant, 0.0))
+    smaller = max((root - linear) / (4.0 * total), 0.0)  # constrained maximum likelihood P(only b)
+    variance = total * (2.0 * smaller + difference * (1.0 - difference))
+    distance = only_a - only_b - total * difference
+    if variance <= 0.0:
+        return 0.0 if distance == 0.0 else math.copysign(math.inf, distance)
+    return distance / math.sqrt(variance)
+
+
+def _binomial_at_least(count: int, total: int, probability: float) -> float:
+    """P(X >= count) for X binomial(total, probability)."""
+    if count <= 0:
+        return 1.0
+    if count > total:
+        return 0.0
+    return _regularised_beta(probability, float(count), float(total - count + 1))
+
+
+def _regularised_beta(x: float, a: float, b: float) -> float:
+    """I_x(a, b) by the continued fraction of DLMF 8.17.22 (modified Lentz)."""
+    if x <= 0.0 or x >= 1.0:
+        return float(x >= 1.0)
+    if x > (a + 1.0) / (a + b + 2.0):
+        return 1.0 - _regularised_beta(1.0 - x, b, a)
+    front = math.exp(
+        a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    )
+    tiny = 1e-300
+    fraction, d, c = 1.0, 0.0, 1.0
+    for i in range(2000):
+        m = i // 2
+        if i == 0:
+            term = 1.0
+        elif i % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1.0 + term * d
+        d = 1.0 / (d if abs(d) > tiny else tiny)
+        c = 1.0 + term / c
+        c = c if abs(c) > tiny else tiny
+        fraction *= c * d
+        if abs(1.0 - c * d) < 1e-15:
+            break
+    return front * (fraction - 1.0) / a
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """The zero of a function that rises from <= 0 at low to >= 0 at high, by bisection."""
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        if function(middle) < 0.0:
+            low = middle
+        else:
+            high = middle
+    return 0.5 * (low + high)

@@ -1,0 +1,271 @@
+"""Pictures from a trained run: the generator that training grids, practice and evaluation draw with.
+
+A `Generator` holds a denoiser, its objective, its autoencoder and a sampler. Picture `index` of a
+seed has one initial noise and, for stochastic samplers, one noise per step, so which picture it is
+never depends on how many are drawn, in which order or on which rank. Pictures are made in fixed
+blocks of `BLOCK` consecutive indices, padded where only some are wanted, because the rounding of a
+matrix product depends on its batch: the same block shape, device and threads give the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from etude.core import rng
+from etude.core.checkpoint import latest_checkpoint, read_extra, read_weights
+from etude.core.errors import UserError
+from etude.core.log import Log
+from etude.core.run import load_run
+from etude.data.shards import write_shards
+from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
+from etude.diffusion.objectives import Objective
+from etude.diffusion.samplers import SamplerConfig, sample
+from etude.external.diffusers import Autoencoder
+from etude.models.dit import DiT
+
+BLOCK = 64
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Pictures (B, C, H, W) in [-1, 1] to (B, H, W, C) uint8, rounded half to even and clamped."""
+    levels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def denoiser(model: Callable) -> Callable[[Tensor, Tensor, dict], Tensor]:
+    """A model called with time in [0, 1000) as the (x, t in [0, 1], condition) callable."""
+    return lambda x, t, condition: model(x, t * 1000.0, condition["labels"])
+
+
+@dataclass
+class Generator:
+    """Draws pictures by index; see `open_generator` for one made from a run."""
+
+    model: nn.Module
+    objective: Objective
+    sampler: SamplerConfig
+    autoencoder: Autoencoder | None
+    classes: list[str]
+    latent_shape: tuple[int, int, int]
+    name: str = "generator"
+    fingerprint: str = ""
+    training_shards: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
+
+    @property
+    def protocol(self) -> dict:
+        """What fixes the pictures' distribution, for an evaluation's protocol."""
+        return {"generator": self.fingerprint, "sampler": self.sampler.model_dump(mode="json")}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Model-space latents (B, C, h, w) to pictures (B, C, H, W) in [-1, 1], differentiable."""
+        if self.autoencoder is None:
+            return latents
+        return self.autoencoder.decode(self.autoencoder.unscale(latents))
+
+    def draw(
+        self,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        *,
+        seed: int,
+        learner: nn.Module | None = None,
+        guidance: GuidanceConfig | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Pictures of `indices` (n,) int64 and `labels` (n,) int64, in any order.
+
+        Args:
+            seed: names the sequence of pictures.
+            learner: pictures (B, C, H, W) in [-1, 1] -> logits (B, classes), with `guidance` how
+                the reverse process is pushed toward what it finds hard.
+            advance: called with the number of pictures after each block.
+
+        Returns:
+            uint8 (n, H, W, C), and telemetry arrays of length n (those that guidance reports).
+        """
+        indices, labels = np.asarray(indices, np.int64), np.asarray(labels, np.int64)
+        images: np.ndarray | None = None
+        telemetry: dict[str, np.ndarray] = {}
+        for block in np.unique(indices // BLOCK):
+            rows = np.flatnonzero(indices // BLOCK == block)
+            lanes = indices[rows] % BLOCK
+            block_labels = np.full(BLOCK, self.null_label, np.int64)
+            block_labels[lanes] = labels[rows]
+            guide = None
+            if guidance is not None and learner is not None and guidance.omega > 0:
+                guide = EntropyGuidance(guidance, learner, self.decode)
+            pictures = to_uint8(self._block(int(block), block_labels, seed, guide))
+            if images is None:
+                images = np.empty((len(indices), *pictures.shape[1:]), np.uint8)
+            images[rows] = pictures[lanes]
+            for name, values in (guide.telemetry() if guide else {}).items():
+                telemetry.setdefault(name, np.zeros(len(indices), np.float32))[rows] = values[lanes]
+            advance(len(rows))
+        if images is None:
+            raise UserError("no picture was asked for: pass at least one index")
+        return images, telemetry
+
+    def _block(
+        self, block: int, labels: np.ndarray, seed: int, guide: EntropyGuidance | None
+    ) -> Tensor:
+        positions = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64)
+
+        def field_of(stream: int, step: int) -> Tensor:
+            # A position has 2^24 sampler steps of its own, so steps never share a counter.
+            where = positions * (1 << 24) + step
+            return rng.normal(seed, stream, where, self.latent_shape, self.device)
+
+        condition = {"labels": torch.as_tensor(labels, device=self.device)}
+        null = {"labels": torch.full_like(condition["labels"], self.null_label)}
+        latents = sample(
+            denoiser(self.model),
+            self.objective,
+            self.sampler,
+            field_of(rng.Stream.SAMPLE_NOISE, 0),
+            condition,
+            null_condition=null,
+            guide=guide,
+            step_noise=lambda step: field_of(rng.Stream.SAMPLE_STEP, step),
+        )
+        with torch.no_grad():
+            return self.decode(latents)
+
+
+def balanced_labels(indices: np.ndarray, num_classes: int) -> np.ndarray:
+    """Label of each index, (n,) int64: classes in turn, so any whole round is balanced."""
+    return np.asarray(indices, np.int64) % max(num_classes, 1)
+
+
+def open_generator(
+    run: str | Path,
+    *,
+    weights: str = "",
+    sampler: SamplerConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> Generator:
+    """The generator of a latent-diffusion run, from its newest complete checkpoint.
+
+    Args:
+        run: the run's folder, or its name under `runs/`.
+        weights: "raw" or "ema:<decay>"; by default the longest average that the run kept.
+        sampler: replaces the sampler that the run's recipe names.
+    """
+    recipe, folder = load_run(run)
+    if recipe.kind != "ldm":
+        raise UserError(f"{folder} is a run of kind {recipe.kind!r}: name one of kind 'ldm'")
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(
+            f"{folder} has no complete checkpoint yet: run `etude train {recipe.name}` first"
+        )
+    extra = read_extra(checkpoint)
+    weights = weights or recipe.default_weights()
+    model = DiT(recipe.model)
+    model.load_state_dict(read_weights(checkpoint, weights), strict=False)
+    model.to(device).eval().requires_grad_(False)
+    autoencoder = open_autoencoder(recipe.autoencoder, device) if recipe.autoencoder else None
+    size = recipe.model.input_size
+    identity = json.dumps([extra["fingerprint"], extra["images_seen"], weights])
+    return Generator(
+        model=model,
+        objective=Objective(recipe.objective),
+        sampler=sampler or recipe.sampler,
+        autoencoder=autoencoder,
+        classes=list(extra["classes"]),
+        latent_shape=(recipe.model.in_channels, size, size),
+        name=f"{folder.name} {weights} at {extra['images_seen']:,} images",
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        training_shards=recipe.data.shards,
+        device=torch.device(device),
+    )
+
+
+def open_autoencoder(source: str | Path, device: torch.device | str = "cpu") -> Autoencoder:
+    """An autoencoder from a run of kind 'autoencoder' or from a folder in diffusers' layout."""
+    folder = Path(source)
+    if not (folder / "config.json").exists():
+        recipe, run = load_run(source)
+        folder = run / "autoencoder"
+        if not folder.exists():
+            raise UserError(
+                f"{run} has no finished autoencoder yet: run `etude train {recipe.name}` first"
+            )
+    autoencoder = Autoencoder.from_folder(folder)
+    return autoencoder.to(device).eval().requires_grad_(False)
+
+
+def sample_to_shards(
+    generator: Generator, folder: Path, count: int, *, seed: int, log: Log, labels: list[int] = []
+) -> Path:
+    """Draw `count` pictures into WebDataset shards with the protocol beside them; resumable.
+
+    Each block is kept in a file of its own until all are there, so an interrupted call goes on.
+    """
+    folder = Path(folder)
+    protocol = generator.protocol | {"seed": seed, "count": count, "labels": labels or "in turn"}
+    parts = folder / "blocks"
+    stated = folder / "protocol.json"
+    if stated.exists() and json.loads(stated.read_text()) != protocol:
+        raise UserError(f"{folder} holds pictures of another protocol: name another folder")
+    if (folder / "index.json").exists():
+        return folder
+    parts.mkdir(parents=True, exist_ok=True)
+    stated.write_text(json.dumps(protocol, indent=1, sort_keys=True))
+
+    with log.progress("sampling", count, unit="pictures") as progress:
+        for start in range(0, count, BLOCK):
+            target = parts / f"{start:09d}.npy"
+            indices = np.arange(start, min(start + BLOCK, count))
+            if not target.exists():
+                images, _ = generator.draw(
+                    indices, _labels(indices, labels, generator.num_classes), seed=seed
+                )
+                partial = target.with_suffix(".partial.npy")
+                np.save(partial, images)
+                partial.rename(target)
+            progress.advance(len(indices))
+
+    write_shards(folder, _samples(parts, labels, generator), classes=generator.classes)
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()
+    return folder
+
+
+def _labels(indices: np.ndarray, labels: list[int], num_classes: int) -> np.ndarray:
+    return np.asarray(labels)[indices % len(labels)] if labels else balanced_labels(
+        indices, num_classes
+    )
+
+
+def _samples(parts: Path, labels: list[int], generator: Generator) -> Iterator[dict]:
+    from etude.data.pool import encode_png
+
+    for part in sorted(parts.glob("*.npy")):
+        images = np.load(part)
+        indices = int(part.stem) + np.arange(len(images))
+        for index, image, label in zip(
+            indices, images, _labels(indices, labels, generator.num_classes)
+        ):
+            yield {
+                "key": f"{index:09d}",
+                "image": encode_png(image),
+                "extension": "png",
+                "label": int(label),
+                "caption": generator.classes[label] if generator.classes else "",
+            }

@@ -1,0 +1,172 @@
+"""Several jobs in one file: chains, sweeps and ablations; `etude demo` is one.
+
+A job names a recipe, what to `set` in it, a `grid` of values to try, and which earlier jobs it takes
+runs `from`. Every job is an ordinary run under `runs/`, so a study resumes by running what is not
+finished, and two studies share the runs they have in common. A job that takes from a job with a
+grid runs once per value.
+"""
+
+import csv
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from etude.core.config import Config, option
+from etude.core.errors import UserError
+from etude.core.recipe import Recipe
+
+
+class JobConfig(Config):
+    """One job of a study."""
+
+    recipe: str = option(..., "a recipe's name or path")
+    set: dict[str, Any] = option({}, "dotted fields and their values")
+    grid: dict[str, list[Any]] = option({}, "dotted fields and the values to try, all combinations")
+    takes: dict[str, str] = Field(
+        {}, alias="from", description="dotted fields and the jobs whose runs they name"
+    )
+
+
+class StudyRecipe(Recipe):
+    """Jobs by name, run in the order of their dependencies."""
+
+    kind: Literal["study"]
+    jobs: dict[str, JobConfig] = option(..., "the jobs")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A job with one combination of grid values; `label` tells it apart in tables."""
+
+    job: str
+    values: tuple[tuple[str, Any], ...] = ()
+    upstream: tuple[tuple[str, "Instance"], ...] = field(default=())
+
+    @property
+    def label(self) -> str:
+        own = ", ".join(f"{name}={value}" for name, value in self.values)
+        inherited = [i.label for _, i in self.upstream if "[" in i.label]
+        inside = ", ".join([own] * bool(own) + inherited)
+        return f"{self.job}[{inside}]" if inside else self.job
+
+
+def instances(study: StudyRecipe) -> list[Instance]:
+    """All jobs with their grids spelled out, each after those it takes from.
+
+    Raises:
+        UserError: a job takes from one that does not exist, or jobs wait for each other.
+    """
+    found: dict[str, list[Instance]] = {}
+    waiting = dict(study.jobs)
+    while waiting:
+        ready = [n for n, job in waiting.items() if all(t in found for t in job.takes.values())]
+        if not ready:
+            raise UserError(
+                f"jobs {', '.join(sorted(waiting))} of study {study.name} wait for each other or "
+                f"take from a job that is not there: name one of {', '.join(study.jobs)}"
+            )
+        for name in ready:
+            job = waiting.pop(name)
+            found[name] = [
+                Instance(name, tuple(zip(job.grid, values)), tuple(zip(job.takes, upstream)))
+                for values in itertools.product(*job.grid.values())
+                for upstream in _consistent(job, found)
+            ]
+    return [instance for name in study.jobs for instance in found[name]] if _in_order(
+        study
+    ) else list(itertools.chain.from_iterable(found.values()))
+
+
+def _in_order(study: StudyRecipe) -> bool:
+    names = list(study.jobs)
+    return all(
+        names.index(source) < names.index(name)
+        for name, job in study.jobs.items()
+        for source in job.takes.values()
+    )
+
+
+def _consistent(job: JobConfig, found: dict[str, list[Instance]]) -> list[tuple[Instance, ...]]:
+    """Combinations of upstream instances that do not mix two values of one upstream grid."""
+    combinations = itertools.product(*(found[source] for source in job.takes.values()))
+    return [combination for combination in combinations if _agree(combination)]
+
+
+def _agree(upstream: tuple[Instance, ...]) -> bool:
+    seen: dict[str, Instance] = {}
+    stack = list(upstream)
+    while stack:
+        instance = stack.pop()
+        if seen.setdefault(instance.job, instance) != instance:
+            return False
+        stack.extend(source for _, source in instance.upstream)
+    return True
+
+
+def overrides(study: StudyRecipe, instance: Instance, runs: dict[Instance, Path]) -> list[str]:
+    """The dotted overrides that turn the job's recipe into this instance."""
+    import json
+
+    job = study.jobs[instance.job]
+    values = job.set | dict(instance.values)
+    values |= {name: str(runs[source]) for name, source in instance.upstream}
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def run_study(
+    study: StudyRecipe,
+    folder: Path,
+    *,
+    run_job: Callable[[str, list[str], int], tuple[Path, dict]],
+    show: Callable[[str, list[str], list[list[str]]], None],
+) -> dict:
+    """Run every instance that is not finished and keep one table of results.
+
+    Args:
+        folder: where `table.csv` is written after every job.
+        run_job: (recipe, overrides, place) -> (run folder, result); a finished run returns at once.
+        show: (title, columns, rows) shows the table.
+
+    Returns:
+        {"jobs": {label: result}}, or {"stopped": reason} as soon as a job was stopped.
+    """
+    runs: dict[Instance, Path] = {}
+    results: dict[str, dict] = {}
+    for place, instance in enumerate(instances(study)):
+        recipe = study.jobs[instance.job].recipe
+        runs[instance], result = run_job(recipe, overrides(study, instance, runs), place)
+        if "stopped" in result:
+            return {"stopped": result["stopped"], "job": instance.label}
+        results[instance.label] = result
+        columns, rows = table(results)
+        _write_csv(folder / "table.csv", columns, rows)
+        show(study.description or study.name, columns, rows)
+    return {"jobs": results}
+
+
+def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """One row per job, one column per number that more than zero jobs report, nested by dots."""
+    flat = {label: _numbers(result) for label, result in results.items()}
+    columns = list(dict.fromkeys(name for numbers in flat.values() for name in numbers))
+    rows = [[label, *(f"{n[c]:.5g}" if c in n else "" for c in columns)] for label, n in flat.items()]
+    return ["job", *columns], rows
+
+
+def _numbers(value: Any, prefix: str = "") -> dict[str, float]:
+    if isinstance(value, dict):
+        nested = (_numbers(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items())
+        return {name: number for part in nested for name, number in part.items()}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {prefix: value}
+    return {}
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[list[str]]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+    partial.replace(path)

@@ -1,0 +1,53 @@
+"""Etude's operators: each with one plain torch reference, and C++ and Triton twins.
+
+Light on purpose: nothing is registered, compiled or loaded before an operator is first used, and
+importing this package never raises (other libraries probe for a package of this folder's name).
+Called by the models (`adaln_modulate`, `gate_residual`, `gate_residual_adaln`), by the optimizer
+(`adamw_ema`) and by `etude kernels` and `etude doctor` (`status`).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_OWNERS = {
+    "adaln_modulate": "adaln",
+    "adaln_modulate_reference": "adaln",
+    "gate_residual": "adaln",
+    "gate_residual_reference": "adaln",
+    "gate_residual_adaln": "adaln",
+    "gate_residual_adaln_reference": "adaln",
+    "adamw_ema": "optimizer",
+    "adamw_ema_reference": "optimizer",
+    "announce": "backends",
+    "status": "backends",
+    "use_backend": "backends",
+}
+__all__ = sorted(_OWNERS)
+
+if TYPE_CHECKING:
+    from .adaln import (
+        adaln_modulate,
+        adaln_modulate_reference,
+        gate_residual,
+        gate_residual_adaln,
+        gate_residual_adaln_reference,
+        gate_residual_reference,
+    )
+    from .backends import announce, status, use_backend
+    from .optimizer import adamw_ema, adamw_ema_reference
+
+
+def __getattr__(name: str) -> Any:
+    """Load an operator's file when the operator is first named."""
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_OWNERS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
