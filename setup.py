@@ -64,7 +64,9 @@ def cuda_libraries(nvcc: str) -> Path:
     """The folder of libcudart_static.a. nvcc may be a wrapper script, so it is asked for its root."""
     command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
     out = subprocess.run(command, capture_output=True, text=True)
-    tops = [line.split("TOP=")[1] for line in (out.stderr + out.stdout).splitlines() if "TOP=" in line]
+    tops = [
+        line.split("TOP=")[1] for line in (out.stderr + out.stdout).splitlines() if "TOP=" in line
+    ]
     top = Path(tops[0].strip().strip('"')) if tops else Path(nvcc).resolve().parent.parent
     for sub in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
         if (top / sub / "libcudart_static.a").exists():
@@ -97,7 +99,9 @@ class build_ext(_build_ext):
             levels |= X86_LEVELS
         for level, flags in levels.items():
             try:
-                objects = [self.compile_level(compiler, s, level, flags, folder) for s in CPU_KERNELS]
+                objects = [
+                    self.compile_level(compiler, s, level, flags, folder) for s in CPU_KERNELS
+                ]
             except subprocess.CalledProcessError:
                 if level == "base":
                     raise

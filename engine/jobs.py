@@ -64,7 +64,7 @@ def run_recipe(
         stopper: shared by the jobs of a study; by default signals are watched while this job runs.
     """
     if stopper is None:
-        minutes = getattr(getattr(recipe, "loop", None), "max_minutes", 0.0)
+        minutes = getattr(getattr(recipe, "loop", None), "max_minutes", None)
         with Stopper(max_minutes=minutes) as own:
             return run_recipe(
                 recipe, name=name, root=root, page=page, order=order, stopper=own

@@ -231,7 +231,8 @@ class Page:
 
     def _sections(self) -> list[dict]:
         names = sorted(p.stem for p in self.parts.glob("*.json") if p.stem != "head")
-        return sorted(map(self._read, names), key=lambda s: (s["order"], s["number"]))
+        found = [section for section in map(self._read, names) if section]
+        return sorted(found, key=lambda s: (s["order"], s["number"]))
 
     def _render_section(self, section: dict) -> str:
         inner = getattr(self, f"_render_{section['kind']}")(section)
@@ -272,7 +273,7 @@ class Page:
     def _render_pairs(self, section: dict) -> str:
         items = "".join(
             f'<figure><img alt="sample and nearest training picture" src="{self._uri(name)}">'
-            f"<figcaption>{number(distance)}</figcaption></figure>"
+            f"<figcaption>{distance:.3g}</figcaption></figure>"
             for name, distance in zip(section["files"], section["distances"])
         )
         return f'<div class="row">{items}</div>{_paragraphs(section["note"])}'
@@ -311,7 +312,10 @@ class Page:
 
     def _read(self, name: str) -> dict | None:
         path = self.parts / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None  # absent, or emptied by a power cut: the section is drawn again
 
     def _store(self, name: str, content: dict) -> None:
         self._publish(self.parts / f"{name}.json", json.dumps(content, allow_nan=False).encode())

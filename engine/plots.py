@@ -200,8 +200,9 @@ def _bar(
         whisker = f'<line class="whisker" x1="{middle:.1f}" x2="{middle:.1f}" '
         whisker += f'y1="{low:.1f}" y2="{high:.1f}"/>'
         shown += f" [{number(interval[0])}, {number(interval[1])}]"
+    kind = f"bar s{(colour - 1) % 8 + 1}"
     return (
-PLACEHOLDER
+        f'<g><title>{escape(shown)}</title><rect class="{kind}" x="{left:.1f}" '
         f'y="{top:.1f}" width="{max(width - 1.5, 1):.1f}" height="{base - top:.1f}" rx="1.5"/>'
         f"{whisker}</g>"
     )

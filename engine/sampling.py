@@ -9,7 +9,7 @@ matrix product depends on its batch: the same block shape, device and threads gi
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,16 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from etude.core import rng
-from etude.core.checkpoint import latest_checkpoint, read_extra, read_weights
+from etude.core.checkpoint import latest_checkpoint, read_weights, verify_checkpoint
 from etude.core.errors import UserError
+from etude.core.files import write_json_atomic
 from etude.core.log import Log
 from etude.core.run import load_run
-from etude.data.shards import write_shards
+from etude.data.index import file_sha256
+from etude.data.shards import ShardSet, write_shards
 from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
 from etude.diffusion.objectives import Objective
 from etude.diffusion.samplers import SamplerConfig, sample
-from etude.external.diffusers import Autoencoder
+from etude.external.diffusers import WEIGHTS, Autoencoder
 from etude.models.dit import DiT
+
+from .pictures import picture_grid, png
 
 BLOCK = 64
 
@@ -173,14 +177,17 @@ def open_generator(
         raise UserError(
             f"{folder} has no complete checkpoint yet: run `etude train {recipe.name}` first"
         )
-    extra = read_extra(checkpoint)
+    with verify_checkpoint(checkpoint, hashes=False) as opened:
+        extra, images_seen = opened.manifest["extra"], opened.images_seen
     weights = weights or recipe.default_weights()
     model = DiT(recipe.model)
-    model.load_state_dict(read_weights(checkpoint, weights), strict=False)
+    model.load_state_dict(read_weights(checkpoint, weights, hashes=False))
     model.to(device).eval().requires_grad_(False)
-    autoencoder = open_autoencoder(recipe.autoencoder, device) if recipe.autoencoder else None
+    autoencoder, autoencoder_key = (
+        open_autoencoder(recipe.autoencoder, device) if recipe.autoencoder else (None, "")
+    )
     size = recipe.model.input_size
-    identity = json.dumps([extra["fingerprint"], extra["images_seen"], weights])
+    identity = json.dumps([extra["fingerprint"], images_seen, weights, autoencoder_key])
     return Generator(
         model=model,
         objective=Objective(recipe.objective),
@@ -188,15 +195,21 @@ def open_generator(
         autoencoder=autoencoder,
         classes=list(extra["classes"]),
         latent_shape=(recipe.model.in_channels, size, size),
-        name=f"{folder.name} {weights} at {extra['images_seen']:,} images",
+        name=f"{folder.name} {weights} at {images_seen:,} images",
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
         training_shards=recipe.data.shards,
         device=torch.device(device),
     )
 
 
-def open_autoencoder(source: str | Path, device: torch.device | str = "cpu") -> Autoencoder:
-    """An autoencoder from a run of kind 'autoencoder' or from a folder in diffusers' layout."""
+def open_autoencoder(
+    source: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Autoencoder, str]:
+    """An autoencoder from a run of kind 'autoencoder' or from a folder in diffusers' layout.
+
+    Returns:
+        The frozen autoencoder, and the sha256 of its weights, which caches are keyed by.
+    """
     folder = Path(source)
     if not (folder / "config.json").exists():
         recipe, run = load_run(source)
@@ -205,19 +218,24 @@ def open_autoencoder(source: str | Path, device: torch.device | str = "cpu") -> 
             raise UserError(
                 f"{run} has no finished autoencoder yet: run `etude train {recipe.name}` first"
             )
-    autoencoder = Autoencoder.from_folder(folder)
-    return autoencoder.to(device).eval().requires_grad_(False)
+    autoencoder = Autoencoder.from_folder(folder).to(device).eval().requires_grad_(False)
+    weights = next(folder / name for name in WEIGHTS if (folder / name).exists())
+    return autoencoder, file_sha256(weights)
 
 
 def sample_to_shards(
-    generator: Generator, folder: Path, count: int, *, seed: int, log: Log, labels: list[int] = []
+    generator: Generator, folder: Path, count: int, *, seed: int, log: Log, labels: Sequence[int] = ()
 ) -> Path:
     """Draw `count` pictures into WebDataset shards with the protocol beside them; resumable.
 
     Each block is kept in a file of its own until all are there, so an interrupted call goes on.
     """
     folder = Path(folder)
-    protocol = generator.protocol | {"seed": seed, "count": count, "labels": labels or "in turn"}
+    protocol = generator.protocol | {
+        "seed": seed,
+        "count": count,
+        "labels": list(labels) or "in turn",
+    }
     parts = folder / "blocks"
     stated = folder / "protocol.json"
     if stated.exists() and json.loads(stated.read_text()) != protocol:
@@ -225,7 +243,7 @@ def sample_to_shards(
     if (folder / "index.json").exists():
         return folder
     parts.mkdir(parents=True, exist_ok=True)
-    stated.write_text(json.dumps(protocol, indent=1, sort_keys=True))
+    write_json_atomic(stated, protocol)
 
     with log.progress("sampling", count, unit="pictures") as progress:
         for start in range(0, count, BLOCK):
@@ -247,15 +265,22 @@ def sample_to_shards(
     return folder
 
 
-def _labels(indices: np.ndarray, labels: list[int], num_classes: int) -> np.ndarray:
+def contact_sheet(folder: Path, limit: int = 100) -> Path:
+    """A PNG of the first pictures of a folder of shards, beside them."""
+    samples = ShardSet(folder)
+    pictures = [decode_picture(samples[i].data) for i in range(min(limit, len(samples)))]
+    path = Path(folder) / "contact-sheet.png"
+    path.write_bytes(png(picture_grid(np.stack(pictures), columns=10)))
+    return path
+
+
+def _labels(indices: np.ndarray, labels: Sequence[int], num_classes: int) -> np.ndarray:
     return np.asarray(labels)[indices % len(labels)] if labels else balanced_labels(
         indices, num_classes
     )
 
 
-def _samples(parts: Path, labels: list[int], generator: Generator) -> Iterator[dict]:
-    from etude.data.pool import encode_png
-
+def _samples(parts: Path, labels: Sequence[int], generator: Generator) -> Iterator[dict]:
     for part in sorted(parts.glob("*.npy")):
         images = np.load(part)
         indices = int(part.stem) + np.arange(len(images))
@@ -264,7 +289,7 @@ def _samples(parts: Path, labels: list[int], generator: Generator) -> Iterator[d
         ):
             yield {
                 "key": f"{index:09d}",
-                "image": encode_png(image),
+                "image": png(image[..., 0] if image.shape[-1] == 1 else image),
                 "extension": "png",
                 "label": int(label),
                 "caption": generator.classes[label] if generator.classes else "",

@@ -5,7 +5,7 @@ newest complete checkpoint, run the loop, write the result. What differs between
 loss of a micro batch and what is looked at on the way; each kind is one class below.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,30 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from etude.core import distributed, rng
-from etude.core.checkpoint import disk_need, latest_checkpoint, load_checkpoint, read_extra
+from etude.core.checkpoint import disk_need, latest_checkpoint, load_checkpoint
 from etude.core.config import Config, option
 from etude.core.errors import UserError
-from etude.core.log import Log
+from etude.core.log import Log, read_metrics
 from etude.core.loop import LoopConfig, run_loop
 from etude.core.optim import OptimConfig
 from etude.core.recipe import Recipe, fingerprint
 from etude.core.run import Run
 from etude.core.signals import Stopper
 from etude.core.strategy import Strategy, StrategyConfig, build_strategy
-from etude.data.latents import LatentConfig, LatentLoader, encode_latents
+from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch, DataConfig, Loader
 from etude.data.shards import ShardSet
+from etude.data.still import still_loader
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
-from etude.external.diffusers import Autoencoder, AutoencoderConfig
-from etude.metrics.memorisation import nearest_training
+from etude.external.diffusers import Autoencoder, AutoencoderConfig, estimate_scaling
+from etude.metrics.memorisation import nearest_pictures
 from etude.models.dit import DiT, DiTConfig
 
-from .page import Page, picture_grid, terminal_picture
+from .page import Page
+from .pictures import picture_grid, terminal_picture
 from .sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
 
 HELD_OUT = 1 << 40  # positions of held-out samples: apart from every training position
+HELD_OUT_PICTURES = 256
 NEAREST_LIMIT = 20_000  # training pictures that a grid's nearest neighbours are looked up among
+BINS = 8  # equal slices of time that the held-out loss is reported in
 
 
 class TrainRecipe(Recipe):
@@ -64,6 +68,16 @@ class AutoencoderRecipe(TrainRecipe):
     model: AutoencoderConfig = option(..., "the autoencoder")
 
 
+class LatentConfig(Config):
+    """The cache of latents that training reads in place of pictures."""
+
+    variants: int = option(1, "augmentations kept of each picture", gt=0)
+    dtype: Literal["float32", "float16"] = option("float32", "type of the stored latents")
+    folder: str = option(
+        "data/latents", "where caches live, each under its key", affects_result=False
+    )
+
+
 class GridConfig(Config):
     """The sample grid of each evaluation."""
 
@@ -81,7 +95,7 @@ class LatentDiffusionRecipe(TrainRecipe):
     model: DiTConfig = option(..., "the diffusion transformer")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
     drop_label: float = option(0.1, "share of samples trained without their label", ge=0, lt=1)
-    sampler: SamplerConfig = option(SamplerConfig(), "how pictures are drawn")
+    sampler: SamplerConfig = option(..., "how pictures are drawn")
     grid: GridConfig = option(GridConfig(), "the sample grid", affects_result=False)
     judge: str = option(
         "", "a frozen classifier's run; says which share of the grid it labels as asked",
@@ -106,23 +120,25 @@ def train(
     Returns:
         The result written to `result.json`; `{"stopped": reason}` when it was told to stop.
     """
-    kind = _Autoencoder if recipe.kind == "autoencoder" else _LatentDiffusion
-    job = kind(recipe, run, look, world)
+    job = (_Autoencoder if recipe.kind == "autoencoder" else _LatentDiffusion)(
+        recipe, run, look, world
+    )
+    loop = recipe.loop
     strategy = build_strategy(
-        recipe.strategy, job.model, recipe.optim, world, recipe.loop.accumulation(world.size)
+        recipe.strategy, job.model, recipe.optim, world, loop.accumulation(world.size),
+        loop.micro_batch,
     )
-    start = _resume(recipe, run, strategy, look.log, world)
-    distributed.all_agree(
-        world, {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": start}
-    )
-    _announce(recipe, job, strategy, look.log, world)
+    start = _resume(run, strategy, loop, look.log, world)
+    facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
+    distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
+    _announce(job, look.log)
 
     outcome = run_loop(
-        config=recipe.loop,
+        config=loop,
         optim=recipe.optim,
         strategy=strategy,
         batches=lambda position: job.loader.batches(
-            position, recipe.loop.global_batch, recipe.loop.micro_batch, world.rank, world.size
+            position, loop.global_batch, loop.micro_batch, world.rank, world.size
         ),
         losses=job.losses,
         world=world,
@@ -135,53 +151,63 @@ def train(
     )
     if outcome.stopped:
         return {"stopped": outcome.stopped, "images_seen": outcome.images_seen}
-    with strategy.weights(recipe.default_weights()):
-        result = job.finish() if world.rank == 0 else {}
+    with strategy.weights(recipe.default_weights()) as model:
+        result = job.finish(model) if world.rank == 0 else {}
+    distributed.barrier(world, "the result")
     return {"images_seen": outcome.images_seen} | result
 
 
 def _resume(
-    recipe: TrainRecipe, run: Run, strategy: Strategy, log: Log, world: distributed.World
+    run: Run, strategy: Strategy, loop: LoopConfig, log: Log, world: distributed.World
 ) -> int:
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is None:
+    found = latest_checkpoint(run.checkpoints) if world.rank == 0 else None
+    name = distributed.exchange(world, "newest checkpoint", found and found.name)[0]
+    if name is None:
         return 0
-    extra = load_checkpoint(checkpoint, strategy)
-    log.rewind(extra["images_seen"])
-    log.info(f"resumed at {extra['images_seen']:,} of {recipe.loop.images:,} images")
-    return extra["images_seen"]
+    # Rank 0 has just compared every hash.
+    images_seen = load_checkpoint(run.checkpoints / name, strategy, verify=False)["images_seen"]
+    log.rewind(images_seen + 1)
+    log.info(f"resumed at {images_seen:,} of {loop.images:,} images")
+    return images_seen
 
 
-def _announce(
-    recipe: TrainRecipe, job: "_Job", strategy: Strategy, log: Log, world: distributed.World
-) -> None:
-    loop, parameters = recipe.loop, sum(p.numel() for p in job.model.parameters())
-    need = disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images)
+def _announce(job: "_Job", log: Log) -> None:
+    recipe, world, loop = job.recipe, job.world, job.recipe.loop
+    parameters = sum(p.numel() for p in job.model.parameters())
+    strategy = recipe.strategy
+    means = "plain torch" if strategy.kind == "local" else f"ZeRO stage {strategy.stage or 1}"
     log.info(
-        f"{len(job.train_set):,} pictures, {parameters:,} parameters; global batch "
-        f"{loop.global_batch} = {world.size} rank(s) x {loop.micro_batch} x "
-        f"{loop.accumulation(world.size)} accumulated; {strategy.description}; checkpoints take "
-        f"up to {need / 1e6:,.0f} MB"
+        f"{len(job.train_set):,} pictures, {parameters:,} parameters, {means} in "
+        f"{strategy.precision}; global batch {loop.global_batch} = {world.size} rank(s) x "
+        f"{loop.micro_batch} x {loop.accumulation(world.size)} accumulated"
     )
+    log.info(job.loader_reason)
+    log.info(disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images).sentence)
 
 
 class _Job:
     """One kind of training: its data, model, loss, and what is looked at on the way."""
 
     model: nn.Module
-    loader: object
 
     def __init__(
         self, recipe: TrainRecipe, run: Run, look: Look, world: distributed.World
     ) -> None:
         self.recipe, self.run, self.look, self.world = recipe, run, look, world
-        self.train_set = ShardSet(recipe.data.shards)
+        self.train_set = recipe.data.open()
         self.held_out_set = ShardSet(recipe.held_out)
-        self.pictures = Loader(self.train_set, recipe.data, seed=recipe.seed)
-        still = recipe.data.still()
-        self.still_train = Loader(self.train_set, still, seed=recipe.seed)
-        self.still_held_out = Loader(self.held_out_set, still, seed=recipe.seed)
-        self.curves: dict[str, tuple[list[int], list[float]]] = {}
+        self.pictures = Loader(self.train_set, recipe.data, seed=recipe.seed, device=world.device)
+        self.loader = self.pictures
+        self.loader_reason = self.pictures.decoder_reason
+
+    def losses(self, forward: Callable, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
+        raise NotImplementedError
+
+    def finish(self, model: nn.Module) -> dict:
+        raise NotImplementedError
 
     def extra(self) -> dict:
         """What a checkpoint carries beside the tensors, so that nobody repeats it by hand."""
@@ -191,35 +217,30 @@ class _Job:
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
-    def losses(self, forward: Callable, batch: Batch) -> Tensor:
-        raise NotImplementedError
+    def still(self, data: ShardSet, limit: int) -> Batch:
+        """The first pictures of a set in stored order, not augmented, (n, C, H, W) in [-1, 1]."""
+        loader = still_loader(data, self.recipe.data, device=self.world.device)
+        try:
+            return loader.fetch(np.arange(min(limit, len(data))))
+        finally:
+            loader.close()
 
-    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
-        raise NotImplementedError
-
-    def finish(self) -> dict:
-        raise NotImplementedError
-
-    def held_out_images(self, limit: int) -> Batch:
-        """The first held-out pictures in stored order, (n, C, H, W) in [-1, 1]."""
-        return self.still_held_out.stored(np.arange(min(limit, len(self.held_out_set))))
-
+    @property
     def profiles(self) -> list[str]:
-        return ["raw"] + [self.recipe.default_weights()] * bool(self.recipe.optim.ema)
+        """The weights that are looked at: the raw ones and the longest average."""
+        return list(dict.fromkeys(["raw", self.recipe.default_weights()]))
 
-    def show_losses(self, title: str) -> None:
-        """Training loss from metrics.jsonl, so that a resumed page shows the whole run."""
-        rows = self.look.log.read_metrics("train")
+    def show_losses(self, id: str, title: str) -> None:
+        """Loss curves from metrics.jsonl, so that a resumed page shows the whole run."""
+        path = self.run.folder / "metrics.jsonl"
+        rows = read_metrics(path, "train")
         series = {"training": ([r["images_seen"] for r in rows], [r["loss"] for r in rows])}
-        for name, label in (("held_out", "held out"),):
-            rows = self.look.log.read_metrics(name)
-            for profile in self.profiles():
-                points = [(r["images_seen"], r[profile]) for r in rows if profile in r]
-                if points:
-                    series[f"{label}, {profile}"] = tuple(map(list, zip(*points)))
+        rows = read_metrics(path, "held_out")
+        for profile in self.profiles:
+            values = [row[profile] for row in rows]
+            series[f"held out, {profile}"] = ([row["images_seen"] for row in rows], values)
         self.look.page.curve(
-            f"{self.recipe.kind}-loss", title, series, "images seen", "loss",
-            order=self.look.order + 3, log=True,
+            id, title, series, "images seen", "loss", log=True, order=self.look.order + 3
         )
 
 
@@ -228,55 +249,56 @@ class _Autoencoder(_Job):
         self, recipe: AutoencoderRecipe, run: Run, look: Look, world: distributed.World
     ) -> None:
         super().__init__(recipe, run, look, world)
-        self.loader = self.pictures
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            self.model = Autoencoder.build(recipe.model)
-        self.latent_shape = self.model.latent_shape(recipe.data.augment.image_size)
+        self.model = Autoencoder.build(recipe.model, seed=recipe.seed)
+        side = recipe.data.augment.image_size // self.model.downscale
+        self.latent_shape = (recipe.model.latent_channels, side, side)
+        if world.rank == 0:
+            look.page.chapter(
+                "autoencoder", "Autoencoder", "Pictures to latents and back.", order=look.order
+            )
 
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         noise = rng.normal(
             self.recipe.seed, rng.Stream.POSTERIOR, batch.positions, self.latent_shape,
             self.world.device,
         )
-        return forward(batch.images.to(self.world.device), noise)
+        return forward(batch.images, noise)
 
     def evaluate(self, strategy: Strategy, images_seen: int) -> None:
-        batch = self.held_out_images(256)
+        batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
         found = {}
-        for profile in self.profiles():
+        for profile in self.profiles:
             with strategy.weights(profile) as model, torch.no_grad():
                 if self.world.rank == 0:
                     found[profile] = float(self.losses(model, batch).mean())
-                    mean, _ = model.encode(batch.images[:20].to(self.world.device))
-                    rebuilt = model.decode(mean)
+                    rebuilt = model.decode(model.encode(batch.images[:20])[0])
         if self.world.rank != 0:
             return
         self.look.log.metrics("held_out", images_seen, **found)
         pairs = np.concatenate([to_uint8(batch.images[:20]), to_uint8(rebuilt)])
         self.look.page.grid(
-            "autoencoder-grid", "Held-out pictures and their reconstructions",
-            picture_grid(pairs, columns=20, scale=2),
-            "top: held-out pictures; below: the same through the autoencoder",
+            "reconstructions", "Held-out pictures and their reconstructions",
+            picture_grid(pairs, columns=20),
+            "Above: pictures never trained on. Below: the same after the autoencoder.",
             f"{images_seen:,} images", order=self.look.order + 1,
         )
-        self.show_losses("Autoencoder: reconstruction loss")
+        self.show_losses("autoencoder-loss", "Reconstruction loss")
         self.look.page.write()
 
-    def finish(self) -> dict:
+    def finish(self, model: Autoencoder) -> dict:
         """Measure the latents' scale on training pictures and write diffusers' folder."""
-        batch = self.still_train.stored(np.arange(min(1024, len(self.train_set))))
+        pictures = self.still(self.train_set, 1024).images
+        held_out = self.still(self.held_out_set, HELD_OUT_PICTURES).images
         with torch.no_grad():
-            mean, std = self.model.encode(batch.images.to(self.world.device))
-            scaled = self.model.with_scaling(*Autoencoder.estimate_scaling(mean, std))
-            held_out = self.held_out_images(256).images.to(self.world.device)
-            rebuilt = scaled.decode(scaled.encode(held_out)[0])
-        scaled.save(self.run.folder / "autoencoder")
+            scaling, shift = estimate_scaling(*model.encode(pictures))
+            rebuilt = model.decode(model.encode(held_out)[0])
+        model.set_scaling(scaling, shift)
+        model.save(self.run.folder / "autoencoder")
         error = float((rebuilt - held_out).square().mean().sqrt()) * 127.5
         return {
             "held_out_rms_error_levels": round(error, 3),
-            "scaling_factor": scaled.config.scaling_factor,
-            "shift_factor": scaled.config.shift_factor,
+            "scaling_factor": scaling,
+            "shift_factor": shift,
         }
 
 
@@ -285,126 +307,139 @@ class _LatentDiffusion(_Job):
         self, recipe: LatentDiffusionRecipe, run: Run, look: Look, world: distributed.World
     ) -> None:
         super().__init__(recipe, run, look, world)
-        self.autoencoder = (
-            open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else None
+        self.autoencoder, self.autoencoder_key = (
+            open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
         )
-        self.objective = Objective(recipe.objective)
         self._check_shapes()
-        self.loader = self._latent_loader() if self.autoencoder else self.pictures
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            self.model = DiT(recipe.model)
+        self.objective = Objective(recipe.objective)
+        if self.autoencoder is not None:
+            self.loader = self._latent_loader()
+        self.model = DiT(recipe.model, seed=recipe.seed)
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
         self._training_pictures: np.ndarray | None = None
+        if world.rank == 0:
+            look.page.chapter(
+                "diffusion", "Diffusion model", recipe.description, order=look.order
+            )
 
     def _check_shapes(self) -> None:
-        model, size = self.recipe.model, self.recipe.data.augment.image_size
-        channels = self.recipe.data.augment.channels
-        wanted = (
-            self.autoencoder.latent_shape(size) if self.autoencoder else (channels, size, size)
-        )
-        if (model.in_channels, model.input_size, model.input_size) != tuple(wanted):
+        """The model must fit the latents and the classes; says which fields to set."""
+        model, augment = self.recipe.model, self.recipe.data.augment
+        side, channels = augment.image_size, augment.channels
+        if self.autoencoder is not None:
+            side //= self.autoencoder.downscale
+            channels = self.autoencoder.config.latent_channels
+        wanted = {
+            "in_channels": channels,
+            "input_size": side,
+            "num_classes": len(self.train_set.classes),
+        }
+        wrong = [f"model.{k}={v}" for k, v in wanted.items() if getattr(model, k) != v]
+        if wrong:
             raise UserError(
-                f"the latents are {wanted[0]} x {wanted[1]} x {wanted[2]}: set model.in_channels="
-                f"{wanted[0]} and model.input_size={wanted[1]} in recipe {self.recipe.name}"
-            )
-        if model.num_classes != len(self.train_set.classes):
-            raise UserError(
-                f"{self.recipe.data.shards} has {len(self.train_set.classes)} classes: set "
-                f"model.num_classes={len(self.train_set.classes)} in recipe {self.recipe.name}"
+                f"recipe {self.recipe.name} does not fit {self.recipe.data.shards}"
+                f"{' and its autoencoder' if self.autoencoder else ''}: set {' '.join(wrong)}"
             )
 
     def _latent_loader(self) -> LatentLoader:
-        """The cache, written once by rank 0 and shared by every run with the same key."""
-        recipe = self.recipe
-        if self.world.rank == 0:
-            encode_latents(
-                self.pictures, recipe.latents, self.autoencoder, seed=recipe.seed,
-                log=self.look.log,
-            )
-        distributed.barrier(self.world, "the cache of latents")
-        return LatentLoader(self.pictures, recipe.latents, self.autoencoder, seed=recipe.seed)
+        """The cache of latents: written by all ranks together, or found under its key."""
+        recipe, world, autoencoder = self.recipe, self.world, self.autoencoder
+        options = {
+            "variants": recipe.latents.variants,
+            "dtype": getattr(torch, recipe.latents.dtype),
+            "scaling_factor": autoencoder.config.scaling_factor,
+            "shift_factor": autoencoder.config.shift_factor,
+        }
+        plan = latents_plan(
+            self.train_set, recipe.data, self.autoencoder_key, recipe.seed, **options
+        )
+        folder = Path(recipe.latents.folder) / plan["key"][:16]
+        encode_latents(
+            self.train_set, recipe.data, autoencoder.encode, folder, self.autoencoder_key,
+            recipe.seed, self.look.log, **options,
+            device=world.device, rank=world.rank, world=world.size,
+        )
+        distributed.barrier(world, "the cache of latents")
+        self.loader_reason = f"latents from {folder}, encoded with: {self.loader_reason}"
+        return LatentLoader(
+            folder, seed=recipe.seed, plan=plan, order=recipe.data.order, device=world.device,
+            prefetch=recipe.data.prefetch,
+        )
 
     def clean(self, batch: Batch) -> Tensor:
-        """The model's x0 of a batch: scaled latents, or pictures when there is no autoencoder."""
+        """The model's x0: cached latents, latents of a batch's pictures, or the pictures."""
         if batch.latents is not None:
-            return batch.latents.to(self.world.device)
-        images = batch.images.to(self.world.device)
+            return batch.latents
         if self.autoencoder is None:
-            return images
-        mean, _ = self.autoencoder.encode(images)
-        return self.autoencoder.scale(mean)
+            return batch.images
+        return self.autoencoder.scale(self.autoencoder.encode(batch.images)[0])
 
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
-        seed, positions = self.recipe.seed, batch.positions
+        seed, positions, device = self.recipe.seed, batch.positions, self.world.device
         x0 = self.clean(batch)
-        noise = rng.normal(
-            seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), self.world.device
-        )
+        noise = rng.normal(seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), device)
         times = self.objective.times(self._uniform(rng.Stream.TIMESTEP, positions))
         dropped = self._uniform(rng.Stream.DROP_SEMANTIC, positions) < self.recipe.drop_label
-        labels = torch.where(
-            dropped | (batch.labels.to(dropped.device) < 0),
-            self.recipe.model.num_classes,
-            batch.labels.to(dropped.device),
-        )
-        return self.objective.losses(denoiser(forward), x0, noise, times, {"labels": labels})
+        condition = {"labels": torch.where(dropped, self.null_label, self._labels(batch))}
+        return self.objective.losses(denoiser(forward), x0, noise, times, condition)
+
+    @property
+    def null_label(self) -> int:
+        return self.recipe.model.num_classes
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = batch.labels.to(self.world.device)
+        return torch.where(labels < 0, self.null_label, labels)
 
     def _uniform(self, stream: rng.Stream, positions: np.ndarray) -> Tensor:
         values = rng.uniform(self.recipe.seed, stream, positions)[:, 0]
         return torch.as_tensor(values, dtype=torch.float32, device=self.world.device)
 
     def evaluate(self, strategy: Strategy, images_seen: int) -> None:
-        by_profile = {}
-        for profile in self.profiles():
+        losses = {}
+        for profile in self.profiles:
             with strategy.weights(profile) as model, torch.no_grad():
                 if self.world.rank == 0:
-                    by_profile[profile] = self.held_out_losses(model)
-                    generator = self.generator(model, f"{profile} at {images_seen:,} images")
-                    samples = self.draw_grid(generator)
+                    losses[profile] = self.held_out_losses(model)
+                    if profile == self.recipe.default_weights():
+                        samples, labels = self.draw_grid(model)
         if self.world.rank != 0:
             return
-        means = {profile: float(np.mean(losses)) for profile, losses in by_profile.items()}
+        means = {profile: float(np.mean(values)) for profile, values in losses.items()}
         self.look.log.metrics("held_out", images_seen, **means)
-        self.show_grid(*samples, images_seen)
-        self.show_losses("Diffusion: training and held-out loss")
-        edges = [f"{b / BINS:.2f} to {(b + 1) / BINS:.2f}" for b in range(BINS)]
+        self.show_grid(samples, labels, images_seen)
+        self.show_losses("diffusion-loss", "Training and held-out loss")
         self.look.page.bars(
             "noise-levels", "Held-out loss per noise level",
-            edges, by_profile, "time (0 is data, 1 is noise)", "loss", order=self.look.order + 4,
+            [f"{b / BINS:.2f}-{(b + 1) / BINS:.2f}" for b in range(BINS)], losses,
+            "time (0 is data, 1 is noise)", "loss", order=self.look.order + 4,
         )
         self.look.page.write()
 
     def held_out_losses(self, model: Callable) -> list[float]:
-        """Mean loss in `BINS` equal slices of time, labels given, noise fixed per sample."""
-        batch = self.held_out_images(256)
-        x0 = self.clean(batch)
-        positions = HELD_OUT + batch.positions
+        """Mean loss in each of `BINS` slices of time, labels given, noise fixed per sample."""
+        batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
+        x0, positions = self.clean(batch), HELD_OUT + batch.positions
         noise = rng.normal(
             self.recipe.seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), self.world.device
         )
         within = self._uniform(rng.Stream.TIMESTEP, positions)
-        labels = batch.labels.to(self.world.device)
-        labels = torch.where(labels < 0, self.recipe.model.num_classes, labels)
-        return [
-            float(
-                self.objective.losses(
-                    denoiser(model), x0, noise, (b + within) / BINS, {"labels": labels}
-                ).mean()
-            )
-            for b in range(BINS)
-        ]
+        condition = {"labels": self._labels(batch)}
+        means = []
+        for slice_ in range(BINS):
+            times = (slice_ + within) / BINS * self.objective.last_time
+            losses = self.objective.losses(denoiser(model), x0, noise, times, condition)
+            means.append(float(losses.mean()))
+        return means
 
-    def generator(self, model: nn.Module, name: str) -> Generator:
-        recipe = self.recipe
-        size = recipe.model.input_size
-        return Generator(
+    def draw_grid(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        """The grid's pictures and labels, a class a column, the same noises every time."""
+        recipe, grid = self.recipe, self.recipe.grid
+        generator = Generator(
             model, self.objective, recipe.sampler, self.autoencoder, self.train_set.classes,
-            (recipe.model.in_channels, size, size), name=name, device=self.world.device,
+            (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size),
+            device=self.world.device,
         )
-
-    def draw_grid(self, generator: Generator) -> tuple[np.ndarray, np.ndarray]:
-        grid = self.recipe.grid
         columns = min(max(generator.num_classes, 1), grid.max_classes)
         indices = np.arange(columns * grid.per_class)
         labels = balanced_labels(indices, columns)
@@ -419,37 +454,37 @@ class _LatentDiffusion(_Job):
             self.look.log.metrics("grid", images_seen, labelled_as_asked=share)
             agreement = f"; the judge labels {share:.0%} as asked"
         self.look.page.grid(
-            "samples", "Samples", picture_grid(samples, columns=columns, scale=4),
-            f"one class a column{agreement}", f"{images_seen:,} images", order=self.look.order + 1,
+            "samples", "Samples", picture_grid(samples, columns=columns),
+            f"A class a column, weights {self.recipe.default_weights()}{agreement}.",
+            f"{images_seen:,} images", order=self.look.order + 1,
         )
-        nearest, distances = nearest_training(samples, self.training_pictures())
+        first = samples[:columns]
+        train = self.training_pictures()
+        flat = [torch.from_numpy(side.reshape(len(side), -1)).float() for side in (first, train)]
+        near = nearest_pictures(*flat, train_distances=False)
         self.look.page.pairs(
-            "nearest", "Each sample beside its nearest training picture", samples[:columns],
-            self.training_pictures()[nearest[:columns]], distances[:columns],
-            order=self.look.order + 2,
+            "nearest", "Samples and their nearest training pictures", first,
+            train[near.row.numpy()], near.distance.tolist(), order=self.look.order + 2,
         )
-        self.look.log.info(f"{images_seen:,} images{agreement}")
-        self.look.log.picture(terminal_picture(np.concatenate(list(samples[:columns]), axis=1)))
+        self.look.log.info(f"grid at {images_seen:,} images{agreement}")
+        self.look.log.info(terminal_picture(np.concatenate(list(first[:10]), axis=1), width=100))
 
     def training_pictures(self) -> np.ndarray:
-        """Training pictures as stored, un-augmented, (n, H, W, C) uint8."""
+        """Training pictures as stored, not augmented, (n, H, W, C) uint8."""
         if self._training_pictures is None:
-            count = min(NEAREST_LIMIT, len(self.train_set))
-            self._training_pictures = to_uint8(self.still_train.stored(np.arange(count)).images)
+            self._training_pictures = to_uint8(self.still(self.train_set, NEAREST_LIMIT).images)
         return self._training_pictures
 
-    def finish(self) -> dict:
-        held_out = self.look.log.read_metrics("held_out")[-1]
-        grid = self.look.log.read_metrics("grid")
-        result = {"held_out_loss": held_out[self.recipe.default_weights()]}
+    def finish(self, model: nn.Module) -> dict:
+        metrics = self.run.folder / "metrics.jsonl"
+        last = read_metrics(metrics, "held_out")[-1]
+        result = {"held_out_loss": last[self.recipe.default_weights()]}
+        grid = read_metrics(metrics, "grid")
         return result | ({"labelled_as_asked": grid[-1]["labelled_as_asked"]} if grid else {})
-
-
-BINS = 8  # slices of time that the held-out loss is reported in
 
 
 def _open_judge(source: str) -> Callable[[np.ndarray], np.ndarray]:
     """A frozen classifier: uint8 pictures (n, H, W, C) -> labels (n,) int64."""
     from etude.evaluation.judge import open_judge
 
-    return open_judge(source).labels
+    return open_judge(source)

@@ -6,7 +6,7 @@ Called by the models (`adaln_modulate`, `gate_residual`, `gate_residual_adaln`),
 (`adamw_ema`) and by `etude kernels` and `etude doctor` (`status`).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -24,18 +24,6 @@ _OWNERS = {
     "use_backend": "backends",
 }
 __all__ = sorted(_OWNERS)
-
-if TYPE_CHECKING:
-    from .adaln import (
-        adaln_modulate,
-        adaln_modulate_reference,
-        gate_residual,
-        gate_residual_adaln,
-        gate_residual_adaln_reference,
-        gate_residual_reference,
-    )
-    from .backends import announce, status, use_backend
-    from .optimizer import adamw_ema, adamw_ema_reference
 
 
 def __getattr__(name: str) -> Any:

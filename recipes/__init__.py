@@ -1,0 +1,1 @@
+"""Shipped recipes: YAML files read by `etude.core.recipe`; nothing to import."""

@@ -90,6 +90,14 @@ def start(timeout_s: float = 60.0) -> World:
     return World(rank, size, local_rank, device, hosts, store, control, os.getppid())
 
 
+def stop(world: World) -> None:
+    """Leave the job in order: wait for the others, then close the process groups."""
+    if world.size > 1:
+        barrier(world, "stop", 60.0)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -9,12 +9,13 @@ the device and agreed by all ranks: it never waits for the step it has just laun
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointConfig, prune, save_checkpoint
+from .checkpoint import CheckpointConfig, prune_checkpoints, save_checkpoint
 from .config import Config, option
 from .distributed import World
 from .errors import UserError
@@ -37,8 +38,8 @@ class LoopConfig(Config):
     evaluate_every: int = option(
         ..., "held-out loss and sample grid interval", unit="images", gt=0, affects_result=False
     )
-    max_minutes: float = option(
-        0.0, "save and stop after this time; 0 means no limit", unit="minutes", ge=0,
+    max_minutes: float | None = option(
+        None, "save and stop after this time; null for no limit", unit="minutes", gt=0,
         affects_result=False,
     )
     on_nonfinite: Literal["stop", "skip"] = option(
@@ -127,7 +128,7 @@ def run_loop(
     losses: Callable[[Callable, object], Tensor],
     world: World,
     log: Log,
-    checkpoints,
+    checkpoints: Path,
     stopper: Stopper,
     start: int = 0,
     extra: Callable[[], dict] = dict,
@@ -155,7 +156,8 @@ def run_loop(
         nonlocal last_saved
         if images_seen != last_saved:
             save_checkpoint(checkpoints, images_seen, strategy, extra(), world)
-            prune(checkpoints, config.checkpoint, world)
+            if world.rank == 0:
+                prune_checkpoints(checkpoints, config.checkpoint)
             last_saved = images_seen
 
     with log.progress("training", config.images, done=images_seen) as progress:

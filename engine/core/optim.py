@@ -16,6 +16,8 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from etude.kernels.optimizer import adamw_ema
+
 from .config import Config, option
 from .errors import UserError
 
@@ -136,6 +138,8 @@ class AdamWEMA(torch.optim.Optimizer):
         self.ema_decays = [float(decay) for decay in ema_decays]
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
+        self._lots: dict[Tensor, int] = {}
+        self._calls = 0
         super().__init__(params, defaults)
 
     @classmethod
@@ -149,11 +153,16 @@ class AdamWEMA(torch.optim.Optimizer):
         return ["exp_avg", "exp_avg_sq", *(f"ema{i}" for i in range(len(self.ema_decays)))]
 
     @torch.no_grad()
-    def initialize(self) -> None:
-        """Make all state now; by default each parameter's state is made at its first step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._state_of(parameter)
+    def initialize(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Make all state now (by default it is made at a parameter's first step).
+
+        Args:
+            parameters: the tensors to make state for; all parameters of the groups when None.
+        """
+        if parameters is None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+        for parameter in parameters:
+            self._state_of(parameter)
 
     def ema_state(self, profile: int = 0) -> dict[nn.Parameter, Tensor]:
         """The weight averages of one profile: parameter -> float32 tensor of its shape."""
@@ -170,15 +179,41 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._calls += 1
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(group, parameters)
+            for lot in self._equal_steps([p for p in group["params"] if p.grad is not None]):
+                self._update(group, lot)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any torch optimizer."""
+        super().load_state_dict(state_dict)
+        self.steps_changed()
+
+    def steps_changed(self) -> None:
+        """To be called after step counts were written from outside."""
+        self._lots = {}
+
+    def _equal_steps(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Lots of parameters whose step counts are equal, found without reading the counts.
+
+        Parameters that took part in the same calls have the same count, whatever was skipped on
+        the device; only after loading are the counts read once.
+        """
+        lots: dict[int, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter not in self._lots:
+                self._lots[parameter] = hash(float(self._state_of(parameter)["step"]))
+            lots.setdefault(self._lots[parameter], []).append(parameter)
+        for lot, members in lots.items():
+            self._lots.update(dict.fromkeys(members, hash((lot, self._calls))))
+        return list(lots.values())
 
     def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self._state_of(p) for p in parameters]
         lists = {key: [_local(s[key]) for s in states] for key in self.state_names}
+        step = states[0]["step"]
+        warm = (1 + step) / (10 + step)
         adamw_ema(
             [_local(p) for p in parameters],
             [_local(p.grad) for p in parameters],
@@ -190,7 +225,7 @@ class AdamWEMA(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            ema_decays=self.ema_decays,
+            ema_decays=[torch.clamp(warm, max=decay) for decay in self.ema_decays],
             grad_scale=self._beside(self.grad_scale, parameters[0]),
             found_inf=self._beside(self.found_inf, parameters[0]),
         )
@@ -221,41 +256,3 @@ class AdamWEMA(torch.optim.Optimizer):
 def _local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor (FSDP2) that lies on this rank; other tensors as they are."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
-
-
-def adamw_ema(  # stand-in until the kernel's own file exists
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[list[Tensor]],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    ema_decays: Sequence[float],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """AdamW and EMA, in place, one tensor at a time."""
-    for i, (p, g, m, v, step) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    ):
-        averages = [profile[i] for profile in emas]
-        keep = None if found_inf is None else found_inf != 0
-        g = g.float() if grad_scale is None else g.float() * grad_scale
-        count = step + 1
-        new_m = m * betas[0] + g * (1 - betas[0])
-        new_v = v * betas[1] + g * g * (1 - betas[1])
-        bias1, bias2 = 1 - betas[0] ** count, 1 - betas[1] ** count
-        denominator = (new_v / bias2).sqrt() + eps
-        new_p = p * (1 - lr * weight_decay) - lr * (new_m / bias1) / denominator
-        pairs = [(p, new_p), (m, new_m), (v, new_v)]
-        for average, decay in zip(averages, ema_decays, strict=True):
-            effective = torch.clamp((1 + step) / (10 + step), max=decay)
-            pairs.append((average, average + (new_p - average) * (1 - effective)))
-        pairs.append((step, count))
-        for old, new in pairs:
-            old.copy_(new if keep is None else torch.where(keep, old, new))

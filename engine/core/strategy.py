@@ -87,6 +87,7 @@ class Strategy(Protocol):
     Attributes:
         grad_norm: 0-d float32 device tensor, global norm of the last step's averaged gradient
             before clipping; not synchronised here.
+        notes: sentences for the person at the start, such as a stage that was changed.
         nonfinite: 0-d bool device tensor: the last step met a non-finite loss or gradient on some
             rank and left weights, moments, averages and step counts untouched.
         profiles: "raw" and one "ema:<decay>" per average.
@@ -96,6 +97,7 @@ class Strategy(Protocol):
     grad_norm: Tensor
     nonfinite: Tensor
     profiles: list[str]
+    notes: list[str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the wrapped model; inputs are passed on as they are."""
@@ -114,6 +116,9 @@ class Strategy(Protocol):
 
     def load_fragments(self, reader: Reader) -> None:
         """Fill all state from `reader`, and the weights that forward uses."""
+
+    def inventory(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(name, state) -> shape of everything that a checkpoint of this strategy holds."""
 
 
 def build_strategy(
@@ -144,14 +149,21 @@ def build_strategy(
 class StrategyBase:
     """What both strategies do alike: profiles, full weights for a while, loading."""
 
+    optimizer: AdamWEMA
+
     def __init__(
         self, model: nn.Module, optim: OptimConfig, world: World, accumulation: int
     ) -> None:
         self.world, self.optim, self.accumulation = world, optim, accumulation
-        self.profiles = optim.profiles
+        self.profiles, self.notes = optim.profiles, []
         self.profile_states = {p: profile_state(p, optim.ema) for p in self.profiles}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._other_shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]
+            if name not in self.trainable
+        }
         self.aliases = tied_names(model)
         self._skeleton = skeleton(model)
         self.grad_norm = torch.zeros((), device=world.device)
@@ -159,6 +171,16 @@ class StrategyBase:
         self._loss_bad = torch.zeros((), dtype=torch.bool, device=world.device)
         if not self.trainable:
             raise UserError("the model has no trainable parameter")
+
+    def inventory(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(name, state) -> shape of everything that a checkpoint of this strategy holds."""
+        averages = [f"ema{i}" for i in range(len(self.optim.ema))]
+        held = {(name, "weight"): shape for name, shape in self._other_shapes.items()}
+        for name in self.trainable:
+            for state in ("weight", "exp_avg", "exp_avg_sq", *averages):
+                held[name, state] = self.shapes[name]
+            held[name, "step"] = ()
+        return held
 
     def views(self) -> Iterator[Fragment]:
         """Every range of state in this rank's memory, replicated ones included."""
@@ -173,6 +195,7 @@ class StrategyBase:
         """See `Strategy.load_fragments`."""
         for view in self.views():
             view.data.copy_(reader.read(view.name, view.state, view.start, view.data.numel()))
+        self.optimizer.steps_changed()
         self.refresh()
 
     @contextmanager

@@ -33,6 +33,11 @@ class AugmentConfig(Config):
     flip: bool = option(False, "mirror half of the pictures left to right")
     channels: Literal[1, 3] = option(3, "1 grey, 3 colour")
 
+    def still(self) -> "AugmentConfig":
+        """The same without chance: a central crop for a random one, no flip."""
+        crop = "center" if self.crop == "random" else self.crop
+        return self.model_copy(update={"crop": crop, "scale": None, "flip": False})
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.scale is None:
@@ -69,6 +74,10 @@ class Geometry:
             name: torch.from_numpy(np.asarray(values, dtype=np.float32))
             for name, values in vars(self).items()
         }
+
+    def select(self, rows: list[int]) -> Self:
+        """The geometry of some rows."""
+        return type(self)(**{name: values[rows] for name, values in vars(self).items()})
 
     def row(self, index: int) -> tuple[int, int, int, int, bool]:
         """(top, left, height, width, flip) of one picture as Python numbers."""

@@ -7,6 +7,7 @@ The files are written atomically and depend on the tars alone, so ranks may buil
 """
 
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -19,8 +20,7 @@ from pydantic import ValidationError
 
 from etude.core.config import Config
 from etude.core.errors import UserError
-
-from .files import write_atomic
+from etude.core.files import write_bytes_atomic
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 NAME = "index.json"
@@ -126,15 +126,15 @@ def build_index(folder: Path, index_folder: Path) -> Index:
     tables = [scan_shard(path) for path in paths]
     fields = _common_fields(paths, tables)
     classes = _read_classes(folder)
-    for path, table in zip(paths, tables):
+    for path, table in zip(paths, tables, strict=True):
         _check_labels(path, table, classes)
     keys = [key for table in tables for key in table["key"].tolist()]
     entries = []
     try:
         index_folder.mkdir(parents=True, exist_ok=True)
-        for path, table in zip(paths, tables):
+        for path, table in zip(paths, tables, strict=True):
             offsets = index_folder / f"{path.name}.offsets.npy"
-            write_atomic(offsets, _npy(table))
+            write_bytes_atomic(offsets, _npy(table))
             head = zlib.crc32(path.open("rb").read(_BLOCK))
             entry = ShardEntry(
                 name=path.name,
@@ -153,7 +153,7 @@ def build_index(folder: Path, index_folder: Path) -> Index:
             shards=entries,
         )
         index = index.model_copy(update={"digest": index.computed_digest()})
-        write_atomic(index_folder / NAME, index.model_dump_json(indent=1).encode())
+        write_bytes_atomic(index_folder / NAME, index.model_dump_json(indent=1).encode())
     except OSError as error:
         raise UserError(
             f"the index of {folder} cannot be written ({error}); make {index_folder} writable"
@@ -163,9 +163,7 @@ def build_index(folder: Path, index_folder: Path) -> Index:
 
 
 def _npy(table: np.ndarray) -> bytes:
-    from io import BytesIO
-
-    buffer = BytesIO()
+    buffer = io.BytesIO()
     np.save(buffer, table, allow_pickle=False)
     return buffer.getvalue()
 
@@ -187,12 +185,11 @@ def _common_fields(paths: list[Path], tables: list[np.ndarray]) -> tuple[bool, b
     for name, has in (("label", lambda t: t["label"] >= 0), ("caption", lambda t: t["text"] > 0)):
         presence = np.concatenate([has(table) for table in tables])
         if presence.any() and not presence.all():
+            ends = np.cumsum([len(table) for table in tables])
             number = int(np.argmin(presence))
-            for path, table in zip(paths, tables):
-                if number < len(table):
-                    break
-                number -= len(table)
-            key = table["key"][number].decode()
+            shard = int(np.searchsorted(ends, number, side="right"))
+            path, table = paths[shard], tables[shard]
+            key = table["key"][number - ends[shard]].decode()
             raise UserError(
                 f"{path}: sample {key} has no {name} though other samples have one;"
                 f" add its {'.cls' if name == 'label' else '.txt'} member or remove the others"
@@ -232,7 +229,8 @@ def scan_shard(path: Path) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # tarfile lets many kinds through on damaged archives
-        kind = "is empty" if size == 0 else f"is not a readable tar ({' '.join(str(error).split())})"
+        reason = " ".join(str(error).split())
+        kind = "is empty" if size == 0 else f"is not a readable tar ({reason})"
         raise UserError(f"{path} {kind}; shards are uncompressed tar files") from None
     with open(path, "rb") as file:
         _check_end(path, file, end)

@@ -7,6 +7,7 @@ resumes a run for any world size.
 
 import re
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -26,6 +27,31 @@ def window_of(kind: str) -> int | None:
             f"order: {kind!r} is unknown; type order: global or order: windowed(shards=16)"
         )
     return int(match[1])
+
+
+class Ordering(Protocol):
+    """What a loader asks of an order."""
+
+    def index(self, positions: np.ndarray) -> np.ndarray:
+        """Sample indices (B,) int64 of positions (B,) int64."""
+
+    def size_at(self, positions: np.ndarray) -> np.ndarray:
+        """From how many samples, the first ones, each position draws: (B,) int64."""
+
+
+class StoredOrder:
+    """Position i shows sample i mod size: no permutation, for references and evaluation."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def index(self, positions: np.ndarray) -> np.ndarray:
+        """Sample indices (B,) int64 of positions (B,) int64."""
+        return np.asarray(positions, dtype=np.int64) % self.size
+
+    def size_at(self, positions: np.ndarray) -> np.ndarray:
+        """`size` for each position, (B,) int64."""
+        return np.full(len(positions), self.size, dtype=np.int64)
 
 
 class Order:
@@ -98,8 +124,8 @@ class Order:
             shards = permute(numbers, len(numbers), self.seed, Stream.ORDER, 2 * turn)
             shards = shards[self._counts[shards] > 0]
             ends = np.cumsum(self._counts[shards])
-            last = np.minimum(np.arange(self.window - 1, len(shards) + self.window - 1, self.window),
-                              len(shards) - 1)
+            last = np.arange(self.window - 1, len(shards) + self.window - 1, self.window)
+            last = np.minimum(last, len(shards) - 1)
             if len(self._tables) > 4:
                 self._tables.clear()
             self._tables[turn] = (shards, ends, ends[last])

@@ -184,6 +184,17 @@ class ShardSet:
         shard, member = self._place(index)
         return self._key(shard, self._open(shard)[1][member]["key"])
 
+    def described(self, index: int) -> tuple[str, int, str]:
+        """(key, label, caption) without the checks on the picture; the caption of a sample whose
+        bytes are damaged is ""."""
+        try:
+            sample = self[index]
+        except BadPicture:
+            shard, member = self._place(index)
+            row = self._open(shard)[1][member]
+            return self._key(shard, row["key"]), int(row["label"]), ""
+        return sample.key, sample.label, sample.caption
+
     @property
     def labels(self) -> np.ndarray:
         """All labels in stored order, (len,) int64, without reading any picture."""

@@ -163,22 +163,25 @@ class Objective:
     ) -> Tensor:
         """One term of the variational bound in bits per dimension, (B,), its mean held fixed.
 
-        Nichol and Dhariwal 2021, as the published DiT trains it: the divergence between the true
-        and the predicted posterior, and at the first entry the likelihood of 8-bit levels.
+        As the published DiT trains its variances (Nichol and Dhariwal 2021): the divergence of the
+        predicted from the true posterior, and at the first entry the likelihood of 8-bit levels.
         """
+        shape = (-1, *[1] * (x.ndim - 1))
         index = self.schedule.index(t)
-        step = Posterior.between(self.schedule, index, x.ndim)
+        step = self.schedule.posterior(index).view(shape)
+        # The first step's own variance is zero, so its smallest value is the second entry's.
+        smallest = self.schedule.posterior(index.clamp(min=1)).variance.view(shape).to(x.dtype)
+        log_true = smallest.log()
+        log_hat = learned_log_variance(variance, smallest, step.largest.to(x.dtype))
         x0_hat, _ = self.clean(prediction, x, t)
         mean, mean_hat = step.mean(x0, x), step.mean(x0_hat, x)
-        log_hat = step.learned_log_variance(variance)
-        log_true = step.log_variance
         divergence = 0.5 * (
-            log_hat - log_true - 1.0 + torch.exp(log_true - log_hat)
+            (log_hat - log_true - 1.0 + torch.exp(log_true - log_hat))
             + (mean - mean_hat).square() * torch.exp(-log_hat)
         )
-        likelihood = -_level_log_likelihood(x0, mean_hat, 0.5 * log_hat)
-        first = (index == 0).view(-1, *[1] * (x.ndim - 1))
-        return torch.where(first, likelihood, divergence).flatten(1).mean(1) / math.log(2.0)
+        likelihood = -_log_likelihood_of_levels(x0, mean_hat, 0.5 * log_hat)
+        term = torch.where((index == 0).view(shape), likelihood, divergence)
+        return term.flatten(1).mean(1) / math.log(2.0)
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule.coefficients(t)
@@ -186,32 +189,20 @@ class Objective:
         return alpha.view(shape), sigma.view(shape)
 
 
-class Posterior:
-    """q(x_s | x_t, x_0) for s before t: Gaussian, with the two bounds of a learned variance.
+def learned_log_variance(output: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
+    """log sigma^2 between its two bounds, for a network's second half; -1 is the smallest."""
+    fraction = 0.5 * (output + 1.0)
+    return fraction * largest.log() + (1.0 - fraction) * smallest.log()
 
-    Coefficients are tensors that broadcast against x, or numbers turned into 0-d tensors.
-    """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> None:
-        ratio = alpha / alpha_s
-        self.largest = sigma**2 - ratio**2 * sigma_s**2  # variance of x_t given x_s
-        self.variance = self.largest * sigma_s**2 / sigma**2
-        self._from_x0 = alpha_s * self.largest / sigma**2
-        self._from_x = ratio * sigma_s**2 / sigma**2
+def _log_likelihood_of_levels(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability of the 1/255-wide bin around x in [-1, 1] under a normal; open at the ends."""
+    upper = _normal_cdf((x + 1.0 / 255.0 - mean) * torch.exp(-log_std))
+    lower = _normal_cdf((x - 1.0 / 255.0 - mean) * torch.exp(-log_std))
+    inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1.0 - lower, upper - lower))
+    return inside.clamp(min=1e-12).log()
 
-    @classmethod
-    def between(cls, schedule: Schedule, index: Tensor, ndim: int) -> "Posterior":
-        """The step from table entries `index` (B,) to the entries before them."""
-        shape = (-1, *[1] * (ndim - 1))
-        t = index.double() / schedule.steps
-        alpha, sigma = (a.view(shape) for a in schedule.coefficients(t))
-        alpha_s, sigma_s = (a.view(shape) for a in schedule.coefficients(t - 1 / schedule.steps))
-        first = (index == 0).view(shape)
-        alpha_s, sigma_s = alpha_s.masked_fill(first, 1.0), sigma_s.masked_fill(first, 0.0)
-        posterior = cls(alpha, sigma, alpha_s, sigma_s)
-        # The first step's variance is zero; its logarithm is taken from the second entry.
-        floor = cls(*schedule.coefficients(t.new_tensor([1, 0]) / schedule.steps).__iter__())
-        return posterior
 
-    def mean(self, x0: Tensor, x: Tensor) -> Tensor:
-        return self._from_x0.to(x.dtype) * x0 + self._from_x.to(x.dtype) * x
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation that the published losses use."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))

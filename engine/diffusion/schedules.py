@@ -12,6 +12,7 @@ need (Esser et al. 2024: for flow, t -> s t / (1 + (s - 1) t)).
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +20,40 @@ from torch import Tensor
 
 ScheduleName = Literal["flow", "cosine", "linear", "scaled_linear"]
 BETAS = {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(x_s | x_t, x_0) of the step from time t to an earlier s; every field broadcasts against x.
+
+    variance is that of the posterior; largest is that of x_t given x_s, its upper bound.
+    """
+
+    variance: Tensor
+    largest: Tensor
+    from_x0: Tensor
+    from_x: Tensor
+
+    def mean(self, x0: Tensor, x: Tensor) -> Tensor:
+        """Mean for a clean x0 and the present x, both (B, ...), in x's dtype."""
+        return self.from_x0.to(x.dtype) * x0 + self.from_x.to(x.dtype) * x
+
+    def view(self, shape: tuple[int, ...]) -> "Posterior":
+        """The same step with every field reshaped."""
+        fields = (self.variance, self.largest, self.from_x0, self.from_x)
+        return Posterior(*(field.view(shape) for field in fields))
+
+
+def posterior(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Posterior:
+    """The step between two points of a schedule, all of one shape, preferably float64."""
+    ratio = alpha / alpha_s
+    largest = sigma**2 - ratio**2 * sigma_s**2
+    return Posterior(
+        variance=largest * (sigma_s / sigma) ** 2,
+        largest=largest,
+        from_x0=alpha_s * largest / sigma**2,
+        from_x=ratio * (sigma_s / sigma) ** 2,
+    )
 
 
 class Schedule:
@@ -99,6 +134,20 @@ class Schedule:
             return shift * t / (1.0 + (shift - 1.0) * t)
         angle = 0.5 * math.pi * t
         return torch.atan2(shift * torch.sin(angle), torch.cos(angle)) / (0.5 * math.pi)
+
+    def posterior(self, index: Tensor) -> Posterior:
+        """The steps from table entries `index` (B,) to the entries before them; 0 steps to clean.
+
+        Computed in float64: neighbouring entries differ by less than float32 resolves.
+        """
+        alpha, sigma = self._table(index.device, torch.float64)
+        before, first = (index - 1).clamp(min=0), index == 0
+        return posterior(
+            alpha[index],
+            sigma[index],
+            alpha[before].masked_fill(first, 1.0),
+            sigma[before].masked_fill(first, 0.0),
+        )
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         key = (device, dtype)

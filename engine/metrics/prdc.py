@@ -79,7 +79,9 @@ class Neighbourhoods:
         centre = real.to(torch.float64).mean(0)
         x, y = (side.to(torch.float64) - centre for side in (real, generated))
         own_x, own_y = (_own(side, enough(k, kept_share, len(side)), block) for side in (x, y))
-        near_real, near_generated = _cross(x, y, own_x.distance[:, -1], own_y.distance[:, -1], block)
+        near_real, near_generated = _cross(
+            x, y, own_x.distance[:, -1], own_y.distance[:, -1], block
+        )
         return cls(k, own_x, own_y, near_real, near_generated)
 
     def values(

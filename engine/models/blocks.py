@@ -12,21 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-6
-
-
-def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = EPS) -> Tensor:
-    y = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return y * (1 + scale[:, None]) + shift[:, None]
-
-
-def gate_residual_adaln(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = EPS
-) -> tuple[Tensor, Tensor]:
-    x = x + gate[:, None] * h
-    return x, adaln_modulate(x, shift, scale, eps=eps)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Weight initialisation as a function of `seed`; the caller's generators stay untouched."""
@@ -36,10 +21,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class PatchEmbed(nn.Module):
-    """Latents (B, C, H, W) to tokens (B, N, D), row by row; the patch projection is a convolution.
-
-    The convolution does not overlap, so it is computed as one matrix product of flattened patches.
-    """
+    """Latents (B, C, H, W) to tokens (B, N, D), row by row, by a convolution without overlap."""
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
         super().__init__()

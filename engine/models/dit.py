@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from etude.core.config import Config, option
+from etude.kernels import adaln_modulate, gate_residual_adaln
 
 from .blocks import (
     Attention,
@@ -28,8 +29,6 @@ from .blocks import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    adaln_modulate,
-    gate_residual_adaln,
     modulation,
     positions_2d,
     seeded,

@@ -8,16 +8,19 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from etude.core.errors import UserError
 
-from .scores import Pictures, chunks
+from .pictures import Pictures, chunks
 
 THUMBNAIL = 16  # pixels; a block average never enlarges a distance, so it only rules pairs out
 
 
-def same_classes(generator: Sequence[str], real: Sequence[str], generator_name: str, split: str
-                 ) -> None:
+def same_classes(
+    generator: Sequence[str], real: Sequence[str], generator_name: str, split: str
+) -> None:
     """Refuse when class names differ by index.
 
     Args:
@@ -31,7 +34,7 @@ def same_classes(generator: Sequence[str], real: Sequence[str], generator_name: 
             f"{generator_name} draws {len(generator)} classes and {split} holds {len(real)}: give "
             "a split with the generator's classes"
         )
-    index = next(i for i, (a, b) in enumerate(zip(generator, real)) if a != b)
+    index = next(i for i, (a, b) in enumerate(zip(generator, real, strict=True)) if a != b)
     raise UserError(
         f"class {index} is {generator[index]!r} to {generator_name} but {real[index]!r} in {split}:"
         " rewrite the split with its classes in the generator's order"
@@ -56,7 +59,7 @@ def overlap(
     exact = _hashes(training, batch)
     found: dict[int, int] = {}
     for rows in chunks(np.arange(len(test)), batch):
-        for row, image in zip(rows, test.images(rows)):
+        for row, image in zip(rows, test.images(rows), strict=True):
             if (match := exact.get(_hash(image))) is not None:
                 found[int(row)] = match
     if distance > 0:
@@ -65,60 +68,53 @@ def overlap(
 
 
 def refuse_overlap(
-    test: Pictures, training: Pictures, distance: float, test_name: str, training_name: str
+    test: Pictures, other: Pictures, distance: float, test_name: str, other_name: str
 ) -> None:
-    """Raise a `UserError` that names the first test picture the generator was trained on."""
-    pairs = overlap(test, training, distance)
+    """Raise a `UserError` that names the first test picture that is (nearly) among the others."""
+    pairs = overlap(test, other, distance)
     if pairs:
-        test_index, training_index = pairs[0]
+        test_index, other_index = pairs[0]
         raise UserError(
-            f"{len(pairs)} of {len(test)} pictures of {test_name} are (nearly) among the "
-            f"generator's training pictures in {training_name}, first number {test_index} (there "
-            f"number {training_index}): test on pictures the generator has never seen"
+            f"{len(pairs)} of {len(test)} pictures of {test_name} are (nearly) among {other_name}, "
+            f"first number {test_index} (there number {other_index}): test on pictures that nothing"
+            " before the test has seen"
         )
 
 
-def _hash(image: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
+def _hash(image: Tensor) -> bytes:
+    return hashlib.sha256(image.contiguous().numpy().tobytes()).digest()
 
 
 def _hashes(pictures: Pictures, batch: int) -> dict[bytes, int]:
     table: dict[bytes, int] = {}
     for rows in chunks(np.arange(len(pictures)), batch):
-        for row, image in zip(rows, pictures.images(rows)):
+        for row, image in zip(rows, pictures.images(rows), strict=True):
             table.setdefault(_hash(image), int(row))
     return table
 
 
-def _thumbnails(images: np.ndarray) -> np.ndarray:
+def _thumbnails(images: Tensor) -> Tensor:
     """(B, D) float32 block averages, scaled so that squared distances are per-pixel means."""
-    side = images.shape[1]
-    pixels = images.astype(np.float32)
+    pixels, side = images.float(), images.shape[-1]
     if side > THUMBNAIL and side % THUMBNAIL == 0:
-        block = side // THUMBNAIL
-        shape = (len(images), THUMBNAIL, block, THUMBNAIL, block, images.shape[-1])
-        pixels = pixels.reshape(shape).mean(axis=(2, 4))
-    flat = pixels.reshape(len(images), -1)
-    return flat / np.sqrt(flat.shape[1])
+        pixels = torch.nn.functional.avg_pool2d(pixels, side // THUMBNAIL)
+    flat = pixels.flatten(1)
+    return flat / flat.shape[1] ** 0.5
 
 
 def _find_near(
     test: Pictures, training: Pictures, distance: float, batch: int, found: dict[int, int]
 ) -> None:
-    """Adds near pairs to `found`; every picture of the training set is read once per call."""
-    test_small = np.concatenate(
+    """Adds near pairs to `found`; the training set is read once."""
+    small = torch.cat(
         [_thumbnails(test.images(rows)) for rows in chunks(np.arange(len(test)), batch)]
     )
-    test_square = (test_small**2).sum(axis=1)
     slack = 0.05 * distance**2 + 0.1  # float32 cancellation; candidates are confirmed exactly
     for columns in chunks(np.arange(len(training)), batch):
         images = training.images(columns)
-        small = _thumbnails(images)
-        square = test_square[:, None] + (small**2).sum(axis=1) - 2.0 * test_small @ small.T
-        for row, column in np.argwhere(square <= distance**2 + slack):
-            if int(row) in found:
-                continue
-            picture = test.images(np.array([row]))[0].astype(np.float64)
-            gap = np.sqrt(np.mean((picture - images[column]) ** 2))
-            if gap <= distance:
-                found[int(row)] = int(columns[column])
+        gaps = torch.cdist(small, _thumbnails(images)).square()
+        for row, column in torch.nonzero(gaps <= distance**2 + slack).tolist():
+            if row not in found:
+                difference = test.images(np.array([row]))[0].double() - images[column].double()
+                if float(difference.square().mean().sqrt()) <= distance:
+                    found[row] = int(columns[column])

@@ -11,6 +11,7 @@ generator is the same in all seeds, so such an interval speaks about this genera
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def paired_difference(
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     total = a.size
     value = (only_a - only_b) / total
-    quantile = normal_quantile(0.5 + level / 2.0)
+    quantile = NormalDist().inv_cdf(0.5 + level / 2.0)
 
     def excess(difference: float) -> float:
         return _tango(only_a, only_b, total, difference)
@@ -112,11 +113,6 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, level: float =
     return Interval(
         value, max(-1.0, value - half), min(1.0, value + half), level, degrees_of_freedom=degrees
     )
-
-
-def normal_quantile(probability: float) -> float:
-    """The standard normal quantile, by bisection on erfc (absolute error below 1e-12)."""
-    return _root(lambda x: 0.5 * math.erfc(-x / math.sqrt(2.0)) - probability, -40.0, 40.0)
 
 
 def student_quantile(probability: float, degrees: float) -> float:

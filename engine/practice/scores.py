@@ -4,24 +4,13 @@ Larger is harder for every score. Entropy and the two confidence scores need no 
 ||softmax - onehot||_2 of Paul et al. 2021 (arXiv 2107.07075).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class Pictures(Protocol):
-    """A set of labelled pictures: a pool of generated ones or a split of real ones."""
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, C) of indices (B,) int64."""
-
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        """int64 (B,) of indices (B,) int64."""
+from .pictures import Pictures, chunks, to_model
 
 
 def entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -61,18 +50,6 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def to_model(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (B, H, W, C) in [0, 255] to float32 (B, C, H, W) in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Consecutive pieces of at most `size` entries."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
-
-
 @torch.no_grad()
 def predict(
     model: torch.nn.Module, pictures: Pictures, indices: np.ndarray | None = None, batch: int = 500
@@ -87,7 +64,7 @@ def predict(
         model(to_model(pictures.images(part), device)).float().cpu()
         for part in chunks(indices, batch)
     ]
-    return torch.cat(logits), torch.from_numpy(pictures.labels(indices))
+    return torch.cat(logits), pictures.labels(indices)
 
 
 def correctness(model: torch.nn.Module, pictures: Pictures, batch: int = 500) -> np.ndarray:

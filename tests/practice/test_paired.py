@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
+from scipy import optimize, stats
+
 from etude.core.errors import UserError
 from etude.practice.paired import (
     accuracy_interval,
-    normal_quantile,
     paired_difference,
     paired_interval,
     student_quantile,
 )
-from scipy import optimize, stats
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 7), (7, 7), (3, 7), (90, 100), (437, 449)])
@@ -20,8 +20,7 @@ def test_accuracy_interval_is_scipys_exact_one(correct: int, total: int) -> None
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_quantiles_are_scipys() -> None:
-    assert normal_quantile(0.975) == pytest.approx(stats.norm.ppf(0.975), abs=1e-11)
+def test_student_quantile_is_scipys() -> None:
     for degrees in (1.0, 2.7, 4.0, 30.0, 2e4):
         assert student_quantile(0.975, degrees) == pytest.approx(
             stats.t.ppf(0.975, degrees), rel=1e-9

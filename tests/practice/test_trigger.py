@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from etude.practice.trigger import Plateau, ScheduleConfig, TriggerConfig
 
 

@@ -95,7 +95,7 @@ def resize_antialiased(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def resize_tf1(x: torch.Tensor, size: int) -> torch.Tensor:
-    """TensorFlow 1's bilinear: corner-anchored, no antialiasing; (B, C, H, W) -> (B, C, size, size).
+    """TensorFlow 1's bilinear rule without antialiasing; (B, C, H, W) -> (B, C, size, size).
 
     Output index i reads the input at i * (input / size), the rule behind all published FIDs.
     """

@@ -223,7 +223,9 @@ class Inception(nn.Module):
             _block_35(inputs, pooled) for inputs, pooled in ((192, 32), (256, 64), (288, 64))
         )
         self.mixed_3 = _reduction_35()
-        self.mixed_4, self.mixed_5, self.mixed_6, self.mixed_7 = map(_block_17, (128, 160, 160, 192))
+        self.mixed_4, self.mixed_5, self.mixed_6, self.mixed_7 = map(
+            _block_17, (128, 160, 160, 192)
+        )
         self.mixed_8 = _reduction_17()
         self.mixed_9, self.mixed_10 = Wide(1280, False), Wide(2048, True)
 

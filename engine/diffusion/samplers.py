@@ -1,0 +1,203 @@
+"""Samplers: from noise to a clean sample through a denoiser; called by `sampling.py`.
+
+Every step estimates (x0_hat, eps_hat) and moves to the next point of a decreasing grid of times:
+
+    ddim   x' = alpha' x0_hat + sigma' eps_hat      first order; on the flow schedule this is Euler
+    heun   the trapezoidal rule in s = sigma / (alpha + sigma), where x / (alpha + sigma) moves
+           with velocity eps - x0 whatever the schedule; second order; the last step is Euler's
+    ddpm   a draw of the posterior q(x' | x, x0_hat); its noise comes from the caller, step by step
+
+The last point is always the clean one (alpha' = 1, sigma' = 0), so the result is x0_hat.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from etude.core.config import Config, option
+from etude.core.errors import UserError
+
+from .guidance import EntropyGuidance, classifier_free
+from .objectives import Denoiser, Objective, learned_log_variance
+from .schedules import posterior
+
+
+class SamplerConfig(Config):
+    """How pictures are drawn; part of an evaluation's protocol."""
+
+    method: Literal["ddim", "heun", "ddpm"] = option("ddim", "rule of one step")
+    steps: int = option(50, "steps from noise to a clean sample", unit="steps", gt=0)
+    spacing: Literal["linspace", "leading", "trailing"] = option(
+        "linspace", "which entries of a table are visited; continuous schedules take linspace"
+    )
+    shift: float = option(1.0, "moves the grid of a continuous schedule toward noise", gt=0)
+    guidance_convention: Literal["lambda", "one_plus_lambda"] = option(
+        help="lambda: (1 + scale) cond - scale uncond; one_plus_lambda: diffusers' guidance_scale"
+    )
+    guidance_scale: float | None = option(None, "classifier-free guidance; none: conditional only")
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0), "times in [0, 1] between which classifier-free guidance acts, both included"
+    )
+    guidance_channels: int | None = option(
+        None, "guide only the first channels, as published for DiT (3 of 4); none: all", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "SamplerConfig":
+        low, high = self.guidance_interval
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(
+                f"guidance_interval {self.guidance_interval} must be two times low < high in [0, 1]"
+            )
+        restricted = self.guidance_interval != (0.0, 1.0) or self.guidance_channels is not None
+        if self.guidance_scale is None and restricted:
+            raise ValueError(
+                "guidance_interval and guidance_channels have no effect without guidance_scale:"
+                " set guidance_scale, or leave them out"
+            )
+        return self
+
+    @property
+    def guidance_weight(self) -> float:
+        """lambda of (1 + lambda) cond - lambda uncond; 0 means the conditional prediction."""
+        if self.guidance_scale is None:
+            return 0.0
+        return self.guidance_scale - (self.guidance_convention == "one_plus_lambda")
+
+
+def time_grid(objective: Objective, config: SamplerConfig) -> list[float]:
+    """The steps + 1 decreasing times of a sampler; the last, 0.0, stands for the clean sample."""
+    schedule, steps = objective.schedule, config.steps
+    if not schedule.discrete:
+        if config.spacing != "linspace":
+            raise UserError(
+                f"sampler spacing {config.spacing!r} is for tables, but the schedule is"
+                f" {schedule.name!r}: set spacing: linspace"
+            )
+        even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64) * objective.last_time
+        shift = config.shift * objective.config.shift
+        return schedule.shifted(even, shift).tolist()
+    total = schedule.steps
+    if steps > total or config.shift != 1.0:
+        raise UserError(
+            f"sampler steps={steps}, shift={config.shift} do not fit a table of {total} entries:"
+            f" set steps to at most {total} and leave out shift"
+        )
+    if config.spacing == "leading":
+        index = (np.arange(steps) * (total // steps))[::-1]
+    elif config.spacing == "trailing":
+        index = np.round(np.arange(total, 0, -total / steps)) - 1
+    else:
+        index = np.linspace(0, total - 1, steps).round()[::-1] if steps > 1 else [total - 1]
+    return [float(i) / total for i in index] + [0.0]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    objective: Objective,
+    config: SamplerConfig,
+    noise: Tensor,
+    condition: dict[str, Any],
+    *,
+    null_condition: dict[str, Any] | None = None,
+    guide: EntropyGuidance | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+    progress: Callable[[int, Tensor, Tensor], None] | None = None,
+    times: list[float] | None = None,
+) -> Tensor:
+    """Draw one sample per row of `noise`; rows do not influence each other.
+
+    Args:
+        denoiser: (x (B, C, H, W), t (B,) in [0, 1], condition) -> raw output.
+        objective: says what the raw output means.
+        noise: (B, C, H, W) standard normal, float32 or float64; fixes the arithmetic's dtype.
+        condition: what is asked for, entries of length B.
+        null_condition: the same entries with nothing asked for; needed by classifier-free guidance.
+        guide: pushes samples toward what a learner finds hard; not under `inference_mode`.
+        step_noise: step (0, 1, ...) -> standard normal (B, C, H, W); needed by ddpm.
+        progress: called after each step with (steps done, x, x0_hat).
+        times: replaces the grid of `time_grid`: decreasing times followed by 0.0.
+
+    Returns:
+        (B, C, H, W) clean samples in the scale the objective was trained on.
+    """
+    if config.method == "ddpm" and step_noise is None:
+        raise ValueError("method 'ddpm' needs step_noise, a callable from step to noise")
+    times = time_grid(objective, config) if times is None else times
+    points = _points(objective, times)
+    predict = classifier_free(
+        denoiser,
+        condition,
+        null_condition,
+        weight=config.guidance_weight,
+        interval=config.guidance_interval,
+        channels=config.guidance_channels,
+    )
+    if guide is not None:
+        guide.start(len(noise), noise.device)
+
+    def estimate(x: Tensor, step: int, *, corrector: bool = False) -> tuple[Any, ...]:
+        time = times[step + corrector]
+        t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
+        prediction, variance = objective.split(predict(x, t, time), x)
+        if guide is not None and guide.acts(step, times[step]):
+            x, x0, eps = guide.push(
+                denoiser, objective, x, prediction, t, condition, corrector=corrector
+            )
+        else:
+            x0, eps = objective.clean(prediction, x, t)
+        return x, x0, eps, variance
+
+    x = noise
+    for step in range(len(times) - 1):
+        (alpha, sigma), (alpha_next, sigma_next) = points[step], points[step + 1]
+        x, x0, eps, variance = estimate(x, step)
+        last = step == len(times) - 2
+        if last:
+            x = x0
+        elif config.method == "ddpm":
+            assert step_noise is not None
+            noise_now = step_noise(step).to(x.dtype)
+            x = _ancestral(points[step], points[step + 1], x, x0, variance, noise_now)
+        elif config.method == "heun":
+            total, total_next = alpha + sigma, alpha_next + sigma_next
+            width = sigma_next / total_next - sigma / total
+            euler = alpha_next * x0 + sigma_next * eps
+            _, x0_next, eps_next, _ = estimate(euler, step, corrector=True)
+            velocity = 0.5 * ((eps - x0) + (eps_next - x0_next))
+            x = (x / total + width * velocity) * total_next
+        else:
+            x = alpha_next * x0 + sigma_next * eps
+        if progress is not None:
+            progress(step + 1, x, x0)
+    if guide is not None:
+        guide.finish(x, condition)
+    return x
+
+
+def _points(objective: Objective, times: list[float]) -> list[tuple[float, float]]:
+    """(alpha, sigma) of every time of the grid, computed once; the last point is clean."""
+    alpha, sigma = objective.schedule.coefficients(torch.tensor(times[:-1], dtype=torch.float64))
+    return [*zip(alpha.tolist(), sigma.tolist(), strict=True), (1.0, 0.0)]
+
+
+def _ancestral(
+    point: tuple[float, float],
+    following: tuple[float, float],
+    x: Tensor,
+    x0: Tensor,
+    variance: Tensor | None,
+    noise: Tensor,
+) -> Tensor:
+    """A draw of q(x' | x, x0_hat); a learned variance (B, C, H, W) replaces the posterior's."""
+    step = posterior(*(torch.tensor(c, dtype=torch.float64) for c in (*point, *following)))
+    spread = step.variance.sqrt().to(x.dtype)
+    if variance is not None:
+        smallest, largest = (v.clamp(min=1e-20).to(x) for v in (step.variance, step.largest))
+        spread = torch.exp(0.5 * learned_log_variance(variance, smallest, largest))
+    return step.mean(x0, x) + spread * noise

@@ -1,0 +1,57 @@
+"""Is a generator copying? Distances to the nearest training picture; called by evaluation/plan.py.
+
+Each generated picture's distance to its nearest training picture is set against the distances of
+training pictures to their nearest other training picture. A median below their 5% quantile says
+that generated pictures sit closer to training pictures than these do to each other: copies.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .prdc import distances
+
+
+@dataclass(frozen=True)
+class NearestPictures:
+    """Distances (M,) float32 and rows (M,) int64 of the nearest training pictures, with figures."""
+
+    distance: torch.Tensor
+    row: torch.Tensor
+    train_distance: torch.Tensor  # (N,) of training pictures to their nearest other one
+
+    def figures(self, quantile: float = 0.05) -> dict[str, float]:
+        """Median nearest distance, the train-train quantile, and the share of pictures below it."""
+        limit = float(torch.quantile(self.train_distance.double(), quantile))
+        return {
+            "median nearest distance": float(self.distance.double().median()),
+            "train-train quantile": limit,
+            "share below the quantile": float((self.distance < limit).double().mean()),
+        }
+
+
+def nearest_pictures(
+    generated: torch.Tensor, train: torch.Tensor, block: int = 1024
+) -> NearestPictures:
+    """Nearest training pictures of features (M, D) among (N, D), in blocks of rows."""
+    centre = train.to(torch.float64).mean(0)
+    y, x = (side.to(torch.float64) - centre for side in (generated, train))
+    near = [distances(rows, x).min(1) for rows in y.split(block)]
+    own = []
+    for start in range(0, len(x), block):
+        gap = distances(x[start : start + block], x)
+        rows = torch.arange(len(gap), device=gap.device)
+        gap[rows, rows + start] = torch.inf
+        own.append(gap.min(1).values)
+    return NearestPictures(
+        torch.cat([n.values for n in near]), torch.cat([n.indices for n in near]), torch.cat(own)
+    )
+
+
+def label_agreement(
+    predicted: torch.Tensor, asked: torch.Tensor, num_classes: int
+) -> tuple[float, list[float]]:
+    """Share of pictures labelled as asked, overall and per class (NaN where none was asked)."""
+    hit = (predicted == asked).double()
+    per_class = [float(hit[asked == label].mean()) for label in range(num_classes)]
+    return float(hit.mean()), per_class

@@ -1,0 +1,108 @@
+"""Labelled pictures as a learner sees them: a real split in memory, or a pool (`data/pool.py`).
+
+Called by every file of this room. Pictures are uint8 (B, C, S, S) wherever they are kept, and
+become float32 in [-1, 1] only on their way into a model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etude.core.errors import UserError
+from etude.data.augment import AugmentConfig
+from etude.data.loader import DataConfig, Loader
+from etude.data.shards import ShardSet
+
+_CHUNK = 256  # pictures decoded at a time
+
+
+class Pictures(Protocol):
+    """A set of labelled pictures: a pool of generated ones or a split of real ones."""
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: np.ndarray) -> Tensor:
+        """uint8 (B, C, S, S) of indices (B,) int64."""
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """int64 (B,) of indices (B,) int64."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Pictures held in memory: `pixels` (n, C, S, S) uint8 and `classes` (n,) int64."""
+
+    pixels: Tensor
+    classes: Tensor
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, indices: np.ndarray) -> Tensor:
+        """See `Pictures.images`."""
+        return self.pixels[torch.from_numpy(indices)]
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """See `Pictures.labels`."""
+        return self.classes[torch.from_numpy(indices)]
+
+
+class _InOrder:
+    """Position i shows sample i."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def index(self, positions: np.ndarray) -> np.ndarray:
+        return np.array(positions, dtype=np.int64)
+
+    def size_at(self, positions: np.ndarray) -> np.ndarray:
+        return np.full(len(positions), self.size, dtype=np.int64)
+
+
+def load_split(folder: str | Path, preparation: AugmentConfig) -> Stored:
+    """A real split in stored order, prepared without chance, held in memory as uint8.
+
+    Raises:
+        UserError: a random preparation, a picture that cannot be read, or one without a label.
+    """
+    if preparation.crop == "random" or preparation.flip:
+        raise UserError(
+            "pictures.crop=random and pictures.flip=true would change the real splits at random: "
+            "type pictures.crop=center and learner.flip instead"
+        )
+    shards = ShardSet(folder)
+    config = DataConfig(shards=str(folder), augment=preparation, decoder="torch", max_bad_rate=1.0)
+    loader = Loader(shards, config, seed=0, order=_InOrder(len(shards)))
+    size, channels = preparation.image_size, preparation.channels
+    pixels = torch.empty((len(shards), channels, size, size), dtype=torch.uint8)
+    classes = torch.empty(len(shards), dtype=torch.int64)
+    for rows in chunks(np.arange(len(shards)), _CHUNK):
+        batch = loader.fetch(rows)
+        pixels[rows] = ((batch.images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        classes[rows] = batch.labels
+    loader.close()
+    if loader.bad:
+        key, reason = loader.bad[0]
+        raise UserError(f"{folder}: {key} cannot be read ({reason}); repair or remove it")
+    if len(classes) and bool(classes.min() < 0):
+        key = shards.key_of(int(classes.argmin()))
+        raise UserError(f"{folder}: {key} has no label, and a learner needs one for every picture")
+    return Stored(pixels, classes, shards.classes)
+
+
+def to_model(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, C, S, S) in [0, 255] to float32 (B, C, S, S) in [-1, 1]."""
+    return images.to(device).float() / 127.5 - 1.0
+
+
+def chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Consecutive pieces of at most `size` entries."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

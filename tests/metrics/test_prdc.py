@@ -1,0 +1,79 @@
+"""PRDC: hand-made cases, subsets against a fresh computation, blocks, ties."""
+
+import numpy as np
+import pytest
+import torch
+
+from etude.metrics.prdc import Neighbourhoods, enough, prdc
+
+
+def cloud(rows: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(shift, 1.0, (rows, dim)))
+
+
+def test_a_line_by_hand() -> None:
+    # Reals at 0, 1, 3: nearest distances 1, 1, 2. Generated at 0.5, 0.6, 9: radii .1, .1, 8.4.
+    real = torch.tensor([[0.0], [1.0], [3.0]])
+    generated = torch.tensor([[0.5], [0.6], [9.0]])
+    found = prdc(real, generated, k=1)
+    # 0.5 and 0.6 lie in the balls of 0 and 1 (4 pairs); 3 is 2.4 from 0.6, outside its radius 2.
+    assert found["precision"] == pytest.approx(2 / 3)
+    assert found["density"] == pytest.approx(4 / 3)
+    assert found["coverage"] == pytest.approx(2 / 3)
+    # Only 9's ball (radius 8.4) reaches 1 and 3; the balls of the others are 0.1 wide.
+    assert found["recall"] == pytest.approx(2 / 3)
+
+
+def test_the_comparison_is_strict() -> None:
+    real = torch.tensor([[0.0], [1.0], [10.0]])
+    generated = torch.tensor([[-1.0], [19.0], [30.0]])  # two at exactly the radii of 0 and of 10
+    assert prdc(real, generated, k=1)["precision"] == 0.0
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+def test_blocks_do_not_matter(block: int) -> None:
+    real, generated = cloud(90, 6, 0), cloud(70, 6, 1, 0.5)
+    assert prdc(real, generated, 3, block) == prdc(real, generated, 3)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_subset_equals_a_fresh_computation(share: float) -> None:
+    real, generated = cloud(120, 4, 2), cloud(150, 4, 3, 0.4)
+    near = Neighbourhoods.of(real, generated, k=4, kept_share=share)
+    rng = np.random.default_rng(4)
+    for _ in range(5):
+        kept = [
+            torch.from_numpy(rng.permutation(rows)[: int(rows * share)]).sort().values
+            for rows in (120, 150)
+        ]
+        masks = [torch.zeros(rows, dtype=torch.bool) for rows in (120, 150)]
+        for mask, rows in zip(masks, kept, strict=True):
+            mask[rows] = True
+        assert near.values(*masks) == prdc(real[kept[0]], generated[kept[1]], k=4)
+
+
+def test_the_same_distribution_has_coverage_near_its_expectation() -> None:
+    # Naeem et al. 2020: E coverage = 1 - prod (N - i) / (M + N - i) = 1 - 1 / 2^k for N = M large.
+    found = [prdc(cloud(400, 3, s), cloud(400, 3, 100 + s), k=3)["coverage"] for s in range(12)]
+    assert np.mean(found) == pytest.approx(1 - 0.5**3, abs=0.02)
+
+
+def test_copies_of_reals_are_as_far_as_reals_are() -> None:
+    real = cloud(60, 5, 7)
+    found = prdc(real, real.clone(), k=3)
+    assert found["precision"] == found["recall"] == found["coverage"] == 1.0
+    # Each ball holds its centre and, the comparison being strict, the k - 1 nearest others.
+    assert found["density"] == pytest.approx(1.0)
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="k=5"):
+        prdc(cloud(5, 2, 0), cloud(50, 2, 1))
+
+
+@pytest.mark.parametrize(("k", "share"), [(5, 0.5), (3, 0.8), (5, 0.3)])
+def test_enough_neighbours_are_listed(k: int, share: float) -> None:
+    from scipy.stats import binom
+
+    assert binom.cdf(k - 1, enough(k, share, 10_000), share) < 1e-4
+    assert enough(k, 1.0, 10_000) == k

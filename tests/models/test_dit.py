@@ -1,0 +1,208 @@
+"""The DiT: published size and names, adaLN-Zero start, embeddings, recomputation, compilation."""
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from etude.models.blocks import PatchEmbed, TimestepEmbedder, positions_2d, unpatchify
+from etude.models.dit import DiT, DiTConfig
+
+
+def small(**changes) -> DiTConfig:
+    shape = dict(input_size=8, in_channels=4, hidden_size=48, depth=3, num_heads=4, num_classes=5)
+    return DiTConfig(**shape | changes)
+
+
+def randomised(config: DiTConfig, dtype: torch.dtype = torch.float32) -> DiT:
+    """A model none of whose weights is zero, so that every part shows in the output."""
+    model = DiT(config).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def inputs(config: DiTConfig, batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple:
+    generator = torch.Generator().manual_seed(2)
+    shape = (batch, config.in_channels, config.input_size, config.input_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.tensor([3.0, 500.0, 998.0])[:batch], torch.tensor([0, 4, 5])[:batch]
+
+
+def count(depth: int, D: int, patch: int, tokens: int) -> int:
+    """Parameters of a DiT by hand: 4 channels, learned sigma, 1000 classes."""
+    embedders = 4 * patch**2 * D + D + (256 * D + D) + (D * D + D) + 1001 * D + tokens * D
+    attention, mlp, modulation = 4 * D * D + 4 * D, 8 * D * D + 5 * D, 6 * D * D + 6 * D
+    final = 2 * D * D + 2 * D + (D + 1) * patch**2 * 8
+    return embedders + depth * (attention + mlp + modulation) + final
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "expected"),
+    [
+        ("DiT-XL/2", 32, 675_129_632),  # as published
+        ("DiT-XL/2", 64, count(28, 1152, 2, 1024)),
+        ("DiT-L/4", 32, count(24, 1024, 4, 64)),
+        ("DiT-B/8", 32, count(12, 768, 8, 16)),
+        ("DiT-S/2", 32, count(12, 384, 2, 256)),
+    ],
+)
+def test_parameter_counts(preset: str, size: int, expected: int) -> None:
+    with torch.device("meta"):
+        model = DiT(DiTConfig(preset=preset, input_size=size))
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_state_dict_has_the_published_names_and_shapes() -> None:
+    with torch.device("meta"):
+        state = DiT(DiTConfig(preset="DiT-XL/2")).state_dict()
+    expected = {
+        "pos_embed": (1, 256, 1152),
+        "x_embedder.proj.weight": (1152, 4, 2, 2),
+        "x_embedder.proj.bias": (1152,),
+        "t_embedder.mlp.0.weight": (1152, 256),
+        "t_embedder.mlp.0.bias": (1152,),
+        "t_embedder.mlp.2.weight": (1152, 1152),
+        "t_embedder.mlp.2.bias": (1152,),
+        "y_embedder.embedding_table.weight": (1001, 1152),
+        "final_layer.linear.weight": (32, 1152),
+        "final_layer.linear.bias": (32,),
+        "final_layer.adaLN_modulation.1.weight": (2304, 1152),
+        "final_layer.adaLN_modulation.1.bias": (2304,),
+    }
+    for n in range(28):
+        for name, rows, columns in (
+            ("attn.qkv", 3456, 1152),
+            ("attn.proj", 1152, 1152),
+            ("mlp.fc1", 4608, 1152),
+            ("mlp.fc2", 1152, 4608),
+            ("adaLN_modulation.1", 6912, 1152),
+        ):
+            expected[f"blocks.{n}.{name}.weight"] = (rows, columns)
+            expected[f"blocks.{n}.{name}.bias"] = (rows,)
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+
+
+def test_presets_fill_sizes_and_refuse_contradictions() -> None:
+    config = DiTConfig(preset="DiT-B/4")
+    assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (
+        12, 768, 12, 4,
+    )  # fmt: skip
+    assert DiTConfig(**config.model_dump()) == config
+    with pytest.raises(ValidationError, match="depth=3 contradicts preset DiT-B/4"):
+        DiTConfig(preset="DiT-B/4", depth=3)
+    with pytest.raises(ValidationError, match="not a multiple of patch_size"):
+        small(input_size=9)
+    with pytest.raises(ValidationError, match="not a multiple of num_heads"):
+        small(num_heads=5)
+
+
+def test_a_new_model_returns_zero_and_learns_first_in_its_last_layer() -> None:
+    config = small()
+    model = DiT(config)
+    output = model(*inputs(config))
+    assert torch.count_nonzero(output) == 0
+    (output - 1.0).square().sum().backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"final_layer.linear.weight", "final_layer.linear.bias"}
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            assert not parameter.any()
+        elif name.endswith("weight"):
+            assert parameter.std() > 0.005
+
+
+def test_weights_are_a_function_of_the_seed_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, second, other = DiT(small()), DiT(small()), DiT(small(), seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    name = "blocks.1.attn.qkv.weight"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_position_embedding_holds_the_column_first() -> None:
+    grid, width = 3, 16
+    table = positions_2d(width, grid).numpy()
+    frequency = 1.0 / 10000.0 ** (np.arange(width // 4) / (width // 4))
+    for row in range(grid):
+        for column in range(grid):
+            parts = [np.sin(column * frequency), np.cos(column * frequency)]
+            parts += [np.sin(row * frequency), np.cos(row * frequency)]
+            np.testing.assert_allclose(table[row * grid + column], np.concatenate(parts), atol=1e-7)
+
+
+def test_time_embedding_holds_the_cosines_first() -> None:
+    embedder = TimestepEmbedder(8).double()
+    t = np.array([0.0, 1.0, 731.25])
+    angles = t[:, None] * np.exp(-np.log(10000.0) * np.arange(128) / 128)
+    waves = torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+    expected = embedder.mlp(waves)
+    torch.testing.assert_close(embedder(torch.from_numpy(t)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_patches_survive_the_way_through_tokens() -> None:
+    """With a patch projection that copies pixels, `unpatchify` undoes `PatchEmbed`."""
+    channels, patch = 3, 2
+    embed = PatchEmbed(channels, patch, channels * patch * patch)
+    order = torch.arange(channels * patch * patch).view(patch, patch, channels)
+    with torch.no_grad():
+        embed.proj.bias.zero_()
+        embed.proj.weight.zero_()
+        for i in range(patch):
+            for j in range(patch):
+                for c in range(channels):
+                    embed.proj.weight[order[i, j, c], c, i, j] = 1.0
+    x = torch.randn(2, channels, 6, 6, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(unpatchify(embed(x), channels, patch), x, rtol=0, atol=0)
+
+
+def test_recomputation_changes_neither_output_nor_gradients() -> None:
+    config = small()
+    plain, recomputed = randomised(config), randomised(small(activation_checkpointing=True))
+    outputs = [model(*inputs(config)) for model in (plain, recomputed)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().mean().backward()
+    for first, second in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        if first.grad is not None:
+            torch.testing.assert_close(first.grad, second.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_compiles_into_one_graph() -> None:
+    config = small(depth=2)
+    model = randomised(config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs(config)), model(*inputs(config)))
+
+
+def test_samples_of_a_batch_do_not_influence_each_other() -> None:
+    config = small()
+    model = randomised(config, torch.float64)
+    x, t, labels = inputs(config, dtype=torch.float64)
+    together = model(x, t, labels)
+    changed = model(torch.cat((x[:1], -x[1:])), t, labels.flip(0)[[2, 0, 1]])
+    assert not torch.allclose(together[1:], changed[1:])
+    torch.testing.assert_close(together[0], changed[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("member", ["t", "labels", "x"])
+def test_every_input_matters(member: str) -> None:
+    config = small()
+    model = randomised(config)
+    x, t, labels = inputs(config)
+    changed = {"x": x, "t": t, "labels": labels}
+    changed[member] = changed[member].roll(1, 0)
+    difference = (model(**changed) - model(x, t, labels)).abs().flatten(1).amax(1)
+    assert (difference > 1e-4).all()
+
+
+def test_bfloat16_follows_float32() -> None:
+    config = small()
+    model = randomised(config)
+    exact = model(*inputs(config))
+    rounded = randomised(config).bfloat16()(*inputs(config))
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.03

@@ -1,0 +1,134 @@
+"""Samplers and tables against diffusers' schedulers, step by step."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from etude.diffusion.objectives import Objective, ObjectiveConfig
+from etude.diffusion.samplers import SamplerConfig, sample
+
+diffusers = pytest.importorskip("diffusers")
+
+TABLES = {
+    "linear": {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},
+    "scaled_linear": {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    },
+}  # fmt: skip
+NAMES = {"eps": "epsilon", "v": "v_prediction"}
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def network(x: Tensor, t: Tensor, *, double: bool = False) -> Tensor:
+    """A stand-in denoiser: nonlinear, time-dependent, of bounded slope. t in [0, 1]."""
+    time = torch.as_tensor(t, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    y = 0.9 * x + 0.1 * torch.sin(3 * x.roll(1, -1) + 2 * time)
+    return torch.cat((y, torch.tanh(x * 2)), dim=1) if double else y
+
+
+def ours(fields: dict, start: Tensor, *, double: bool = False, **options) -> list[Tensor]:
+    """The sample after every step."""
+    arguments = {name: options.pop(name) for name in ("step_noise", "times") if name in options}
+    steps: list[Tensor] = []
+    sample(
+        lambda x, t, condition: network(x, t, double=double),
+        Objective(ObjectiveConfig(**fields)),
+        SamplerConfig(guidance_convention="lambda", **options),
+        start,
+        {},
+        progress=lambda done, x, x0: steps.append(x),
+        **arguments,
+    )
+    return steps
+
+
+def assert_equal(mine: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(mine) == len(theirs)
+    for step, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert float((a - b).norm() / b.norm()) < 1e-5, step
+
+
+@pytest.mark.parametrize(("prediction", "zero"), [("eps", False), ("v", False), ("v", True)])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("table", list(TABLES))
+def test_ddim(prediction: str, zero: bool, spacing: str, table: str) -> None:
+    scheduler = diffusers.DDIMScheduler(
+        **TABLES[table], clip_sample=False, prediction_type=NAMES[prediction],
+        timestep_spacing=spacing, rescale_betas_zero_snr=zero,
+    )  # fmt: skip
+    scheduler.set_timesteps(20)
+    x, theirs = noise(), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t / 1000), t, x).prev_sample
+        theirs.append(x)
+    fields = {"prediction": prediction, "schedule": table, "zero_terminal_snr": zero}
+    assert_equal(ours(fields, noise(), method="ddim", steps=20, spacing=spacing), theirs)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_ddpm(variance: str, spacing: str) -> None:
+    double = variance == "learned_range"
+    scheduler = diffusers.DDPMScheduler(
+        **TABLES["linear"], clip_sample=False, variance_type=variance, timestep_spacing=spacing
+    )
+    scheduler.set_timesteps(25)
+    generator = torch.Generator().manual_seed(7)
+    x, theirs = noise(), []
+    for t in scheduler.timesteps:
+        output = network(x, t / 1000, double=double)
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+        theirs.append(x)
+    generator.manual_seed(7)
+    draws = [torch.randn(3, 2, 4, 4, generator=generator) for _ in range(25)]
+    fields = {"prediction": "eps", "schedule": "linear"}
+    mine = ours(
+        fields, noise(), double=double, method="ddpm", steps=25, spacing=spacing,
+        step_noise=lambda step: draws[step],
+    )  # fmt: skip
+    assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_euler(shift: float) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / 20, 20))
+    x, theirs = noise(), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t / 1000), t, x).prev_sample
+        theirs.append(x)
+    assert_equal(ours({}, noise(), method="ddim", steps=20, shift=shift), theirs)
+
+
+def test_flow_heun() -> None:
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(12)
+    x, stages = noise(), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t / 1000), t, x).prev_sample
+        stages.append(x)
+    theirs = [*stages[1::2], stages[-1]]  # two evaluations a step, one in the last
+    times = [*dict.fromkeys(scheduler.sigmas.double().tolist())]
+    assert_equal(ours({}, noise(), method="heun", times=times), theirs)
+
+
+@pytest.mark.parametrize("table", list(TABLES))
+def test_tables_and_noising(table: str) -> None:
+    scheduler = diffusers.DDPMScheduler(**TABLES[table])
+    objective = Objective(ObjectiveConfig(prediction="v", schedule=table))
+    index = torch.tensor([0, 500, 999])
+    x0, eps, t = noise(1), noise(2), index / 1000
+    torch.testing.assert_close(
+        objective.noise(x0, eps, t), scheduler.add_noise(x0, eps, index), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        objective.target(x0, eps, t), scheduler.get_velocity(x0, eps, index), rtol=1e-4, atol=1e-5
+    )
