@@ -61,7 +61,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_libraries(nvcc: str) -> Path:
-    """The folder of libcudart_static.a. nvcc may be a wrapper script, so it is asked for its root."""
+    """The folder of libcudart_static.a. nvcc may be a wrapper script: it is asked for its root."""
     command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
     out = subprocess.run(command, capture_output=True, text=True)
     tops = [

@@ -123,7 +123,7 @@ def needs(recipe: Recipe) -> list[Need]:
     found = {}
     for text in _texts(recipe.model_dump(mode="json")):
         parts = Path(text).parts
-        for folder, name in zip(parts, parts[1:]):
+        for folder, name in zip(parts, parts[1:], strict=False):
             if folder == "data" and (name in SOURCES or name == DIGITS):
                 fetched = [f"etude data fetch {name}"]
                 found[text] = Need(Path(text), name, Path(text).exists(), fetched)

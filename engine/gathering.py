@@ -135,7 +135,7 @@ def groups(pictures: Sequence[Found]) -> list[list[int]]:
     hashes = np.array([picture.hash for picture in pictures], np.uint64)
     thumbs = np.array([picture.thumbnail.ravel() for picture in pictures], np.float32)
     edges = np.linspace(0, 64, NEAR_BITS + 2).astype(int)
-    for low, high in zip(edges, edges[1:]):
+    for low, high in zip(edges, edges[1:], strict=False):
         mask = np.uint64((1 << int(high - low)) - 1)
         for members in _buckets((hashes >> np.uint64(low)) & mask):
             for place, index in enumerate(members[:-1]):
@@ -166,7 +166,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 def _examine_all(paths: list[Path]) -> Iterator[tuple[Path, tuple | str]]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        yield from zip(paths, threads.map(_examine, paths))
+        yield from zip(paths, threads.map(_examine, paths), strict=True)
 
 
 def _examine(path: Path) -> tuple | str:

@@ -88,7 +88,7 @@ class Page:
         """
         history = (self._read(id) or {}).get("history", [])
         labels = [entry["label"] for entry in history]
-        place = labels.index(step_label) if step_label in labels else len(history)
+        place = len(history)
         name = f"{id}.{place:04d}.png"
         self._publish(self.parts / name, png(image))
         history[place:] = [{"label": step_label, "caption": caption, "file": name}] + history[
@@ -116,7 +116,7 @@ class Page:
         if not len(samples) == len(nearest) == len(distances):
             raise ValueError("pairs: samples, nearest and distances differ in length")
         files = []
-        for place, (left, right) in enumerate(zip(samples, nearest)):
+        for place, (left, right) in enumerate(zip(samples, nearest, strict=True)):
             files.append(f"{id}.{place:04d}.png")
             self._publish(self.parts / files[-1], png(side_by_side(left, right)))
         body = {"files": files, "distances": [float(d) for d in distances], "note": note}
@@ -274,7 +274,7 @@ class Page:
         items = "".join(
             f'<figure><img alt="sample and nearest training picture" src="{self._uri(name)}">'
             f"<figcaption>{distance:.3g}</figcaption></figure>"
-            for name, distance in zip(section["files"], section["distances"])
+            for name, distance in zip(section["files"], section["distances"], strict=True)
         )
         return f'<div class="row">{items}</div>{_paragraphs(section["note"])}'
 
@@ -295,9 +295,11 @@ class Page:
             bool(rows) and all(_is_number(row[k]) for row in rows) for k in range(len(columns))
         ]
         kinds = [' class="n"' if r else "" for r in right]
-        head = "".join(f"<th{k}>{_escape(c)}</th>" for k, c in zip(kinds, columns))
+        head = "".join(f"<th{k}>{_escape(c)}</th>" for k, c in zip(kinds, columns, strict=True))
         body = "".join(
-            "<tr>" + "".join(f"<td{k}>{_escape(c)}</td>" for k, c in zip(kinds, row)) + "</tr>"
+            "<tr>"
+            + "".join(f"<td{k}>{_escape(c)}</td>" for k, c in zip(kinds, row, strict=True))
+            + "</tr>"
             for row in rows
         )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

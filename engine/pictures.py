@@ -111,10 +111,10 @@ def _terminal_has_colour() -> bool:
 
 def _blocks(pixels: np.ndarray) -> str:
     lines = []
-    for upper, lower in zip(pixels[0::2], pixels[1::2]):
+    for upper, lower in zip(pixels[0::2], pixels[1::2], strict=True):
         cells = (
             f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m\u2580"
-            for a, b in zip(upper, lower)
+            for a, b in zip(upper, lower, strict=True)
         )
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)

@@ -169,7 +169,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _line(name: str, x: np.ndarray, y: np.ndarray, across: Axis, up: Axis, colour: int) -> str:
     def path(values: np.ndarray, extra: str = "") -> str:
-        points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, values))
+        points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, values, strict=True))
         return f'<polyline class="line s{colour}{extra}" points="{points}"/>'
 
     head = f"<title>{escape(name)}: {number(y[-1])} at {number(x[-1])}</title>"

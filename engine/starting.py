@@ -97,21 +97,27 @@ def start(
 def split(
     pictures: list[Found], together: list[list[int]], held_out: float
 ) -> tuple[list[int], list[int]]:
-    """(train, test) indices; a group of near-duplicates goes where its smallest sha256 falls.
+    """(train, test) indices; a group of near-duplicates goes where a hash of it falls.
 
-    `together` holds the groups as indices (`gathering.groups`). The side of a group depends on its contents alone, so pictures added later move no other. When
-    chance leaves a side empty, the group nearest to the border changes side.
+    `together` holds the groups as indices (`gathering.groups`). The side of a group depends on its
+    contents alone, so pictures added later move no other. When chance leaves a side empty, the
+    group nearest to the border changes side.
     """
     if len(together) < 2:
         raise UserError(
             "all pictures are near-duplicates of one another; there is nothing to learn"
         )
-    place = [int(min(pictures[i].sha256 for i in g)[:16], 16) / 2.0**64 for g in together]
+    place = [_place(min(pictures[index].sha256 for index in group)) for group in together]
     border = min(max(held_out, min(place)), sorted(place)[-2])
     sides: tuple[list[int], list[int]] = ([], [])
-    for group, value in zip(together, place):
+    for group, value in zip(together, place, strict=True):
         sides[value <= border].extend(group)
     return sorted(sides[0]), sorted(sides[1])
+
+
+def _place(digest: str) -> float:
+    """Uniform in [0, 1). Hashed again: the smallest of several sha256 is no longer uniform."""
+    return int(hashlib.sha256(digest.encode()).hexdigest()[:13], 16) / 2.0**52
 
 
 def stored_picture(data: bytes, image_size: int) -> tuple[bytes, str]:
@@ -157,7 +163,7 @@ def _write(
         new_folder(facts.folder) as draft,
         log.progress("writing shards", len(pictures), "pictures") as bar,
     ):
-        for side, chosen in zip(("train", "test"), sides):
+        for side, chosen in zip(("train", "test"), sides, strict=True):
 
             def samples(chosen: list[int] = chosen) -> Iterator[dict]:
                 for index in chosen:

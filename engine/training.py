@@ -32,7 +32,7 @@ from etude.data.still import still_loader
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import Autoencoder, AutoencoderConfig, estimate_scaling
-from etude.metrics.memorisation import nearest_pictures
+from etude.metrics.prdc import distances
 from etude.models.dit import DiT, DiTConfig
 
 from .page import Page
@@ -460,11 +460,11 @@ class _LatentDiffusion(_Job):
         )
         first = samples[:columns]
         train = self.training_pictures()
-        flat = [torch.from_numpy(side.reshape(len(side), -1)).float() for side in (first, train)]
-        near = nearest_pictures(*flat, train_distances=False)
+        sides = [torch.from_numpy(side).flatten(1).double() for side in (first, train)]
+        distance, row = distances(*sides).min(1)
         self.look.page.pairs(
             "nearest", "Samples and their nearest training pictures", first,
-            train[near.row.numpy()], near.distance.tolist(), order=self.look.order + 2,
+            train[row.numpy()], distance.tolist(), order=self.look.order + 2,
         )
         self.look.log.info(f"grid at {images_seen:,} images{agreement}")
         self.look.log.info(terminal_picture(np.concatenate(list(first[:10]), axis=1), width=100))

@@ -240,7 +240,7 @@ def _write_arrays(
     with log.progress(f"writing {folder.name}", len(pictures), "pictures") as bar:
 
         def samples() -> Iterator[dict[str, Any]]:
-            for number, (picture, label) in enumerate(zip(pictures, labels)):
+            for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
                 sample = {"key": f"{folder.name}-{number:05d}", "extension": "png"}
                 yield sample | {"label": int(label), "image": _png(picture)}
                 bar.advance()

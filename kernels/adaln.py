@@ -15,8 +15,8 @@ affine inside the norm). Backward, with d = dy * (1 + scale), in one pass over t
     with a gate, t = dout + dx:  dx = t;  dh = gate * t;  dgate = sum_n t * h
 
 All arithmetic is in float32 (float64 for float64 inputs); sums over rows are taken in two fixed
-stages, so they have the same bits for any number of threads. y has the dtype of x, or under autocast
-the autocast dtype (what the next matmul takes); out always has the dtype of x.
+stages, so they have the same bits for any number of threads. y has the dtype of x, or under
+autocast the autocast dtype (what the next matmul takes); out always has the dtype of x.
 """
 
 import torch
@@ -138,8 +138,8 @@ _SCHEMAS = {
     "adaln_modulate": f"(Tensor x, Tensor shift, Tensor scale, {_NORM}, ScalarType? out_dtype) "
     "-> (Tensor, Tensor, Tensor)",
     "gate_residual": "(Tensor x, Tensor h, Tensor gate) -> Tensor",
-    "gate_residual_adaln": f"(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, {_NORM}, "
-    "ScalarType? out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gate_residual_adaln": "(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
+    f"{_NORM}, ScalarType? out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     "adaln_modulate_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, "
     f"{_NORM}) -> (Tensor, Tensor, Tensor)",
     "gate_residual_backward": "(Tensor dout, Tensor h, Tensor gate) -> (Tensor, Tensor)",
@@ -390,7 +390,8 @@ def _check(op: str, norm: str, x: Tensor, rows: dict[str, Tensor], mods: dict[st
 def _output_dtype(x: Tensor) -> torch.dtype | None:
     """The autocast rule: y is what the next matmul would cast it to."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = kind in ("cpu", "cuda")  # torch raises for devices without autocast, such as meta
+    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -3,10 +3,10 @@
 Called by every operator's file (`pick`), by the engine's log (`announce`), by `etude kernels` and
 `etude doctor` (`status`), and by tests (`use_backend`).
 
-`ETUDE_KERNELS` = `auto` (default) | `reference` | `cpp` | `triton`. `auto` takes C++ for CPU tensors
-and Triton for CUDA tensors where they are available, the reference otherwise. A backend asked for
-by name that cannot run is an error, never a silent fallback; dtypes that a twin does not know
-(float64 everywhere, float16 in C++) always run the reference.
+`ETUDE_KERNELS` = `auto` (default) | `reference` | `cpp` | `triton`. `auto` takes C++ for CPU
+tensors and Triton for CUDA tensors where they are available, the reference otherwise. A backend
+asked for by name that cannot run is an error, never a silent fallback; dtypes that a twin does not
+know (float64 everywhere, float16 in C++) always run the reference.
 
 `ETUDE_VERIFY=1` also runs the reference after each C++ or eager Triton call, forward and backward,
 and raises at the first element that differs by more than the dtype's tolerance.

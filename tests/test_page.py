@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from etude.page import Page, picture_grid, terminal_picture
-from etude.plots import bar_chart, line_chart, linear_ticks, number
 from PIL import Image
 
+from etude.page import Page, picture_grid, terminal_picture
+from etude.plots import bar_chart, line_chart, linear_ticks, number
+
 VOID = {"meta", "img", "br", "input", "hr", "link"}
-SELF_CLOSED = {"line", "polyline", "circle", "rect"}
 
 
 class Checker(HTMLParser):
@@ -94,7 +94,8 @@ def test_values_and_order_are_shown(tmp_path: Path) -> None:
     text = " ".join(checker.texts)
     for value in ("512 of 1,024 images seen", "1 min 01 s", "0.125", "0.9313", "12", "a<b>", "two"):
         assert value in text, value
-    ids = [attrs["id"] for tag, attrs in checker.tags if tag in ("section", "div") and "id" in attrs]
+    parts = [attrs for tag, attrs in checker.tags if tag in ("section", "div")]
+    ids = [attrs["id"] for attrs in parts if "id" in attrs]
     assert ids == ["train", "samples", "nearest", "loss", "levels", "result", "words"]
     assert any(a.get("style") == "width:50.0%" for _, a in checker.tags)
 

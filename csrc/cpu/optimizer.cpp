@@ -1,8 +1,8 @@
 // AdamW and any number of weight averages in one pass over each tensor. The equations and the only
 // caller are in kernels/optimizer.py.
 //
-// Compiled without fused multiply-add, in the reference's order of operations: the bits are those
-// of the reference at every processor level and for every thread count.
+// Compiled without fused multiply-add, in the reference's order of operations: the same bits at every
+// processor level, for every thread count and however a tensor is cut.
 #include <math.h>
 
 #include "kernels.h"

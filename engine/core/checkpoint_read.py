@@ -141,9 +141,7 @@ def fingerprint_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def verify_checkpoint(
-    path: Path, hashes: bool = True, rank: int = 0, size: int = 1
-) -> Checkpoint:
+def verify_checkpoint(path: Path, hashes: bool = True, rank: int = 0, size: int = 1) -> Checkpoint:
     """Open a checkpoint after checking it.
 
     Args:

@@ -245,9 +245,7 @@ class AdamWEMA(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for name in self.state_names:
                 average = name.startswith("ema")
-                state[name] = (
-                    parameter.detach().clone() if average else torch.zeros_like(parameter)
-                )
+                state[name] = parameter.detach().clone() if average else torch.zeros_like(parameter)
         elif state["step"].device != parameter.device:  # torch's load_state_dict leaves it behind
             state["step"] = state["step"].to(parameter.device)
         return state

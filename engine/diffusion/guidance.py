@@ -53,7 +53,7 @@ def classifier_free(
         return lambda x, t, time: denoiser(x, t, condition)
     if null_condition is None:
         raise ValueError("classifier-free guidance needs null_condition")
-    both = {name: _concatenate(condition[name], null_condition[name]) for name in condition}
+    both = _concatenate(condition, null_condition)
     low, high = interval
 
     def predict(x: Tensor, t: Tensor, time: float) -> Tensor:
@@ -70,6 +70,8 @@ def classifier_free(
 
 
 def _concatenate(first: Any, second: Any) -> Any:
+    if isinstance(first, dict):
+        return {name: _concatenate(first[name], second[name]) for name in first}
     return torch.cat((first, second)) if isinstance(first, Tensor) else [*first, *second]
 
 

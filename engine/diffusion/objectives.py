@@ -196,7 +196,7 @@ def learned_log_variance(output: Tensor, smallest: Tensor, largest: Tensor) -> T
 
 
 def _log_likelihood_of_levels(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability of the 1/255-wide bin around x in [-1, 1] under a normal; open at the ends."""
+    """Log probability of the 8-bit level around x in [-1, 1] under a normal; open at the ends."""
     upper = _normal_cdf((x + 1.0 / 255.0 - mean) * torch.exp(-log_std))
     lower = _normal_cdf((x - 1.0 / 255.0 - mean) * torch.exp(-log_std))
     inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1.0 - lower, upper - lower))

@@ -34,7 +34,9 @@ class SamplerConfig(Config):
     spacing: Literal["linspace", "leading", "trailing"] = option(
         "linspace", "which entries of a table are visited; continuous schedules take linspace"
     )
-    shift: float = option(1.0, "moves the grid of a continuous schedule toward noise", gt=0)
+    shift: float = option(
+        1.0, "moves the grid of a continuous schedule toward noise, beyond the objective's", gt=0
+    )
     guidance_convention: Literal["lambda", "one_plus_lambda"] = option(
         help="lambda: (1 + scale) cond - scale uncond; one_plus_lambda: diffusers' guidance_scale"
     )

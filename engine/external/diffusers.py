@@ -51,8 +51,8 @@ class Autoencoder(nn.Module):
     def build(cls, config: AutoencoderConfig, *, seed: int = 0) -> "Autoencoder":
         """A new autoencoder whose weights are a function of `seed`."""
         levels = len(config.block_out_channels)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             network = _library().AutoencoderKL(
                 in_channels=config.in_channels,
                 out_channels=config.in_channels,

@@ -11,8 +11,9 @@ Spread to standard error. With the Hoeffding parts of a smooth figure of varianc
 and c at second, the replicates' variance times q / (1 - q) is a + c (1 + q) / q, while the figure's
 own is a + c. Near equality of two distributions a vanishes and one share would give an interval
 1.4 times too wide or more; two shares separate the parts. Nearest-neighbour figures are averages of
-local terms; there half of the rows are kept, which is close, on the wide side (simulated in
-tests/metrics/test_intervals.py).
+local terms; there half of the rows are kept, which is close, on the wide side. Coverage is
+simulated in tests/metrics/test_intervals.py; a figure that is strongly skewed at its n, as the
+kernel distance of few widely spread features is, is covered somewhat less often than stated.
 """
 
 import math

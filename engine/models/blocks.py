@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weight initialisation as a function of `seed`; the caller's generators stay untouched."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """Weight initialisation on the CPU as a function of `seed`; the global state is put back.
+
+    No GPU generator is touched: build a model on the CPU, then move it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 

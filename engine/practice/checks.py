@@ -81,8 +81,8 @@ def refuse_overlap(
         )
 
 
-def _hash(image: Tensor) -> bytes:
-    return hashlib.sha256(image.contiguous().numpy().tobytes()).digest()
+def _hash(image: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
 
 
 def _hashes(pictures: Pictures, batch: int) -> dict[bytes, int]:
@@ -93,9 +93,9 @@ def _hashes(pictures: Pictures, batch: int) -> dict[bytes, int]:
     return table
 
 
-def _thumbnails(images: Tensor) -> Tensor:
+def _thumbnails(images: np.ndarray) -> Tensor:
     """(B, D) float32 block averages, scaled so that squared distances are per-pixel means."""
-    pixels, side = images.float(), images.shape[-1]
+    pixels, side = torch.from_numpy(images).permute(0, 3, 1, 2).float(), images.shape[1]
     if side > THUMBNAIL and side % THUMBNAIL == 0:
         pixels = torch.nn.functional.avg_pool2d(pixels, side // THUMBNAIL)
     flat = pixels.flatten(1)
@@ -115,6 +115,6 @@ def _find_near(
         gaps = torch.cdist(small, _thumbnails(images)).square()
         for row, column in torch.nonzero(gaps <= distance**2 + slack).tolist():
             if row not in found:
-                difference = test.images(np.array([row]))[0].double() - images[column].double()
-                if float(difference.square().mean().sqrt()) <= distance:
+                difference = test.images(np.array([row]))[0].astype(np.float64) - images[column]
+                if np.sqrt(np.mean(difference**2)) <= distance:
                     found[row] = int(columns[column])

@@ -68,19 +68,19 @@ class Learner:
         self._unsound = torch.zeros((), dtype=torch.bool, device=self.world.device)
 
     def step(
-        self, images: Tensor, labels: Tensor, positions: np.ndarray, rate: float
+        self, images: np.ndarray, labels: np.ndarray, positions: np.ndarray, rate: float
     ) -> Tensor:
         """One update; returns the mean loss as a 0-d tensor on the device, not synchronised.
 
         Args:
-            images: (B, C, S, S) uint8.
+            images: (B, S, S, C) uint8.
             labels: (B,) int64.
             positions: (B,) int64; a position fixes the shift and the mirroring.
             rate: multiplier of the peak learning rate, in (0, 1].
         """
         device = self.world.device
         batch = augment(to_model(images, device), positions, self.config, self.seed)
-        target = labels.to(device)
+        target = torch.from_numpy(labels).to(device)
         loss = F.cross_entropy(
             self.strategy(batch), target, label_smoothing=self.config.label_smoothing
         )

@@ -1,7 +1,7 @@
 """Labelled pictures as a learner sees them: a real split in memory, or a pool (`data/pool.py`).
 
-Called by every file of this room. Pictures are uint8 (B, C, S, S) wherever they are kept, and
-become float32 in [-1, 1] only on their way into a model.
+Called by every file of this room. Pictures are uint8 (B, S, S, C) wherever they are kept, and
+become float32 (B, C, S, S) in [-1, 1] only on their way into a model.
 """
 
 from collections.abc import Iterator
@@ -26,31 +26,31 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: np.ndarray) -> Tensor:
-        """uint8 (B, C, S, S) of indices (B,) int64."""
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 (B, S, S, C) of indices (B,) int64."""
 
-    def labels(self, indices: np.ndarray) -> Tensor:
+    def labels(self, indices: np.ndarray) -> np.ndarray:
         """int64 (B,) of indices (B,) int64."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Pictures held in memory: `pixels` (n, C, S, S) uint8 and `classes` (n,) int64."""
+    """Pictures held in memory: `pixels` (n, S, S, C) uint8 and `classes` (n,) int64."""
 
-    pixels: Tensor
-    classes: Tensor
+    pixels: np.ndarray
+    classes: np.ndarray
     class_names: list[str]
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def images(self, indices: np.ndarray) -> Tensor:
+    def images(self, indices: np.ndarray) -> np.ndarray:
         """See `Pictures.images`."""
-        return self.pixels[torch.from_numpy(indices)]
+        return self.pixels[indices]
 
-    def labels(self, indices: np.ndarray) -> Tensor:
+    def labels(self, indices: np.ndarray) -> np.ndarray:
         """See `Pictures.labels`."""
-        return self.classes[torch.from_numpy(indices)]
+        return self.classes[indices]
 
 
 class _InOrder:
@@ -81,25 +81,26 @@ def load_split(folder: str | Path, preparation: AugmentConfig) -> Stored:
     config = DataConfig(shards=str(folder), augment=preparation, decoder="torch", max_bad_rate=1.0)
     loader = Loader(shards, config, seed=0, order=_InOrder(len(shards)))
     size, channels = preparation.image_size, preparation.channels
-    pixels = torch.empty((len(shards), channels, size, size), dtype=torch.uint8)
-    classes = torch.empty(len(shards), dtype=torch.int64)
+    pixels = np.empty((len(shards), size, size, channels), np.uint8)
+    classes = np.empty(len(shards), np.int64)
     for rows in chunks(np.arange(len(shards)), _CHUNK):
         batch = loader.fetch(rows)
-        pixels[rows] = ((batch.images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        classes[rows] = batch.labels
+        levels = ((batch.images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels[rows], classes[rows] = levels.permute(0, 2, 3, 1).numpy(), batch.labels.numpy()
     loader.close()
     if loader.bad:
         key, reason = loader.bad[0]
         raise UserError(f"{folder}: {key} cannot be read ({reason}); repair or remove it")
-    if len(classes) and bool(classes.min() < 0):
+    if len(classes) and classes.min() < 0:
         key = shards.key_of(int(classes.argmin()))
         raise UserError(f"{folder}: {key} has no label, and a learner needs one for every picture")
     return Stored(pixels, classes, shards.classes)
 
 
-def to_model(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (B, C, S, S) in [0, 255] to float32 (B, C, S, S) in [-1, 1]."""
-    return images.to(device).float() / 127.5 - 1.0
+def to_model(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, S, S, C) in [0, 255] to float32 (B, C, S, S) in [-1, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:

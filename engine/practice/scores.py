@@ -64,7 +64,7 @@ def predict(
         model(to_model(pictures.images(part), device)).float().cpu()
         for part in chunks(indices, batch)
     ]
-    return torch.cat(logits), pictures.labels(indices)
+    return torch.cat(logits), torch.from_numpy(pictures.labels(indices))
 
 
 def correctness(model: torch.nn.Module, pictures: Pictures, batch: int = 500) -> np.ndarray:

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from etude.data.pool import Pool
 from etude.diffusion.guidance import GuidanceConfig
 
 from .learner import weights_hash
+from .pictures import to_model
 from .scores import entropy
 
 
@@ -122,8 +123,8 @@ class Supply:
 
     def draw(
         self, indices: np.ndarray, learner: nn.Module | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Pictures (n, C, S, S) uint8 and what they cost: denoiser evaluations and seconds."""
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Pictures (n, S, S, C) uint8 and what they cost: denoiser evaluations and seconds."""
         began = time.perf_counter()
         with _counted(self.generator.model) as count:
             images, _ = self.generator.draw(
@@ -134,11 +135,11 @@ class Supply:
                 guidance=self.guidance if learner is not None else None,
             )
         cost = {"evaluations": count["rows"], "seconds": time.perf_counter() - began}
-        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), cost
+        return images, cost
 
     def _make(
         self, indices: np.ndarray, learner: nn.Module | None
-    ) -> tuple[Tensor, np.ndarray, dict[str, float]]:
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         unknown = np.full(len(indices), np.nan, np.float32)
         if learner is None:
             for pool, unguided in self._unguided.values():
@@ -150,7 +151,7 @@ class Supply:
             return images, unknown, cost
         images, cost = self.draw(indices, learner)
         with torch.no_grad():
-            logits = learner(images.to(self.generator.device).float() / 127.5 - 1.0)
+            logits = learner(to_model(images, self.generator.device))
         return images, entropy(logits.float()).cpu().numpy(), cost
 
 

@@ -5,16 +5,14 @@ it), does the learner still agree with the labels asked for, and did pictures of
 become easier or harder since (the paper's figure 6, hardness drift).
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from etude.core.files import write_bytes_atomic, write_json_atomic
-from etude.data.pool import Pool
+from etude.data.pool import Pool, encode_png
 
 from .pictures import Pictures, to_model
 from .scores import entropy, predict
@@ -91,20 +89,18 @@ def errors_by_round(
     return errors
 
 
-def write_png(path: Path, images: Tensor, columns: int = GALLERY_COLUMNS) -> None:
-    """Pictures (n, C, S, S) uint8 as one PNG grid, row by row, with a pixel between them."""
-    count, channels, size, _ = images.shape
+def write_png(path: Path, images: np.ndarray, columns: int = GALLERY_COLUMNS) -> None:
+    """Pictures (n, S, S, C) uint8 as one PNG grid, row by row, with a pixel between them."""
+    count, size, _, channels = images.shape
     rows = -(-count // columns)
     sheet = np.zeros((rows * (size + 1) + 1, columns * (size + 1) + 1, channels), np.uint8)
-    for place, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+    for place, image in enumerate(images):
         top, left = (size + 1) * (place // columns) + 1, (size + 1) * (place % columns) + 1
         sheet[top : top + size, left : left + size] = image
-    buffer = io.BytesIO()
-    Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(buffer, "PNG")
-    write_bytes_atomic(path, buffer.getvalue())
+    write_bytes_atomic(path, encode_png(sheet))
 
 
 @torch.no_grad()
-def _logits(learner: nn.Module, images: Tensor) -> Tensor:
+def _logits(learner: nn.Module, images: np.ndarray) -> Tensor:
     device = next(learner.parameters()).device
     return learner(to_model(images, device)).float().cpu()

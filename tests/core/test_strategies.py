@@ -36,7 +36,7 @@ def launch(phase: str, ranks: int, folder: Path) -> list[dict]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for _ in range(2):
         done = subprocess.run(
-            [*torchrun, "--master-port", "0", str(WORKER), phase, str(folder)],
+            [*torchrun, "--standalone", str(WORKER), phase, str(folder)],
             env=environment,
             capture_output=True,
             text=True,
@@ -111,7 +111,9 @@ def relative(found: list[float] | Tensor, reference: list[float] | Tensor) -> fl
 @pytest.mark.parametrize("name", FP32)
 def test_fp32_losses_are_those_of_plain_torch(name, one, two, expected):
     reference, spread = expected
-    assert reference[0] > 1.3 * reference[-4:].min(), "the task must be learnt for this to mean much"
+    assert reference[0] > 1.3 * reference[-4:].min(), (
+        "the task must be learnt for this to mean much"
+    )
     for run in (one, two[0]):
         error = relative(run["losses"][f"{name} fp32"], reference)
         assert error < 1e-5

@@ -24,8 +24,10 @@ def test_every_pass_covers_every_sample_once(kind: str, seed: int) -> None:
 def test_any_position_is_found_alone(kind: str) -> None:
     order = Order(sum(SIZES), 3, kind, shard_sizes=SIZES)
     whole = order.index(np.arange(200))
-    alone = [int(Order(sum(SIZES), 3, kind, shard_sizes=SIZES).index(np.array([p]))[0])
-             for p in range(0, 200, 7)]
+    alone = [
+        int(Order(sum(SIZES), 3, kind, shard_sizes=SIZES).index(np.array([p]))[0])
+        for p in range(0, 200, 7)
+    ]
     assert alone == whole[::7].tolist()
     mixed = np.array([150, 3, 77, 150, 31, 30])
     assert (order.index(mixed) == whole[mixed]).all()

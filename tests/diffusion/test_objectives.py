@@ -47,7 +47,9 @@ def test_a_perfect_prediction_gives_back_what_was_mixed(setting: dict) -> None:
     objective = Objective(ObjectiveConfig(**setting))
     x0, eps = draw(5, 2, 3, 3), draw(5, 2, 3, 3, seed=1)
     ends = torch.tensor([0.01, 0.3, 0.6, 0.9, objective.last_time], dtype=torch.float64)
-    clean, noise = objective.clean(objective.target(x0, eps, ends), objective.noise(x0, eps, ends), ends)
+    clean, noise = objective.clean(
+        objective.target(x0, eps, ends), objective.noise(x0, eps, ends), ends
+    )
     torch.testing.assert_close(clean, x0, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(noise, eps, rtol=1e-7, atol=1e-9)
 

@@ -168,7 +168,9 @@ def test_classifier_free_guidance_in_both_conventions() -> None:
         return coupled(x, t, condition)
 
     def run(**fields) -> torch.Tensor:
-        return sample(denoiser, target, config(steps=1, **fields), z, condition, null_condition=null)
+        return sample(
+            denoiser, target, config(steps=1, **fields), z, condition, null_condition=null
+        )
 
     t = torch.ones(3, dtype=torch.float64)
     cond, uncond = coupled(z, t, condition), coupled(z, t, null)
@@ -177,12 +179,30 @@ def test_classifier_free_guidance_in_both_conventions() -> None:
     torch.testing.assert_close(run(guidance_scale=3.0, guidance_convention="lambda"), expected)
     assert calls == [6, 6]  # one batched call each
     plain = z - cond
-    for fields in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0, "guidance_convention": "lambda"}):
+    for fields in (
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0, "guidance_convention": "lambda"},
+    ):
         assert torch.equal(run(**fields), plain)
     assert calls[2:] == [3, 3, 3]
     three = run(guidance_scale=4.0, guidance_channels=3)
     torch.testing.assert_close(three[:, :3], expected[:, :3])
     torch.testing.assert_close(three[:, 3:], plain[:, 3:])
+
+
+def test_nested_conditions_are_doubled_too() -> None:
+    target, z = objective(), draw(2, 1, 2, 2)
+    condition = {"labels": torch.tensor([1.0, 2.0]), "control": {"size": torch.tensor([3.0, 4.0])}}
+    null = {"labels": torch.zeros(2), "control": {"size": torch.tensor([3.0, 4.0])}}
+
+    def denoiser(x, t, condition):
+        factor = condition["labels"] * condition["control"]["size"]
+        return x * factor.view(-1, 1, 1, 1)
+
+    options = config(steps=1, guidance_scale=3.0)
+    got = sample(denoiser, target, options, z, condition, null_condition=null)
+    torch.testing.assert_close(got, z - 3.0 * z * torch.tensor([3.0, 8.0]).view(2, 1, 1, 1))
 
 
 def test_guidance_acts_in_its_interval_alone() -> None:

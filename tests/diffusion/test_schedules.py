@@ -47,7 +47,9 @@ def test_zero_terminal_snr_ends_in_noise_and_keeps_the_start() -> None:
     assert alpha[-1] == 0.0 and rescaled.sigma(t)[-1] == 1.0
     assert float(alpha[0]) == pytest.approx(float(before[0]), rel=1e-12)
     ratio = (before - alpha) / (before[0] - before)[-1]  # an affine map of the roots
-    expected = before[-1] * (before[0] - before) / (before[0] - before[-1]) / (before[0] - before)[-1]
+    expected = (
+        before[-1] * (before[0] - before) / (before[0] - before[-1]) / (before[0] - before)[-1]
+    )
     torch.testing.assert_close(ratio, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -86,7 +88,9 @@ def test_low_precision_times_are_read_in_float32() -> None:
 def test_posterior_is_bayes_rule() -> None:
     """Conditioning the joint Gaussian of (x_s, x_t) given x_0 gives the same mean and variance."""
     alpha, sigma, alpha_s, sigma_s = 0.3, 0.8, 0.7, 0.4  # not variance-preserving
-    step = posterior(*(torch.tensor(v, dtype=torch.float64) for v in (alpha, sigma, alpha_s, sigma_s)))
+    step = posterior(
+        *(torch.tensor(v, dtype=torch.float64) for v in (alpha, sigma, alpha_s, sigma_s))
+    )
     covariance = alpha / alpha_s * sigma_s**2
     x0, x = 1.7, -0.6
     mean = alpha_s * x0 + covariance / sigma**2 * (x - alpha * x0)
@@ -101,7 +105,9 @@ def test_posterior_of_a_table_is_ho_et_al() -> None:
     beta = 1 - bar[index] / bar[index - 1]
     step = Schedule("linear").posterior(torch.from_numpy(index))
     np.testing.assert_allclose(step.largest, beta, rtol=1e-9)
-    np.testing.assert_allclose(step.variance, beta * (1 - bar[index - 1]) / (1 - bar[index]), rtol=1e-9)
+    np.testing.assert_allclose(
+        step.variance, beta * (1 - bar[index - 1]) / (1 - bar[index]), rtol=1e-9
+    )
     np.testing.assert_allclose(
         step.from_x, np.sqrt(1 - beta) * (1 - bar[index - 1]) / (1 - bar[index]), rtol=1e-9
     )

@@ -24,7 +24,8 @@ def test_logits_are_the_head_of_the_features() -> None:
 def test_pictures_of_a_batch_are_independent_in_both_modes() -> None:
     model, x = Classifier(CONFIG).double(), pictures(5).double()
     other = torch.cat((x[:1], -3.0 * x[1:]))
-    for model in (model.train(), model.eval()):
+    for training in (True, False):
+        model.train(training)
         torch.testing.assert_close(model(x)[0], model(other)[0], rtol=1e-12, atol=1e-12)
         assert not torch.allclose(model(x)[1:], model(other)[1:])
 

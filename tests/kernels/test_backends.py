@@ -1,0 +1,119 @@
+"""Choosing an implementation: the environment, refusals, verification, the package's manners."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from etude import kernels
+from etude.kernels import backends
+
+needs_cpp = pytest.mark.skipif(not backends.HAS_CPP, reason="the C++ kernels are not built")
+INPUTS = (torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="auto, reference, cpp, triton"), kernels.use_backend("c"):
+        pass
+    run = python("import etude.kernels.backends", ETUDE_KERNELS="fast")
+    assert "ETUDE_KERNELS=fast is unknown: set it to one of auto, reference, cpp" in run.stderr
+
+
+def test_a_backend_that_cannot_run_is_an_error_not_a_fallback() -> None:
+    if torch.cuda.is_available() or backends.interpreting():
+        pytest.skip("Triton runs here")
+    with kernels.use_backend("triton"), pytest.raises(RuntimeError, match="set auto"):
+        kernels.adaln_modulate(*INPUTS)
+    meta = [t.to("meta") for t in INPUTS]
+    with kernels.use_backend("cpp"), pytest.raises(RuntimeError, match=r"C\+\+|on meta"):
+        kernels.adaln_modulate(*meta)
+
+
+@needs_cpp
+def test_auto_takes_cpp_on_the_cpu_and_says_so() -> None:
+    with kernels.use_backend("auto"):
+        assert backends.pick("op", "cpu", torch.float32) == "cpp"
+        assert backends.pick("op", "cpu", torch.float64) == "reference"
+        assert backends.pick("op", "cpu", torch.float32, torch.float16) == "reference"
+        assert backends.pick("op", "meta", torch.float32) == "reference"
+        assert kernels.announce("cpu").startswith("kernels on cpu: cpp (level ")
+    rows = {row["backend"]: row for row in kernels.status()}
+    assert rows["reference"]["available"] == rows["cpp"]["available"] == "yes"
+    assert set(rows) == {"reference", "cpp", "triton"}
+
+
+def test_environment_chooses_and_bisects() -> None:
+    code = "from etude.kernels import backends, announce; print(backends.choice(), announce('cpu'))"
+    run = python(code, ETUDE_KERNELS="reference")
+    assert run.stdout.startswith("reference kernels on cpu: reference (torch ")
+
+
+@needs_cpp
+def test_verification_names_the_first_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, shift, scale = INPUTS
+    with kernels.use_backend("cpp", verify=True):
+        kernels.adaln_modulate(x, shift, scale)
+        from etude.kernels import adaln
+
+        right = adaln.adaln_modulate_reference
+
+        def wrong(*args, **kwargs):
+            y = right(*args, **kwargs)
+            y[1, 2, 5] += 0.5
+            return y
+
+        monkeypatch.setattr(adaln, "adaln_modulate_reference", wrong)
+        with pytest.raises(AssertionError, match=r"output y differs first at \[1, 2, 5\]"):
+            kernels.adaln_modulate(x, shift, scale)
+
+
+@needs_cpp
+def test_verification_covers_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from etude.kernels import adaln
+
+    right = adaln.backward_reference
+
+    def wrong(*args):
+        grads = list(right(*args))
+        grads[4] = grads[4] * 1.01
+        return grads
+
+    x, shift, scale = (t.clone().requires_grad_() for t in INPUTS)
+    with kernels.use_backend("cpp", verify=True):
+        kernels.adaln_modulate(x, shift, scale).square().sum().backward()
+        monkeypatch.setattr(adaln, "backward_reference", wrong)
+        with pytest.raises(AssertionError, match="adaln_modulate_backward: output dscale"):
+            kernels.adaln_modulate(x, shift, scale).square().sum().backward()
+
+
+def test_importing_the_package_loads_and_registers_nothing() -> None:
+    code = (
+        "import sys, etude.kernels as k; from packaging.version import Version\n"
+        "assert not any(m.startswith('etude.kernels.') for m in sys.modules), sys.modules\n"
+        "assert 'torch' not in sys.modules and 'triton' not in sys.modules\n"
+        "v = Version(k.__version__); assert not Version('0.18.2') <= v < Version('0.19')\n"
+    )
+    # `etude` itself may import torch, so the folder is loaded alone, as another library would.
+    folder = os.path.dirname(kernels.__file__)
+    alone = code.replace("etude.kernels as k", "kernels as k").replace("etude.kernels.", "kernels.")
+    run = python(alone, PYTHONPATH=os.path.dirname(folder))
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_public_name_resolves_twice() -> None:
+    for name in kernels.__all__:
+        assert callable(getattr(kernels, name)) and getattr(kernels, name) is getattr(kernels, name)
+    with pytest.raises(AttributeError, match="no attribute 'flash'"):
+        _ = kernels.flash
