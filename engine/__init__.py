@@ -1,3 +1,63 @@
-"""Etude: a training engine for latent diffusion that trains, practises and evaluates."""
+"""Etude: a training engine for latent diffusion that trains, practises and evaluates.
+
+`etude.run("ldm/digits", seed=1)` runs any recipe; the other names are the parts, for use in a loop
+of your own. Names are loaded when they are first used: importing this package imports nothing else,
+seeds nothing and installs nothing.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+_OWNERS = {
+    "AdamWEMA": "core.optim",
+    "AugmentConfig": "data.augment",
+    "Autoencoder": "external.diffusers",
+    "AutoencoderConfig": "external.diffusers",
+    "Batch": "data.loader",
+    "Classifier": "models.classifier",
+    "ClassifierConfig": "models.classifier",
+    "DataConfig": "data.loader",
+    "DiT": "models.dit",
+    "DiTConfig": "models.dit",
+    "EntropyGuidance": "diffusion.guidance",
+    "Extractor": "metrics.extractors",
+    "FeatureStore": "metrics.store",
+    "GuidanceConfig": "diffusion.guidance",
+    "Loader": "data.loader",
+    "Objective": "diffusion.objectives",
+    "ObjectiveConfig": "diffusion.objectives",
+    "Pool": "data.pool",
+    "Recipe": "core.recipe",
+    "Run": "core.run",
+    "SamplerConfig": "diffusion.samplers",
+    "Schedule": "diffusion.schedules",
+    "ShardSet": "data.shards",
+    "UserError": "core.errors",
+    "frechet_distance": "metrics.frechet",
+    "load_extractor": "metrics.extractors",
+    "load_recipe": "core.recipe",
+    "load_run": "core.run",
+    "open_generator": "sampling",
+    "param_groups": "core.optim",
+    "read_weights": "core.checkpoint_read",
+    "run": "jobs",
+    "sample": "diffusion.samplers",
+    "write_shards": "data.shards",
+}
+__all__ = sorted(_OWNERS)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name's module when the name is first used."""
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_OWNERS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,25 +1,36 @@
 """From a recipe to its result: what `etude.run`, every verb and every study job call.
 
-Opens the run folder, starts the processes' world, hands the recipe to the function of its kind and
-writes `result.json`. A finished run returns its result at once; a stopped one leaves `REQUEUE`.
+Starts the world of processes, opens the run's folder, hands the recipe to the function of its kind
+and writes `result.json`. A finished run returns its result at once; a stopped one leaves `REQUEUE`.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etude.core import distributed
 from etude.core.log import Log
 from etude.core.recipe import Recipe, load_recipe
-from etude.core.run import Run
+from etude.core.run import Run, folder_name
 from etude.core.signals import Stopper
 
 from .fetching import ensure_inputs
 from .page import Page
-from .sampling import open_generator
 from .training import Look, train
 
-SECTIONS_PER_JOB = 10  # places on a shared page that each job of a study has for itself
+PLACES_PER_JOB = 10  # sections that each job of a study has for itself on the shared page
+
+
+@dataclass
+class Desk:
+    """What every kind of job is handed: its run, where it shows itself, when to stop."""
+
+    run: Run
+    look: Look
+    stopper: Stopper
+    world: distributed.World
 
 
 def run(recipe: str, *overrides: str, name: str | None = None, **fields: Any) -> dict:
@@ -37,14 +48,8 @@ def run(recipe: str, *overrides: str, name: str | None = None, **fields: Any) ->
     Raises:
         UserError: the recipe, its inputs or the machine do not fit; the message says what to type.
     """
-    spelled = [*overrides, *(f"{key}={_spell(value)}" for key, value in fields.items())]
+    spelled = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in fields.items())]
     return run_recipe(load_recipe(recipe, spelled), name=name)[1]
-
-
-def _spell(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def run_recipe(
@@ -52,94 +57,118 @@ def run_recipe(
     *,
     name: str | None = None,
     root: Path = Path("runs"),
+    quiet: bool = False,
+) -> tuple[Path, dict]:
+    """Run a loaded recipe under signal handlers; returns its folder and result."""
+    minutes = getattr(getattr(recipe, "loop", recipe), "max_minutes", None)
+    world = distributed.start()
+    with Stopper(max_minutes=minutes, watch_parent=world.size > 1) as stopper:
+        return _run(recipe, world, stopper, root, name=name, quiet=quiet)
+
+
+def _run(
+    recipe: Recipe,
+    world: distributed.World,
+    stopper: Stopper,
+    root: Path,
+    *,
+    name: str | None = None,
+    quiet: bool = False,
     page: Page | None = None,
     order: int = 0,
-    stopper: Stopper | None = None,
 ) -> tuple[Path, dict]:
-    """Run a loaded recipe; returns its folder and result.
-
-    Args:
-        page: a study's shared page; by default the run has a page of its own.
-        order: the job's first place on the page.
-        stopper: shared by the jobs of a study; by default signals are watched while this job runs.
-    """
-    if stopper is None:
-        minutes = getattr(getattr(recipe, "loop", None), "max_minutes", None)
-        with Stopper(max_minutes=minutes) as own:
-            return run_recipe(
-                recipe, name=name, root=root, page=page, order=order, stopper=own
-            )
-    world = distributed.start()
-    with Run.open(recipe, root=root, name=name, rank=world.rank) as folder:
-        finished = folder.finished()
+    lead = world.rank == 0
+    with Run.open(recipe, root=root, name=name, writer=lead) as opened:
+        distributed.barrier(world, "the run's folder")
+        finished = opened.finished()
         if finished is not None:
-            return folder.folder, finished
-        log = Log(folder.folder, rank=world.rank)
-        page = page or Page(folder.folder, recipe.name, recipe.description)
-        if world.rank == 0:
+            return opened.folder, finished
+        log = Log(opened.folder, rank=world.rank, quiet=quiet)
+        if lead:
             ensure_inputs(recipe, log)
         distributed.barrier(world, "the input files")
-        folder.clear_requeue()
-        look = Look(log, page, order)
-        result = _RUNNERS[recipe.kind](recipe, folder, look, stopper, world)
-        if "stopped" in result:
-            folder.request_requeue(result["stopped"])
-        elif world.rank == 0:
-            folder.finish(result)
-        return folder.folder, result
+        own_page = page is None and lead
+        if own_page:
+            page = Page(opened.folder, recipe.name, recipe.description)
+            page.state("running")
+        desk = Desk(opened, Look(log, page, order), stopper, world)
+        result = _RUNNERS[recipe.kind](recipe, desk)
+        if lead:
+            if "stopped" in result:
+                opened.request_requeue(result["stopped"], result.get("images_seen", 0))
+            else:
+                opened.finish(result)
+        if own_page:
+            page.state("stopped" if "stopped" in result else "finished")
+            page.write()
+        log.close()
+        return opened.folder, result
 
 
-def _train(recipe: Recipe, folder: Run, look: Look, stopper: Stopper, world) -> dict:
-    return train(recipe, folder, stopper=stopper, look=look, world=world)
+def _train(recipe: Recipe, desk: Desk) -> dict:
+    return train(recipe, desk.run, stopper=desk.stopper, look=desk.look, world=desk.world)
 
 
-def _judge(recipe: Recipe, folder: Run, look: Look, stopper: Stopper, world) -> dict:
-    from etude.evaluation.judge import train_judge
+def _judge(recipe: Recipe, desk: Desk) -> dict:
+    from etude.evaluation.judge import run_judge
 
-    return train_judge(recipe, folder, log=look.log)
+    return run_judge(recipe, desk.run, desk.look.log)
 
 
-def _practice(recipe: Recipe, folder: Run, look: Look, stopper: Stopper, world) -> dict:
+def _practice(recipe: Recipe, desk: Desk) -> dict:
     from etude.practice.rounds import practise
 
+    from .sampling import open_generator
+    from .showing import show_practice
+
     generator = open_generator(
-        recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=world.device
+        recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=desk.world.device
     )
-    result = practise(recipe, folder, generator, look.log, stopper)
-    return result
+    return practise(
+        recipe, desk.run, generator, desk.look.log, desk.stopper,
+        show=lambda: show_practice(desk.run.folder, desk.look),
+    )
 
 
-def _evaluate(recipe: Recipe, folder: Run, look: Look, stopper: Stopper, world) -> dict:
+def _evaluate(recipe: Recipe, desk: Desk) -> dict:
     from etude.evaluation import plan
+
+    from .sampling import open_generator
+    from .showing import show_evaluation
 
     generator = None
     if recipe.generator:
-        generator = open_generator(recipe.generator, weights=recipe.weights, device=world.device)
-    act = plan.extract if recipe.kind == "extract" else plan.evaluate
-    return act(recipe, folder, generator=generator, log=look.log)
+        generator = open_generator(
+            recipe.generator, weights=recipe.weights, device=desk.world.device
+        )
+    if recipe.kind == "extract":
+        return plan.extract(recipe, desk.run, generator=generator, log=desk.look.log)
+    result = plan.evaluate(recipe, desk.run, generator=generator, log=desk.look.log)
+    show_evaluation(result, desk.look)
+    return result
 
 
-def _study(recipe: Recipe, folder: Run, look: Look, stopper: Stopper, world) -> dict:
+def _study(recipe: Recipe, desk: Desk) -> dict:
     from .study import run_study
 
-    def run_job(name: str, overrides: list[str], place: int) -> tuple[Path, dict]:
-        return run_recipe(
-            load_recipe(name, overrides),
-            root=folder.folder.parent,
-            page=look.page,
-            order=look.order + SECTIONS_PER_JOB * (place + 1),
-            stopper=stopper,
-        )
+    root = desk.run.folder.parent
+
+    def run_job(job: str, overrides: list[str], place: int) -> tuple[Path, dict]:
+        loaded = load_recipe(job, overrides)
+        if desk.stopper.requested:
+            return root / folder_name(loaded), {"stopped": desk.stopper.requested}
+        order = desk.look.order + PLACES_PER_JOB * (place + 1)
+        return _run(loaded, desk.world, desk.stopper, root, page=desk.look.page, order=order)
 
     def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-        if world.rank == 0:
-            look.page.table("study", title, columns, rows, order=look.order)
-            look.page.write()
+        if desk.world.rank == 0:
+            desk.look.page.table("study", title, columns, rows, order=desk.look.order)
+            desk.look.page.write()
 
-    return run_study(recipe, folder.folder, run_job=run_job, show=show)
+    return run_study(recipe, desk.run.folder, run_job=run_job, show=show)
 
 
-_RUNNERS: dict[str, Callable] = {
+_RUNNERS: dict[str, Callable[[Recipe, Desk], dict]] = {
     "autoencoder": _train,
     "ldm": _train,
     "judge": _judge,

@@ -88,7 +88,7 @@ class Page:
         """
         history = (self._read(id) or {}).get("history", [])
         labels = [entry["label"] for entry in history]
-        place = len(history)
+        place = labels.index(step_label) if step_label in labels else len(history)
         name = f"{id}.{place:04d}.png"
         self._publish(self.parts / name, png(image))
         history[place:] = [{"label": step_label, "caption": caption, "file": name}] + history[

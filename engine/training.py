@@ -427,7 +427,7 @@ class _LatentDiffusion(_Job):
         condition = {"labels": self._labels(batch)}
         means = []
         for slice_ in range(BINS):
-            times = (slice_ + within) / BINS * self.objective.last_time
+            times = self.objective.schedule.snap((slice_ + within) / BINS)
             losses = self.objective.losses(denoiser(model), x0, noise, times, condition)
             means.append(float(losses.mean()))
         return means
@@ -487,4 +487,4 @@ def _open_judge(source: str) -> Callable[[np.ndarray], np.ndarray]:
     """A frozen classifier: uint8 pictures (n, H, W, C) -> labels (n,) int64."""
     from etude.evaluation.judge import open_judge
 
-    return open_judge(source)
+    return open_judge(source).labels

@@ -26,7 +26,8 @@ class LaunchConfig:
     """How a kernel is launched for rows of D elements."""
 
     block: int  # columns of a program: the power of two at or above D
-    warps: int
+    warps: int  # of the forward kernel
+    backward_warps: int  # more: it keeps three sums per column in registers
     rows: int  # rows per program of the backward kernel
 
     @classmethod
@@ -34,7 +35,8 @@ class LaunchConfig:
         """A heuristic, not a measurement: 16 bytes per thread and load, at most 16 warps."""
         block = max(16, triton.next_power_of_2(D))
         warps = min(16, max(1, block // 512))
-        return cls(block=block, warps=warps, rows=max(1, min(64, N)))
+        more = min(16, max(1, block // 256))
+        return cls(block, warps, more, rows=max(1, min(64, N)))
 
 
 @triton.jit
@@ -230,7 +232,7 @@ def _launch_backward(
         *given, mean if normed else lead, rstd if normed else lead, outputs[0], outputs[1], partial,
         N, D, *wide, given[4].stride(0), given[5].stride(0), chunks,
         GATED=gated, NORMED=normed, HAS_DOUT=dout is not None, RMS=rms, ROWS=config.rows,
-        BLOCK=config.block, num_warps=config.warps,
+        BLOCK=config.block, num_warps=config.backward_warps,
     )  # fmt: skip
     block = min(256, config.block)
     wrap_triton(reduce_kernel)[(B, triton.cdiv(D, block))](

@@ -11,8 +11,8 @@ rank's slices of the master weights). For each tensor, with t = step + 1:
 (AdamW of Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, as in
 `torch.optim.AdamW`.) If `found_inf` is not zero nothing changes, the step counts included.
 
-The C++ twin does the same operations in the same order, without fused multiply-add: it gives the same
-bits at every processor level, for any number of threads and however a tensor is cut into slices.
+The C++ twin does the same operations in the same order, without fused multiply-add: it gives the
+same bits at every processor level, for any number of threads and however a tensor is cut.
 The reference differs from it in the last place, where torch's vectorised sqrt rounds otherwise.
 """
 

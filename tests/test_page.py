@@ -249,6 +249,9 @@ def test_bars_are_as_high_as_their_values() -> None:
     svg = bar_chart(["p", "q"], {"raw": [4.0, 2.0], "ema": [1.0, float("nan")]}, "x", "y")
     heights = [float(h) for h in re.findall(r'<rect class="bar[^>]* height="([\d.]+)"', svg)]
     assert len(heights) == 3
+    tops = [float(y) for y in re.findall(r'<rect class="bar[^>]* y="([\d.]+)"', svg)]
+    axis = float(re.search(r'class="axis"[^>]* y1="([\d.]+)"', svg).group(1))
+    assert np.allclose(np.add(tops, heights), axis, atol=0.11)  # every bar stands on the axis
     assert heights[0] / heights[2] == pytest.approx(2.0, abs=0.01)
     assert heights[0] / heights[1] == pytest.approx(4.0, abs=0.02)
     whiskers = bar_chart(["p"], {"a": [2.0]}, "x", "y", {"a": [(1.0, 3.0)]})

@@ -7,6 +7,7 @@ wait, so whoever is still there can list the absent ones.
 """
 
 import getpass
+import hashlib
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from .errors import UserError
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_GRACE_S = 5.0  # how much later than rank 0 another rank may have started to wait
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ def start(timeout_s: float = 60.0) -> World:
 
 def stop(world: World) -> None:
     """Leave the job in order: wait for the others, then close the process groups."""
-    if world.size > 1:
+    try:
         barrier(world, "stop", 60.0)
+    except UserError:
+        if world.rank == 0:  # another rank loses contact when rank 0 was the first to leave
+            raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -150,15 +155,29 @@ def exchange(world: World, what: str, value: Any, timeout_s: float = 1800.0) -> 
     world._turns[what] += 1
     keys = [f"{what}/{turn}/{rank}" for rank in range(world.size)]
     world.store.set(keys[world.rank], json.dumps(value))
-    deadline = time.monotonic() + timeout_s
-    while missing := [r for r, key in enumerate(keys) if not world.store.check([key])]:
-        if time.monotonic() > deadline:
-            raise UserError(_absent(world, what, missing, timeout_s))
-        time.sleep(0.005)
-    values = [json.loads(world.store.get(key)) for key in keys]
+    try:
+        _await(world, what, keys, timeout_s)
+        values = [json.loads(world.store.get(key)) for key in keys]
+    except dist.DistError:
+        where = world.hosts[0] if world.hosts else os.environ["MASTER_ADDR"]
+        raise UserError(
+            f"rank {world.rank} of {world.size} lost contact with rank 0 ({where}) at {what!r}; "
+            "look at rank 0's own output"
+        ) from None
     if turn > 1:  # everyone who is here has read the turn before the last
         world.store.delete_key(f"{what}/{turn - 2}/{world.rank}")
     return values
+
+
+def _await(world: World, what: str, keys: list[str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while missing := [r for r, key in enumerate(keys) if not world.store.check([key])]:
+        if time.monotonic() > deadline:
+            message = _absent(world, what, missing, timeout_s)
+            if world.rank == 0:  # it may hold the store: let the others look before it leaves
+                time.sleep(_GRACE_S)
+            raise UserError(message)
+        time.sleep(0.005)
 
 
 def _absent(world: World, what: str, missing: list[int], timeout_s: float) -> str:
@@ -255,12 +274,19 @@ def local_caches() -> Path:
     """Point compiler caches at this machine's own disk, unless the environment already says where.
 
     Sets TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR: on a shared home directory many ranks race on
-    them. Returns the folder; clears build locks left by killed processes.
+    them. The folder is this environment's own, and its ninja comes first on PATH: another ninja or
+    environment would find everything changed and build it all again. Returns the folder; clears
+    build locks left by killed processes.
     """
-    root = Path(tempfile.gettempdir()) / f"etude-cache-{getpass.getuser()}"
+    tag = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    version = f"py{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}-{tag}"
+    root = Path(tempfile.gettempdir()) / f"etude-cache-{getpass.getuser()}" / version
     for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCH_EXTENSIONS_DIR", "extensions")):
         os.environ.setdefault(variable, str(root / name))
         Path(os.environ[variable]).mkdir(parents=True, exist_ok=True)
+    programs = str(Path(sys.executable).parent)
+    if programs not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = programs + os.pathsep + os.environ.get("PATH", os.defpath)
     clear_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     return root
 

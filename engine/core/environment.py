@@ -67,10 +67,10 @@ def revision() -> str | None:
 
 
 def kernel_status() -> dict[str, str]:
-    """Which backend every kernel would use, as `etude.kernels.status()` tells; empty without."""
+    """Kernel backend -> what `etude.kernels.status()` says of it; empty when it cannot tell."""
     with contextlib.suppress(Exception):  # a broken build must not keep a job from its record
-        status = importlib.import_module("etude.kernels").status()
-        return {str(key): str(value) for key, value in dict(status).items()}
+        rows = importlib.import_module("etude.kernels").status()
+        return {row["backend"]: f"{row['available']}: {row['detail']}" for row in rows}
     return {}
 
 

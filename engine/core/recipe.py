@@ -1,29 +1,37 @@
 """Recipes: from YAML and overrides to a checked, immutable description of one job.
 
-A recipe is a mapping with a `kind`; each kind has its schema beside its owner, found here by name
-so that this floor imports nothing above it. Files may extend others (`extends:`), mappings are
-merged key by key, lists are replaced, and dotted overrides (`optim.lr=1e-4`) come last. Values are
-checked strictly: text is not taken for a number, nor 1.5 for an integer. Every fault is one
-`UserError` with file and line. Called by the command line, runs, studies and `etude.run`.
+A recipe is a mapping with a `kind`. Files may extend others (`extends:` with a shipped name or a
+path relative to the file); mappings are merged key by key, lists are replaced, and dotted overrides
+(`optim.lr=1e-4`, read as YAML 1.2) come last. Values are checked strictly: text is not taken for a
+number, nor 1.5 for an integer. Every fault is one `UserError` with file and line. Called by the
+command line, runs, studies and `etude.run`.
 """
 
-import hashlib
-import importlib
 import importlib.resources
 import json
-import types
-import typing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from .config import Config, option
 from .errors import UserError
+from .files import write_text_atomic
+from .recipe_faults import explain
+from .recipe_schema import (
+    ABSENT,
+    KINDS,
+    Expectation,
+    Recipe,
+    differences,
+    fingerprint,
+    leaves,
+    schema,
+)
+from .recipe_text import json_schema, own_recipe, to_yaml
 from .recipe_tree import (
     Node,
     find,
@@ -36,40 +44,26 @@ from .recipe_tree import (
     to_plain,
 )
 
-KINDS: dict[str, str | type["Recipe"]] = {
-    "autoencoder": "etude.training:AutoencoderRecipe",
-    "ldm": "etude.training:LatentDiffusionRecipe",
-    "practice": "etude.practice.rounds:PracticeRecipe",
-    "extract": "etude.evaluation.plan:ExtractRecipe",
-    "evaluate": "etude.evaluation.plan:EvaluateRecipe",
-    "study": "etude.study:StudyRecipe",
-}
-ABSENT = "(absent)"  # stands in `differences` for a field that only the other recipe has
-_MISSING = object()
-
-
-class Expectation(Config):
-    """What running a recipe takes and gives; shown by `etude recipes list`."""
-
-    hardware: str = option("", "the hardware the hours were measured on", affects_result=False)
-    hours: float | None = option(
-        None, "measured time, or null for not measured", unit="hours", affects_result=False, ge=0
-    )
-    result: str = option("", "the result to expect", affects_result=False)
-
-
-class Recipe(Config):
-    """The fields that every kind of recipe has; the schema of a kind derives from this."""
-
-    kind: str = option(..., "which job this is")
-    name: str = option(
-        "", "set from the recipe's file name unless given; names the run", affects_result=False
-    )
-    description: str = option("", "one sentence about the job", affects_result=False)
-    seed: int = option(0, "seed of everything random", ge=0, lt=2**32)
-    expects: Expectation = option(
-        Expectation(), "what the job takes and gives", affects_result=False
-    )
+__all__ = [
+    "ABSENT",
+    "KINDS",
+    "Expectation",
+    "Origin",
+    "Recipe",
+    "copy_recipe",
+    "describe_shipped",
+    "differences",
+    "fingerprint",
+    "json_schema",
+    "leaves",
+    "load_recipe",
+    "origins",
+    "recipe_from_dict",
+    "schema",
+    "shipped",
+    "sources",
+    "to_yaml",
+]
 
 
 @dataclass(frozen=True)
@@ -100,73 +94,67 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_from_dict(data: dict, name: str = "") -> Recipe:
-    """The checked recipe of plain values; `name` names the run."""
+    """The checked recipe of plain values (dicts, lists, scalars, paths); `name` names the run."""
+    origin = f"recipe {name}" if name else "the recipe"
     if not isinstance(data, dict):
-        raise UserError(f"recipe {name or '(dict)'}: expected a mapping, got {_kind_of(data)}")
-    return _validate(from_plain(data, f"recipe {name}" if name else "the recipe"), name)
+        raise UserError(f"{origin}: expected a mapping of fields, got {type(data).__name__}")
+    return _validate(from_plain(data, origin), name)
 
 
-def sources(name_or_path: str | Path, overrides: Sequence[str] = ()) -> list[Origin]:
+def origins(name_or_path: str | Path, overrides: Sequence[str] = ()) -> list[Origin]:
     """Every leaf of the checked recipe with the place its value came from."""
     name, tree = load_tree(name_or_path, overrides)
-    recipe = _validate(tree, name)
     result = []
-    for path, value, affects in leaves(recipe):
+    for path, value, affects in leaves(_validate(tree, name)):
         node, taken = find(tree, path)
-        given = len(taken) == len(path) or not isinstance(node.value, dict)
-        source = str(node.place) if given and taken else "default"
+        given = bool(taken) and (len(taken) == len(path) or not isinstance(node.value, dict))
+        source = str(node.place) if given else "default"
         if path == ("name",) and "name" not in tree.value:
             source = "the recipe's file name"
         result.append(Origin(".".join(map(str, path)), value, source, affects))
     return result
 
 
-def fingerprint(recipe: BaseModel) -> str:
-    """SHA-256 (hex) over the fields that change results, at any depth; the identity of a run."""
-    content = json.dumps(_identity(recipe), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode("utf-8")).hexdigest()
+def sources(name_or_path: str | Path, overrides: Sequence[str] = ()) -> list[list[str]]:
+    """Rows of (field, value, where it came from) for `etude recipes show`."""
+    return [[o.field, str(o.value), o.source] for o in origins(name_or_path, overrides)]
 
 
-def differences(a: BaseModel, b: BaseModel) -> list[tuple[str, Any, Any]]:
-    """Leaves where two recipes differ: (dotted field, value in `a`, value in `b`)."""
-    first = {".".join(map(str, path)): value for path, value, _ in leaves(a)}
-    second = {".".join(map(str, path)): value for path, value, _ in leaves(b)}
-    fields = [*first, *(field for field in second if field not in first)]
-    pairs = [(field, first.get(field, ABSENT), second.get(field, ABSENT)) for field in fields]
-    return [(field, old, new) for field, old, new in pairs if field != "name" and old != new]
+def shipped() -> list[str]:
+    """Names of the recipes that come with Etude, such as `ldm/digits`."""
+    return sorted(_walk(importlib.resources.files("etude.recipes"), ""))
 
 
-def leaves(recipe: BaseModel) -> Iterator[tuple[tuple, Any, bool]]:
-    """(path, value, affects_result) of every leaf in the order of the schema.
+def describe_shipped() -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the shipped recipes; reads the files alone, so it is quick."""
+    columns = ["recipe", "task", "data", "hardware", "hours", "expected result"]
+    return columns, [[name, *_card(to_plain(load_tree(name)[1]))] for name in shipped()]
 
-    Sections and mappings are entered, and lists that hold sections; other lists are one leaf.
+
+def copy_recipe(name: str, destination: str | Path, *, standalone: bool = False) -> Path:
+    """Write an own recipe from a shipped one, or from another file.
+
+    Args:
+        name: what to start from.
+        destination: a file ending in `.yaml`, or a folder.
+        standalone: write every field and extend nothing; otherwise the copy extends `name` and
+            shows every field, with its value there, as a comment.
     """
-    yield from _leaves(recipe, (), True)
-
-
-def schema(kind: str) -> type[Recipe]:
-    """The pydantic model of a kind of recipe."""
-    target = KINDS.get(kind) if isinstance(kind, str) else None
-    if target is None:
-        near = nearest(str(kind), list(KINDS))
-        hint = f"did you mean `{near}`?" if near else f"give one of {', '.join(KINDS)}"
-        raise UserError(f"`{kind}` is not a kind of recipe; {hint}")
-    if isinstance(target, str):
-        module, _, attribute = target.partition(":")
-        target = getattr(importlib.import_module(module), attribute)
-    return target
-
-
-def field_help(recipe: BaseModel, path: tuple) -> tuple[str, str]:
-    """(help text, unit) of the field at `path`; empty where the schema gives none."""
-    owner: Any = recipe
-    for step in path[:-1]:
-        owner = getattr(owner, step) if isinstance(owner, BaseModel) else _item(owner, step)
-    if not isinstance(owner, BaseModel):
-        return "", ""
-    info = type(owner).model_fields[path[-1]]
-    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    return info.description or "", str(extra.get("unit", ""))
+    path = Path(destination)
+    if path.is_dir() or str(destination).endswith(os.sep):
+        path = path / f"my-{Path(name).stem}.yaml"
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: a recipe's file name ends in .yaml")
+    if path.exists():
+        raise UserError(f"{path} exists; give another name or delete it")
+    recipe, parent = load_recipe(name), name
+    if name.endswith((".yaml", ".yml")):
+        parent = os.path.relpath(Path(name).resolve(), path.resolve().parent)
+    try:
+        write_text_atomic(path, own_recipe(recipe, parent, standalone=standalone))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    return path
 
 
 def load_tree(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Node]:
@@ -181,16 +169,6 @@ def load_tree(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[
     return name, tree
 
 
-def shipped_root() -> Traversable:
-    """The folder of the recipes that come with Etude."""
-    return importlib.resources.files("etude.recipes")
-
-
-def shipped() -> list[str]:
-    """Names of the recipes that come with Etude, such as `ldm/digits`."""
-    return sorted(_walk(shipped_root(), ""))
-
-
 def _walk(folder: Traversable, prefix: str) -> Iterator[str]:
     for entry in folder.iterdir():
         if entry.name.startswith((".", "_")):  # `_base.yaml` is for extending only
@@ -201,29 +179,48 @@ def _walk(folder: Traversable, prefix: str) -> Iterator[str]:
             yield prefix + entry.name.removesuffix(".yaml")
 
 
+def _card(data: dict) -> list[str]:
+    """Task, data, hardware, hours and expected result of an unchecked recipe."""
+    expects = data.get("expects") if isinstance(data.get("expects"), dict) else {}
+    section = data.get("data")
+    read = section.get("shards") if isinstance(section, dict) else data.get("real", section)
+    hours = expects.get("hours")
+    return [
+        f"{data.get('kind', '')}: {data.get('description', '')}",
+        str(read or ""),
+        str(expects.get("hardware") or ""),
+        "not measured" if hours is None else f"{hours:g}" if hours != "" else "",
+        str(expects.get("result") or ""),
+    ]
+
+
 def _locate(name: str, beside: Path | None = None) -> tuple[str, Path | Traversable]:
     """(recipe name, file) of a shipped name or a path, relative to the folder `beside`."""
+    if "\0" in name:
+        raise UserError(f"{name!r} is not the name of a recipe")
     path = Path(name) if beside is None else beside / name
     if name.endswith((".yaml", ".yml")):
         if not path.is_file():
             raise UserError(f"recipe file {path} does not exist; `etude recipes list` shows names")
         return path.stem, path
     parts = [part for part in name.split("/") if part]
-    if parts and ".." not in parts and not any("\0" in part for part in parts):
-        file = shipped_root().joinpath(*parts[:-1], parts[-1] + ".yaml")
-        if file.is_file():
-            return "/".join(parts), file
+    if parts and ".." not in parts:
+        root = importlib.resources.files("etude.recipes")
+        file = root.joinpath(*parts[:-1], parts[-1] + ".yaml")
+        try:
+            if file.is_file():
+                return "/".join(parts), file
+        except OSError:  # a name too long for the file system
+            pass
     near = nearest(name, shipped())
     hint = f"did you mean `{near}`?" if near else "`etude recipes list` shows the names"
-    raise UserError(f"there is no recipe `{name}`; {hint} (a file's name ends in .yaml)")
+    raise UserError(f"there is no recipe `{name[:200]}`; {hint} (a file's name ends in .yaml)")
 
 
 def _read(source: Path | Traversable, chain: tuple[str, ...]) -> Node:
     """The tree of a file with everything that it extends; `chain` holds the files being read."""
     identity = str(source.resolve()) if isinstance(source, Path) else str(source)
-    origin = str(source)
-    if isinstance(source, Path):
-        origin = _short(source)
+    origin = _short(source) if isinstance(source, Path) else str(source)
     if identity in chain:
         files = " -> ".join([*chain[chain.index(identity) :], identity])
         raise UserError(f"{origin}: `extends` goes round in a circle: {files}")
@@ -243,8 +240,9 @@ def _read(source: Path | Traversable, chain: tuple[str, ...]) -> Node:
     if not isinstance(parent.value, str) or not parent.value:
         raise UserError(f"{parent.place}: `extends` takes a recipe's name or a .yaml file")
     try:
-        beside = source.parent if isinstance(source, Path) else None
-        _, parent_source = _locate(parent.value, beside)
+        _, parent_source = _locate(
+            parent.value, source.parent if isinstance(source, Path) else None
+        )
     except UserError as error:
         raise UserError(f"{parent.place}: {error}") from None
     base = _read(parent_source, (*chain, identity))
@@ -263,8 +261,8 @@ def _short(path: Path) -> str:
 def _validate(tree: Node, name: str) -> Recipe:
     kind = tree.value.get("kind")
     if kind is None:
-        raise UserError(f"{tree.place}: `kind` is missing; add `kind:` with one of "
-                        f"{', '.join(KINDS)}")  # fmt: skip
+        kinds = ", ".join(KINDS)
+        raise UserError(f"{tree.place}: `kind` is missing; add `kind:` with one of {kinds}")
     try:
         model = schema(kind.value)
     except UserError as error:
@@ -276,133 +274,6 @@ def _validate(tree: Node, name: str) -> Recipe:
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise UserError(explain(error, tree, model)) from None
-
-
-def explain(error: ValidationError, tree: Node, model: type[BaseModel]) -> str:
-    """One sentence for the most telling of pydantic's errors: place, field, remedy."""
-    faults = []
-    for fault in error.errors(include_url=False, include_input=False):
-        node, taken = find(tree, fault["loc"])
-        faults.append((fault["type"] == "extra_forbidden", len(taken), fault, node, taken))
-    # A value that fits no member of a union gives one error per member: the deepest says most.
-    _, _, fault, node, taken = max(faults, key=lambda item: (item[0], item[1]))
-    field = ".".join(map(str, taken)) or model.__name__
-    distinct = {item[4] for item in faults}
-    more = f" (and {len(distinct) - 1} more)" if len(distinct) > 1 else ""
-    if fault["type"] == "extra_forbidden":
-        return f"{node.place}: {_unknown(model, tree, taken)}{more}"
-    if fault["type"] == "missing":
-        wanted = ".".join([*map(str, taken), str(fault["loc"][-1])])
-        return f"{node.place}: `{wanted}` is missing; add it{_about(model, tree, wanted)}{more}"
-    reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
-    shown = json.dumps(to_plain(node), default=str)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{node.place}: `{field}` is {shown}: {reason}{more}"
-
-
-def _unknown(model: type[BaseModel], tree: Node, taken: tuple) -> str:
-    *parents, key = taken
-    owners = _models_at(model, tree, tuple(parents))
-    names = sorted({field for owner in owners for field in owner.model_fields})
-    where = f" in `{'.'.join(map(str, parents))}`" if parents else ""
-    near = nearest(str(key), names)
-    hint = f"did you mean `{near}`?" if near else f"the fields are {', '.join(names)}"
-    return f"`{key}` is not a field{where}; {hint}"
-
-
-def _about(model: type[BaseModel], tree: Node, dotted: str) -> str:
-    *parents, key = dotted.split(".")
-    for owner in _models_at(model, tree, tuple(parents)):
-        if key in owner.model_fields and owner.model_fields[key].description:
-            return f" ({owner.model_fields[key].description})"
-    return ""
-
-
-def _models_at(model: type[BaseModel], tree: Node, path: tuple) -> list[type[BaseModel]]:
-    """The sections a mapping at `path` may be, less those its literal fields rule out."""
-    annotations: list[Any] = [model]
-    for step in path:
-        annotations = [inner for outer in annotations for inner in _inside(outer, step)]
-    models = [m for a in annotations for m in _members(a) if _is_model(m)]
-    node, _ = find(tree, path)
-    given = node.value if isinstance(node.value, dict) else {}
-    fitting = [m for m in models if all(_fits(m, key, child) for key, child in given.items())]
-    return fitting or models
-
-
-def _fits(model: type[BaseModel], key: str, child: Node) -> bool:
-    info = model.model_fields.get(key)
-    if info is None or typing.get_origin(info.annotation) is not typing.Literal:
-        return True
-    return child.value in typing.get_args(info.annotation)
-
-
-def _inside(annotation: Any, step: Any) -> list[Any]:
-    found: list[Any] = []
-    for member in _members(annotation):
-        arguments = typing.get_args(member)
-        if _is_model(member):
-            info = member.model_fields.get(str(step))
-            found += [info.annotation] if info else []
-        elif typing.get_origin(member) is dict and len(arguments) == 2:
-            found.append(arguments[1])
-        else:
-            found += [a for a in arguments if a is not Ellipsis]
-    return found
-
-
-def _members(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [m for a in typing.get_args(annotation) for m in _members(a)]
-    return [annotation]
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _affects(info: Any) -> bool:
-    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    return bool(extra.get("affects_result", True))
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields.items()
-        return {name: _identity(getattr(value, name)) for name, info in fields if _affects(info)}
-    if isinstance(value, dict):
-        return {str(key): _identity(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_identity(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_identity(item) for item in value), key=repr)
-    if isinstance(value, Enum):
-        return _identity(value.value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _leaves(value: Any, path: tuple, affects: bool) -> Iterator[tuple[tuple, Any, bool]]:
-    if isinstance(value, BaseModel):
-        for name, info in type(value).model_fields.items():
-            yield from _leaves(getattr(value, name), (*path, name), affects and _affects(info))
-    elif isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)), affects)
-    elif isinstance(value, list | tuple) and any(isinstance(i, BaseModel | dict) for i in value):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index), affects)
-    else:
-        yield path, value, affects
-
-
-def _item(owner: Any, step: Any) -> Any:
-    if not isinstance(owner, dict):
-        return owner[step]
-    return next(item for key, item in owner.items() if str(key) == step)
-
-
-def _kind_of(value: Any) -> str:
-    return type(value).__name__
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # A schema's own check met a value of a type it did not expect.
+        raise UserError(f"{tree.place}: a value has the wrong type or size: {error}") from error

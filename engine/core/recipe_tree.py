@@ -6,6 +6,8 @@ integer. Duplicate keys, foreign tags and several documents are refused. `!repla
 makes it take the place of the inherited one instead of being merged into it.
 """
 
+import contextlib
+import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -128,6 +130,8 @@ class _Builder:
     def scalar(self, node: yaml.ScalarNode) -> Any:
         self.require_tag(node, ("str", "int", "float", "bool", "null"))
         explicit_text = node.tag == _CORE + "str" and node.style is None
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise UserError(f"{self.place(node)}: half a character (a surrogate) in text")
         if node.style is not None or (explicit_text and self.tagged(node)):
             return node.value
         try:
@@ -195,6 +199,9 @@ def parse_override(text: str) -> Node:
     if not equals or not all(keys):
         raise UserError(f"override `{text}`: write field=value, for example optim.lr=1e-4")
     place = Place(f"override {text}")
+    if value.startswith('"'):  # as JSON where it is: YAML has no pairs of \u escapes
+        with contextlib.suppress(ValueError):
+            return _chain(keys, Node(json.loads(value), place), place)
     return _chain(keys, _relocate(parse(value, f"override {text}"), place), place)
 
 
@@ -225,6 +232,8 @@ def from_plain(value: Any, origin: str) -> Node:
         return Node({str(key): from_plain(item, origin) for key, item in value.items()}, place)
     if isinstance(value, list | tuple):
         return Node([from_plain(item, origin) for item in value], place)
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{place}: a recipe cannot hold not-a-number; give a number")
     if value is None or isinstance(value, bool | int | float | str):
         return Node(value, place)
     return Node(str(value), place)

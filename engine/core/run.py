@@ -20,12 +20,11 @@ from .errors import UserError
 from .files import read_json, to_json, write_json_atomic, write_text_atomic
 from .lock import Lock, is_stale, read_lock
 from .log import read_metrics
-from .recipe import Recipe, differences, fingerprint, load_recipe
-from .recipe_text import to_yaml
+from .recipe import Recipe, differences, fingerprint, load_recipe, to_yaml
 from .recipe_tree import nearest
 
-__all__ = ["Run", "RunSummary", "describe", "diff_runs", "list_runs", "load_run", "read_json"]
-__all__ += ["folder_name", "to_json", "write_json_atomic"]
+__all__ = ["Run", "RunSummary", "describe", "folder_name", "list_runs", "load_run", "summaries"]
+__all__ += ["read_json", "to_json", "write_json_atomic"]
 
 
 class Run:
@@ -50,7 +49,7 @@ class Run:
         root: Path = Path("runs"),
         name: str | None = None,
         resume_with_changes: bool = False,
-        writer: bool = True,
+        rank: int = 0,
     ) -> "Run":
         """Create or resume the folder of `recipe` below `root`.
 
@@ -60,7 +59,7 @@ class Run:
             name: the folder's name instead of recipe name and hash.
             resume_with_changes: accept fields that change results; `recipe.yaml` then holds the
                 new values and `changes.jsonl` what they were.
-            writer: False on the ranks that only need the folder; nothing is written or locked.
+            rank: every rank but 0 only needs the folder; it writes and locks nothing.
 
         Raises:
             UserError: another process writes there, or the folder holds a different job.
@@ -68,7 +67,7 @@ class Run:
         folder = Path(root) / (name if name is not None else folder_name(recipe))
         if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name):
             raise UserError(f"run={name}: use letters, digits, dots, dashes and underscores")
-        if not writer:
+        if rank != 0:
             return cls(folder, recipe, None, (folder / "recipe.yaml").exists())
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ class Run:
             return  # a finished run keeps the record of what made it
         write_text_atomic(self.folder / "recipe.yaml", to_yaml(self.recipe, comments=False))
         self._record_start()
-        (self.folder / "REQUEUE").unlink(missing_ok=True)
+        self.clear_requeue()
 
     def _record_start(self) -> None:
         path, earlier = self.folder / "environment.json", []
@@ -118,14 +117,23 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def finish(self, result: dict) -> None:
-        """Record `result`; from now on the run is finished."""
+        """Record `result`; from now on the run is finished. Does nothing on ranks but 0."""
+        if self._lock is None:
+            return
         write_json_atomic(self.folder / "result.json", result)
-        (self.folder / "REQUEUE").unlink(missing_ok=True)
+        self.clear_requeue()
 
-    def request_requeue(self, reason: str, images_seen: int) -> None:
-        """Leave the file that tells a scheduler to start this job again."""
+    def request_requeue(self, reason: str, images_seen: int = 0) -> None:
+        """Leave the file that tells a scheduler to start this job again (rank 0)."""
+        if self._lock is None:
+            return
         content = {"reason": reason, "images_seen": images_seen, "time": time.time()}
         write_json_atomic(self.folder / "REQUEUE", content)
+
+    def clear_requeue(self) -> None:
+        """The job goes on, or is done: remove the file (rank 0)."""
+        if self._lock is not None:
+            (self.folder / "REQUEUE").unlink(missing_ok=True)
 
     def requeue_requested(self) -> dict | None:
         """Why and where the job stopped, if it wants to be started again."""
@@ -191,7 +199,13 @@ def load_run(path: str | Path, *, root: Path = Path("runs")) -> tuple[Recipe, Pa
     raise UserError(f"there is no run `{path}`; {hint}")
 
 
-def list_runs(root: Path = Path("runs")) -> list[RunSummary]:
+def list_runs(root: Path = Path("runs")) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of every run below `root` for `etude runs list`."""
+    columns = ["run", "kind", "state", "images", "started", "last numbers"]
+    return columns, [_row(run) for run in summaries(root)]
+
+
+def summaries(root: Path = Path("runs")) -> list[RunSummary]:
     """Every run below `root`, the latest started first."""
     runs = [describe(folder) for folder in _folders(Path(root))]
     return sorted(runs, key=lambda run: run.started, reverse=True)
@@ -226,38 +240,17 @@ def describe(folder: str | Path) -> RunSummary:
     )
 
 
-def diff_runs(a: str | Path, b: str | Path) -> dict[str, Any]:
-    """Where two runs part: recipe fields, environment, and the first metric that differs.
-
-    Returns:
-        {"recipe": [(field, a, b)], "environment": [(field, a, b)],
-         "metric": None or {"name", "images_seen", "value", "a", "b"}}.
-    """
-    (recipe_a, folder_a), (recipe_b, folder_b) = load_run(a), load_run(b)
-    one, two = _json_or(folder_a / "environment.json"), _json_or(folder_b / "environment.json")
-    facts = [("revision", one.get("revision"), two.get("revision"))]
-    facts += [("host", one.get("host"), two.get("host"))]
-    for part in ("versions", "kernels"):
-        left, right = one.get(part) or {}, two.get(part) or {}
-        facts += [(f"{part}.{k}", left.get(k), right.get(k)) for k in sorted({*left, *right})]
-    return {
-        "recipe": differences(recipe_a, recipe_b),
-        "environment": [fact for fact in facts if fact[1] != fact[2]],
-        "metric": _first_parting(folder_a, folder_b),
-    }
-
-
-def _first_parting(a: Path, b: Path) -> dict | None:
-    theirs = {(r.get("name"), r.get("images_seen")): r for r in read_metrics(b / "metrics.jsonl")}
-    mine = read_metrics(a / "metrics.jsonl")
-    for record in sorted(mine, key=lambda r: r.get("images_seen", 0)):
-        other = theirs.get((record.get("name"), record.get("images_seen")))
-        for key, value in record.items():
-            timed = key == "time" or key.endswith(("_seconds", "per_second"))
-            if other is not None and not timed and other.get(key) != value:
-                found = {"name": record["name"], "images_seen": record["images_seen"]}
-                return {**found, "value": key, "a": value, "b": other.get(key)}
-    return None
+def _row(run: RunSummary) -> list[str]:
+    state = f"running ({run.holder})" if run.holder and run.state == "running" else run.state
+    shown = []
+    for name, record in run.metrics.items():
+        fields = [key for key in record if key not in ("time", "name", "images_seen")]
+        numbers = [k for k in fields if isinstance(record[k], int | float)][:2]
+        shown += [f"{name} {key} {record[key]:.4g}" for key in numbers]
+    if run.requeue:
+        state += ", start it again to go on"
+    seen = f"{run.images_seen:,}"
+    return [run.name, run.kind, state, seen, run.started[:19], ", ".join(shown[:4])]
 
 
 def _refusal(folder: Path, changed: list[tuple[str, Any, Any]]) -> str:

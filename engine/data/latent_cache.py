@@ -73,7 +73,8 @@ def write_shard(
     samples = [data.described(int(index)) for index in indices]
     labels = np.array([label for _, label, _ in samples], dtype=np.int64)
     words = {"keys": [k for k, _, _ in samples], "captions": [c for _, _, c in samples]}
-    metadata = {"key": key} | {name: json.dumps(values) for name, values in words.items()}
+    # One entry, because safetensors writes several in no fixed order: equal caches, equal bytes.
+    metadata = {"etude": json.dumps({"key": key} | words)}
     write_bytes_atomic(path, save(tensors | {"labels": labels}, metadata))
 
 
@@ -116,7 +117,7 @@ def open_shard(
         raise UserError(f"{path} is damaged or belongs to other latents; {_AGAIN}")
     try:
         arrays = {name: _map(path, info, start) for name, info in header.items()}
-        words = {name: json.loads(metadata[name]) for name in ("keys", "captions")}
+        words = {name: metadata[name] for name in ("keys", "captions")}
         lengths = {len(values) for values in (*arrays.values(), *words.values())}
         complete = {"mean", "std", "valid", "labels", *GEOMETRY} <= arrays.keys()
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError):
@@ -131,7 +132,7 @@ def _map(path: Path, info: dict[str, Any], start: int) -> np.ndarray:
     return np.memmap(path, _TYPES[info["dtype"]], "r", offset, shape)
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Tensors, metadata and start of the data of a safetensors file; empty when damaged."""
     try:
         with open(path, "rb") as file:
@@ -139,9 +140,9 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
             if length > path.stat().st_size:
                 return {}, {}, 0
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = json.loads(header.pop("__metadata__")["etude"])
         return (header, metadata, 8 + length) if isinstance(metadata, dict) else ({}, {}, 0)
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, {}, 0
 
 

@@ -11,6 +11,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 MAX_SIDE = 20_000
@@ -19,6 +20,10 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit for pictures it does not warn abou
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 _NOT_A_FRAME = (0xC4, 0xC8, 0xCC)  # tables and extensions among the SOF marker numbers
+# Tables, scans, comments and application data; zero bytes and restarts belong to a scan's data.
+_SEGMENTS = frozenset({0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+_IS_MARKER = np.ones(256, dtype=bool)
+_IS_MARKER[[0x00, 0xFF, *range(0xD0, 0xD8)]] = False
 _ORIENTATION = 0x0112
 
 
@@ -78,31 +83,34 @@ def _turned(orientation: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _probe_jpeg(data: bytes | memoryview) -> Picture:
-    position, orientation = 2, 1
+    """Walks every segment and scan to the end mark: decoders that read a part of the picture would
+    otherwise accept files that others refuse. What follows the end mark is ignored."""
+    position, orientation, frame = 2, 1, None
+    view = np.frombuffer(data, np.uint8)
+    starts = np.flatnonzero(view[:-1] == 0xFF)
+    starts = starts[_IS_MARKER[view[starts + 1]]]
     while True:
-        while data[position] == 0xFF and data[position + 1] == 0xFF:
-            position += 1
-        if data[position] != 0xFF:
-            raise BadPicture("the JPEG has a broken marker")
-        marker = data[position + 1]
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            position += 2
-            continue
-        if marker in (0xD9, 0xDA):
-            raise BadPicture("the JPEG has no frame header")
-        (length,) = struct.unpack_from(">H", data, position + 2)
-        if length < 2:
-            raise BadPicture("the JPEG has a broken segment")
-        body = position + 4
-        if marker == 0xE1 and bytes(data[body : body + 6]) == b"Exif\0\0":
-            orientation = _exif_orientation(bytes(data[body + 6 : position + 2 + length]))
-        if 0xC0 <= marker <= 0xCF and marker not in _NOT_A_FRAME:
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, body)
+        number = int(np.searchsorted(starts, position))
+        if number == len(starts):
+            raise BadPicture("the JPEG is truncated: its end mark is missing")
+        position = int(starts[number]) + 2
+        marker = int(view[position - 1])
+        if marker == 0xD9:
             break
-        position += 2 + length
-    # Encoders and cameras may append bytes after the end marker, so it is searched from the back.
-    if bytes(data).rfind(b"\xff\xd9", position) < 0:
-        raise BadPicture("the JPEG is truncated: its end marker is missing")
+        if marker == 0x01:
+            continue
+        (length,) = struct.unpack_from(">H", data, position)
+        is_frame = 0xC0 <= marker <= 0xCF and marker not in _NOT_A_FRAME
+        if length < 2 or not (marker in _SEGMENTS or is_frame and frame is None):
+            raise BadPicture(f"the JPEG has a broken segment (marker {marker:02x})")
+        body, position = position + 2, position + length
+        if is_frame:
+            frame = struct.unpack_from(">BHHB", data, body)
+        elif marker == 0xE1 and bytes(data[body : body + 6]) == b"Exif\0\0":
+            orientation = _exif_orientation(bytes(data[body + 6 : position]))
+    if frame is None:
+        raise BadPicture("the JPEG has no frame header")
+    bits, height, width, channels = frame
     height, width = _turned(orientation, height, width)
     plain = channels in (1, 3) and bits == 8 and orientation == 1
     return Picture("jpeg", height, width, channels, bits, orientation, plain)

@@ -20,6 +20,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from etude.core.config import Config, option
+from etude.core.errors import UserError
 
 from .schedules import Schedule, ScheduleName
 
@@ -114,12 +115,15 @@ class Objective:
         return alpha * eps - sigma * x0
 
     def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A raw output into the prediction, in x's dtype, and the variance half or None."""
+        """A raw output into the prediction, in x's dtype, and the variance half or None.
+
+        A second half that `variance: fixed` does not train is dropped (as SiT does).
+        """
         output = output.to(x.dtype)
-        if output.shape[1] == 2 * x.shape[1]:
-            prediction, variance = output.chunk(2, dim=1)
-            return prediction, variance
-        return output, None
+        if output.shape[1] != 2 * x.shape[1]:
+            return output, None
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance if self.config.variance == "learned_range" else None
 
     def clean(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates (x0_hat, eps_hat) from a raw output at (x (B, C, H, W), t (B,))."""
@@ -155,7 +159,10 @@ class Objective:
         if self.config.variance == "fixed":
             return losses
         if variance is None:
-            raise ValueError("variance 'learned_range' needs a network with learn_sigma")
+            raise UserError(
+                "objective.variance 'learned_range' needs a network that returns one:"
+                " set model.learn_sigma to true, or objective.variance to fixed"
+            )
         return losses + self._bound(x0, x, t, prediction.detach(), variance)
 
     def _bound(

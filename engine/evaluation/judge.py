@@ -50,7 +50,7 @@ class JudgeRecipe(Recipe):
 
 
 class Judge:
-    """A frozen classifier that labels pictures.
+    """A frozen classifier that labels pictures; calling it is calling `labels`.
 
     Args:
         source: its folder, or the run that trained it.
@@ -67,6 +67,8 @@ class Judge:
             for block in torch.from_numpy(np.ascontiguousarray(images)).split(batch_size)
         ]
         return torch.cat(found).numpy()
+
+    __call__ = labels
 
 
 def open_judge(source: str | Path, device: torch.device | str = "cpu") -> Judge:

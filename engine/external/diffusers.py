@@ -113,13 +113,13 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, C, H, W) in [-1, 1] to the mean and standard deviation of raw latents,
-        each (B, c, H / downscale, W / downscale)."""
-        posterior = self.network.encode(images).latent_dist
+        each (B, c, H / downscale, W / downscale) in the parameters' dtype."""
+        posterior = self.network.encode(images.to(self.network.dtype)).latent_dist
         return posterior.mean, posterior.std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (B, c, h, w) to pictures (B, C, H, W), nominally in [-1, 1], not clamped."""
-        return self.network.decode(latents).sample
+        return self.network.decode(latents.to(self.network.dtype)).sample
 
     def scale(self, latents: Tensor) -> Tensor:
         """Raw latents to the denoiser's."""

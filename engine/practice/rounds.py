@@ -12,7 +12,7 @@ the cool-down. Beside it, with the same initial weights, tuning and number of st
 The monitor split decides when the practice arm adds; the test split is looked at once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +47,24 @@ class Job:
     test: Stored
     log: Log
     stopper: Stopper
+    show: Callable[[], None]
     added_at: Sequence[int] = ()
 
 
 def practise(
-    recipe: PracticeRecipe, run: Run, generator: Generator, log: Log, stopper: Stopper
+    recipe: PracticeRecipe,
+    run: Run,
+    generator: Generator,
+    log: Log,
+    stopper: Stopper,
+    *,
+    show: Callable[[], None] = lambda: None,
 ) -> dict:
     """Train every arm of the recipe and compare them; go on where an earlier call stopped.
+
+    Args:
+        generator: draws the pictures; see `supply.Generator`.
+        show: called after every round and at the end of every arm, for example to write a page.
 
     Returns:
         `{"arms": {name: figures}, "differences": {"practice - static": interval, ...}}`, or
@@ -62,7 +73,7 @@ def practise(
     Raises:
         UserError: the splits do not fit the generator, or overlap with its training pictures.
     """
-    job = _open(recipe, run, generator, log, stopper)
+    job = _open(recipe, run, generator, log, stopper, show)
     results: dict[str, dict] = {}
     correct: dict[str, np.ndarray] = {}
     for name in recipe.arms:
@@ -130,11 +141,17 @@ def run_arm(name: str, job: Job) -> tuple[dict, np.ndarray] | None:
     result, correct = _judge(arm, pool, job)
     arm.finish(result, correct)
     _share_pool(name, job, result)
+    job.show()
     return result, correct
 
 
 def _open(
-    recipe: PracticeRecipe, run: Run, generator: Generator, log: Log, stopper: Stopper
+    recipe: PracticeRecipe,
+    run: Run,
+    generator: Generator,
+    log: Log,
+    stopper: Stopper,
+    show: Callable[[], None],
 ) -> Job:
     """Load the real splits and refuse what would make the result meaningless."""
     monitor = load_split(recipe.monitor, recipe.pictures)
@@ -159,7 +176,7 @@ def _open(
         test, monitor, recipe.duplicate_distance, recipe.test, f"the monitor split {recipe.monitor}"
     )
     supply = Supply(generator, recipe.guidance, recipe.seed, recipe.chunk, run.folder / "pools")
-    return Job(recipe, run, generator, supply, monitor, test, log, stopper)
+    return Job(recipe, run, generator, supply, monitor, test, log, stopper, show)
 
 
 def _fill(arm: Arm, pool: Pool | Stored, job: Job, progress: Progress) -> bool:
@@ -186,6 +203,7 @@ def _fill(arm: Arm, pool: Pool | Stored, job: Job, progress: Progress) -> bool:
         report_round(
             report.parent, rounds, learner, pool, ends, job.supply, probe=recipe.probe_samples
         )
+        job.show()
     arm.restart_clock()
     return filled
 

@@ -1,4 +1,4 @@
-"""Both decoders against Pillow's own steps, against each other, and on pictures DALI cannot read."""
+"""Both decoders against Pillow's own steps, each other, and pictures that DALI cannot read."""
 
 import io
 

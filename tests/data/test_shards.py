@@ -1,4 +1,4 @@
-"""Shards: what is written is read back, by us and by webdataset; every structural fault is named."""
+"""Shards: what is written is read back, here and by webdataset; structural faults are named."""
 
 import io
 import shutil

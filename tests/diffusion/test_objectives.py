@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch.distributions import Normal, kl_divergence
 
+from etude.core.errors import UserError
 from etude.diffusion.objectives import Objective, ObjectiveConfig, learned_log_variance
 
 SETTINGS = [
@@ -136,6 +137,20 @@ def test_the_bound_trains_the_variance_alone() -> None:
     objective.losses(lambda *_: output, x0, eps, t.double(), {}).sum().backward()
     torch.testing.assert_close(prediction.grad, 2 * (prediction.detach() - eps) / 4)
     assert variance.grad.abs().min() > 0
+
+
+def test_a_second_half_is_used_by_a_learned_variance_alone() -> None:
+    x0, eps, t = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1), torch.tensor([0.1, 0.7]).double()
+    output = torch.cat((eps - x0, 7.0 * eps), 1)
+    objective = Objective(ObjectiveConfig())
+    losses = objective.losses(lambda *_: output, x0, eps, t, {})
+    assert losses.tolist() == [0.0, 0.0]
+    assert objective.split(output, x0)[1] is None
+    fields = {"prediction": "eps", "schedule": "linear", "variance": "learned_range"}
+    learned = Objective(ObjectiveConfig(**fields))
+    assert torch.equal(learned.split(output, x0)[1], 7.0 * eps)
+    with pytest.raises(UserError, match="set model.learn_sigma to true"):
+        learned.losses(lambda *_: eps, x0, eps, t, {})
 
 
 def test_learned_variance_lies_between_its_bounds() -> None:

@@ -21,9 +21,10 @@ from etude.evaluation.judge import (
 )
 from etude.evaluation.plan import EvaluateRecipe, ExtractorConfig, ExtractRecipe, evaluate, extract
 from etude.evaluation.sets import ShardPictures, Stages
+from etude.metrics.intervals import IntervalConfig
 from etude.metrics.store import FeatureStore
 
-SMALL = JudgeConfig(images=9_600)
+SMALL = JudgeConfig(images=7_200)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,7 @@ def recipe(digits: Path, judge: Path, store: Path, **changes) -> EvaluateRecipe:
         "extractor": ExtractorConfig(kind="classifier", weights=str(judge)),
         "metrics": ("frechet", "kid", "prdc", "agreement", "memorisation"),
         "store": str(store),
+        "interval": IntervalConfig(replicates=60),
     }
     return EvaluateRecipe(**(fields | changes))
 

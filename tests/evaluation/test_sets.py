@@ -1,4 +1,4 @@
-"""Sets of pictures: shards, folders and generators give the same kind of thing, and refuse alike."""
+"""Sets of pictures: shards, folders and generators give the same kind of thing."""
 
 import io
 from pathlib import Path

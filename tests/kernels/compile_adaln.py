@@ -35,7 +35,7 @@ CASES = {
     "bwd_both": (
         kernels.adaln_bwd_kernel,
         BOTH | {"HAS_DOUT": True, "ROWS": CONFIG.rows, "BLOCK": CONFIG.block},
-        CONFIG.warps,
+        CONFIG.backward_warps,
     ),
     "reduce": (kernels.reduce_kernel, {"GATED": True, "NORMED": True, "BLOCK": 256}, 4),
 }
@@ -57,9 +57,7 @@ def build(kernel, constants: dict, warps: int, arch: int) -> dict:
         {(index[k],): v for k, v in constants.items()},
         {(index[n],): [["tt.divisibility", 16]] for n in aligned},
     )
-    made = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
-    )
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     return resources(made, arch)
 
 

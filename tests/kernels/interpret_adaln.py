@@ -18,7 +18,7 @@ CASES = [
         ("gate_residual_adaln", "layernorm"),
         ("gate_residual_adaln", "rmsnorm"),
     )
-    for shape in ((2, 5, 63), (1, 67, 1))
+    for shape in ((2, 5, 63), (1, 67, 3))
 ]
 
 
@@ -26,14 +26,13 @@ def main() -> None:
     for op, norm, shape in CASES:
         for dtype in (torch.float32, torch.float16):
             data = make(*shape, dtype)
-            # A width of 1 leaves nothing to normalise: only the sums over rows are tested there.
             got, again = run(ours, op, data, norm), run(ours, op, data, norm)
             want = run(exact, op, {k: v.double() for k, v in data.items()}, norm)
             errors = []
             for name in want:
                 size = float(want[name].square().mean().sqrt())
                 error = float((got[name].double() - want[name]).square().mean().sqrt())
-                # With one column dx is the difference of equal numbers: nothing to be relative to.
+                # With few columns dx nearly cancels: an absolute floor beside the relative bound.
                 errors.append(error / max(size, 1e-2))
             row = {
                 "op": op,

@@ -41,8 +41,9 @@ def compiled() -> list[dict]:
     return script("compile_adaln.py")
 
 
-# float32: another order of summation. float16: one rounding of each value.
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 5e-6), ("float16", 8e-4)])
+# float32: another order of summation. float16: one rounding of each value, twice in the fused
+# residual (the norm sees the stored one, and 3 columns leave little to normalise by).
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 5e-6), ("float16", 3e-3)])
 def test_interpreted_kernels_equal_float64_autograd(
     interpreted: list[dict], dtype: str, bound: float
 ) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from etude.core.errors import UserError
 from etude.metrics.extractors import (
@@ -21,7 +22,7 @@ from etude.metrics.extractors.inception import InceptionExtractor
 from etude.metrics.extractors.pixels import PixelExtractor
 from etude.models.classifier import Classifier, ClassifierConfig
 
-INCEPTION = Path(os.environ.get("ETUDE_INCEPTION", "data/inception/default_1.pt"))
+INCEPTION = Path(os.environ.get("ETUDE_INCEPTION", "data/inception"))
 
 
 def pictures(rows: int, side: int, channels: int) -> torch.Tensor:
@@ -113,11 +114,22 @@ def test_unknown_kinds_and_wrong_files_are_refused(tmp_path) -> None:
 
 @pytest.mark.fetched
 @pytest.mark.skipif(not INCEPTION.exists(), reason="type: etude data fetch inception")
-def test_our_inception_is_the_archives_own_network() -> None:
-    extractor = InceptionExtractor(INCEPTION)
+def test_our_inception_is_the_archives_own_network(tmp_path) -> None:
+    archive = torch.jit.load(INCEPTION / "default_1.pt", map_location="cpu")
+    extractor = InceptionExtractor(INCEPTION / "default_1.pt")
     x = pictures(2, 299, 3)
     with torch.no_grad():
-        archive = torch.jit.load(INCEPTION, map_location="cpu")
         expected = archive((x.permute(0, 3, 1, 2).float() - 128) / 128)
     torch.testing.assert_close(extractor(x), expected, rtol=1e-4, atol=1e-4)
     assert extractor(pictures(1, 32, 1)).shape == (1, 2048)
+
+    state = {n: v.contiguous().clone() for n, v in extractor.network.state_dict().items()}
+    save_file(state, tmp_path / "inception.safetensors")
+    same = InceptionExtractor(tmp_path)
+    assert same.weights_sha256 == extractor.weights_sha256
+    assert torch.equal(same(x), extractor(x))
+
+    state["conv.weight"][0, 0, 0, 0] += 1
+    save_file(state, tmp_path / "inception.safetensors")
+    with pytest.raises(UserError, match="not the known Inception file"):
+        InceptionExtractor(tmp_path)

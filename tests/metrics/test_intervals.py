@@ -17,7 +17,7 @@ from etude.metrics.figures import FAMILIES, Pair, measure, measure_difference
 from etude.metrics.frechet import frechet_distance
 from etude.metrics.intervals import IntervalConfig, interval, kept_rows, proportion, shares
 
-TRIALS, LEVEL = 120, 0.9
+TRIALS, LEVEL = 100, 0.9
 CONFIG = IntervalConfig(level=LEVEL, replicates=60)
 CLASSES = 5
 SKEWED = ("kid", "classes")
@@ -58,9 +58,9 @@ def value(metric: str, pair: Pair) -> dict[str, float]:
 
 @cache
 def truth(metric: str, case: str) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each figure over 1,000 fresh draws."""
+    """Mean and standard deviation of each figure over 600 fresh draws."""
     rng = np.random.default_rng(1)
-    drawn = [value(metric, CASES[case](rng)) for _ in range(1000)]
+    drawn = [value(metric, CASES[case](rng)) for _ in range(600)]
     return {n: (np.mean([d[n] for d in drawn]), np.std([d[n] for d in drawn])) for n in drawn[0]}
 
 

@@ -21,6 +21,16 @@ def test_logits_are_the_head_of_the_features() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_features_are_the_mean_over_pixels_of_the_normalised_stages() -> None:
+    model, kept = Classifier(CONFIG), []
+    model.stages.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    features = model.features(pictures(3))
+    h = kept[0].double().view(3, 4, -1)  # the norm's gain is one and its bias zero at first
+    h = (h - h.mean(2, keepdim=True)) / (h.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    h = h.view(3, 16, -1)
+    torch.testing.assert_close(features.double(), (h / (1 + (-h).exp())).mean(2), atol=1e-6, rtol=0)
+
+
 def test_pictures_of_a_batch_are_independent_in_both_modes() -> None:
     model, x = Classifier(CONFIG).double(), pictures(5).double()
     other = torch.cat((x[:1], -3.0 * x[1:]))

@@ -67,6 +67,13 @@ def test_reconstruction_loss(autoencoder: Autoencoder, loss: str) -> None:
     assert (divergence.mean((1, 2, 3)) > 1e-3).all()
 
 
+def test_float32_pictures_through_a_bfloat16_network() -> None:
+    exact = Autoencoder.build(CONFIG)(pictures(), latents())
+    rounded = Autoencoder.build(CONFIG).bfloat16()(pictures(), latents())
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.0)
+
+
 def test_a_folder_gives_back_the_same_autoencoder(tmp_path: Path) -> None:
     model = Autoencoder.build(CONFIG, seed=3)
     model.set_scaling(0.7, 0.2)

@@ -1,4 +1,4 @@
-"""Metrics against other people's formulas: scipy's matrix square root, scikit-learn, torchmetrics."""
+"""Metrics against other people's: scipy's matrix square root, scikit-learn, torchmetrics."""
 
 import numpy as np
 import pytest

@@ -90,6 +90,7 @@ def test_ddpm(variance: str, spacing: str) -> None:
     generator.manual_seed(7)
     draws = [torch.randn(3, 2, 4, 4, generator=generator) for _ in range(25)]
     fields = {"prediction": "eps", "schedule": "linear"}
+    fields |= {"variance": "learned_range"} if double else {}
     mine = ours(
         fields, noise(), double=double, method="ddpm", steps=25, spacing=spacing,
         step_noise=lambda step: draws[step],

