@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     help="Train latent diffusion models, practise on what they draw, evaluate what they draw.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Data sets and weights, fetched by hash.")

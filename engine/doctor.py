@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -20,13 +21,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from packaging.version import Version
-
 from etude.core.environment import cpu_count, version
 from etude.core.errors import UserError
 from etude.core.log import Log
 
-_HF_WINDOW = (Version("0.18.2"), Version("0.19"))  # transformers takes such a `kernels` for its own
+_HF_WINDOW = ((0, 18, 2), (0, 19))  # versions of `kernels` that transformers imports names from
+_USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # where setup.py looks last
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def examine(recipe: str | None = None, *, dist: bool = False) -> int:
     if recipe is not None:
         missing += _report_recipe(recipe, log)
     if missing:
-        log.warn(f"needed and missing: {', '.join(missing)}")
+        log.warn(f"needed and missing: {', '.join(dict.fromkeys(missing))}")
     return 1 if missing else 0
 
 
@@ -124,8 +124,8 @@ def environment_parts() -> list[Part]:
 def warnings() -> list[str]:
     """Things that are there and will surprise."""
     try:
-        installed = Version(importlib.metadata.version("kernels"))
-    except Exception:  # not installed, or a version nobody can read
+        installed = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
         return []
     spec = _spec("kernels")
     origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
@@ -133,7 +133,7 @@ def warnings() -> list[str]:
     if origin != ours:
         return []
     hides = f"the folder {ours.parent} hides the installed package kernels {installed}"
-    if _HF_WINDOW[0] <= installed < _HF_WINDOW[1]:
+    if _HF_WINDOW[0] <= tuple(map(int, re.findall(r"\d+", installed)[:3])) < _HF_WINDOW[1]:
         return [
             f"{hides}, and transformers fails on it: run from another folder, take "
             f"{ours.parent.parent} off PYTHONPATH, or type: pip uninstall kernels"
@@ -191,7 +191,7 @@ def _report_recipe(name: str, log: Log) -> list[str]:
     recipe = load_recipe(name)
     for table in describe(recipe):
         log.table(*table)
-    return [item.path for item in needed_files(recipe) if not item.present]
+    return [item.path for item in needed_files(recipe) if not item.present and not item.made]
 
 
 def _found(name: str) -> str:
@@ -244,7 +244,7 @@ def _compiler() -> Part:
 def _nvcc() -> Part:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = _which(str(Path(home) / "bin" / "nvcc")) if home else ""
-    path = path or _which("nvcc") or _which("/usr/local/cuda/bin/nvcc")
+    path = path or _which("nvcc") or _which(_USUAL_NVCC)
     found = f"{path} {_release(path)}".strip() if path else ""
     return Part(
         "nvcc",

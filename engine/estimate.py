@@ -18,6 +18,8 @@ from torch import nn
 from etude.core.errors import UserError
 from etude.core.recipe import Recipe, leaves, load_recipe
 
+from .fetching import DIGITS, needs
+
 # Fields that name something on the disk, by the last part of their dotted path.
 _SHARDS = {"shards", "held_out", "monitor", "test", "real", "train", "real_train", "generated"}
 _RUNS = {"autoencoder", "generator", "judge"}
@@ -35,6 +37,7 @@ class NeededFile:
         present: whether it is there.
         digest: hash of its content, shortened; "" when it is absent or has no one file.
         command: what to type when it is absent.
+        made: the job makes it by itself when it starts.
     """
 
     field: str
@@ -42,6 +45,7 @@ class NeededFile:
     present: bool
     digest: str
     command: str
+    made: bool = False
 
 
 def needed_files(recipe: Recipe) -> list[NeededFile]:
@@ -49,12 +53,13 @@ def needed_files(recipe: Recipe) -> list[NeededFile]:
     found = []
     for job in _jobs(recipe):
         prefix = "" if job is recipe else f"{job.name}: "
-        commands = _fetch_commands(job)
+        known = {str(need.path): need for need in needs(job)}
         for field, path, role in _named(job):
-            place = _resolve(path, role)
-            command = commands.get(path) or _command(path, role)
+            place, need = _resolve(path, role), known.get(path)
+            command = " ; ".join(need.commands) if need else _command(path, role)
+            made = need is not None and need.name == DIGITS
             digest = content_digest(place) if place else ""
-            found.append(NeededFile(prefix + field, path, place is not None, digest, command))
+            found.append(NeededFile(prefix + field, path, place is not None, digest, command, made))
     unique = {(item.field, item.path): item for item in found}
     return list(unique.values())
 
@@ -141,7 +146,8 @@ def time_sentence(recipe: Recipe) -> str:
     expects = recipe.expects
     if expects.hours is None:
         return f"not measured{' on ' + expects.hardware if expects.hardware else ''}"
-    length = f"{expects.hours:g} hours" if expects.hours >= 1 else f"{expects.hours * 60:.0f} min"
+    minutes = max(1, round(expects.hours * 60))
+    length = f"{expects.hours:g} hours" if expects.hours >= 1 else f"{minutes} min"
     return f"{length} on {expects.hardware or 'hardware that the recipe does not name'}"
 
 
@@ -191,13 +197,9 @@ def _resolve(path: str, role: str) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _fetch_commands(recipe: Recipe) -> dict[str, str]:
-    from .fetching import needs
-
-    return {str(need.path): " ; ".join(need.commands) for need in needs(recipe)}
-
-
 def _command(path: str, role: str) -> str:
+    if role == "run" and Path(path).parts[:-1] not in ((), ("runs",)):
+        return f"put a model's folder at {path}, or name a run of yours (`etude runs list`)"
     if role == "run":
         return f"etude train RECIPE --run {Path(path).name} (`etude runs list` shows your runs)"
     if role == "shards":

@@ -78,7 +78,7 @@ def _run(
     order: int = 0,
 ) -> tuple[Path, dict]:
     lead = world.rank == 0
-    with Run.open(recipe, root=root, name=name, writer=lead) as opened:
+    with Run.open(recipe, root=root, name=name, rank=world.rank) as opened:
         distributed.barrier(world, "the run's folder")
         finished = opened.finished()
         if finished is not None:

@@ -273,7 +273,7 @@ class Page:
     def _render_pairs(self, section: dict) -> str:
         items = "".join(
             f'<figure><img alt="sample and nearest training picture" src="{self._uri(name)}">'
-            f"<figcaption>{distance:.3g}</figcaption></figure>"
+            f"<figcaption>{number(float(f'{distance:.3g}'))}</figcaption></figure>"
             for name, distance in zip(section["files"], section["distances"], strict=True)
         )
         return f'<div class="row">{items}</div>{_paragraphs(section["note"])}'

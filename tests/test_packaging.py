@@ -55,7 +55,7 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
         "import etude, etude.kernels, etude.recipes, torch\n"
         "y = etude.kernels.adaln_modulate(torch.ones(1, 2, 8), *torch.ones(2, 1, 8))\n"
         "assert torch.equal(y, torch.ones(1, 2, 8)), y\n"
-        "print(etude.kernels.__file__, etude.kernels.status()[1]['available'])"
+        "print(etude.kernels.__file__)"
     )
     made = subprocess.run(
         [sys.executable, "-c", code],
@@ -66,7 +66,7 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
         timeout=120,
     )
     assert made.returncode == 0, made.stderr[-2000:]
-    assert made.stdout.split() == [str(tmp_path / "site/etude/kernels/__init__.py"), "no"]
+    assert made.stdout.split() == [str(tmp_path / "site/etude/kernels/__init__.py")]
 
 
 def test_import_etude_needs_no_optional_library() -> None:

@@ -37,10 +37,9 @@ class Lock:
         self._pid = os.getpid()
         with _guard(self.path.parent):
             holder = read_lock(self.path)
-            if holder and not is_stale(self.path, holder):
+            if holder is not None and not is_stale(self.path, holder):
                 raise UserError(
-                    f"{self.path.parent} is being written by process {holder.get('pid')} on "
-                    f"{holder.get('host')} (started {holder.get('started')}); wait for it, stop "
+                    f"{self.path.parent} is being written by {_who(holder)}; wait for it, stop "
                     "it, or give another folder with run=NAME"
                 )
             write_json_atomic(self.path, {**_identity(), "token": self.token})
@@ -108,6 +107,13 @@ def heartbeat_age(path: Path) -> float:
         return now - path.stat().st_mtime
     except FileNotFoundError:
         return float("inf")
+
+
+def _who(holder: dict) -> str:
+    if "pid" not in holder:
+        return f"a process whose lock.json is damaged (stale after {STALE_SECONDS:.0f} s)"
+    host, started = holder.get("host"), holder.get("started")
+    return f"process {holder['pid']} on {host}" + (f" (started {started})" if started else "")
 
 
 def _identity() -> dict:

@@ -24,7 +24,7 @@ from yaml.scanner import Scanner
 from .errors import UserError
 
 _CORE = "tag:yaml.org,2002:"
-_MOST_NODES = 100_000  # aliases can otherwise expand without bound
+_MOST_NODES = 20_000  # aliases can otherwise expand without bound
 _DEEPEST = 50
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")

@@ -134,7 +134,7 @@ class ZeroStrategy(StrategyBase):
         """See `Strategy.backward`."""
         if self._pending == self.accumulation:
             raise RuntimeError(f"{self.accumulation} backward calls are due before each step()")
-        pass
+        self._loss_bad = self._loss_bad | ~torch.isfinite(loss.detach())
         self.engine.backward(loss)
         self._pending += 1
         if self._pending < self.accumulation:
@@ -254,7 +254,7 @@ class ZeroStrategy(StrategyBase):
     @torch.no_grad()
     def refresh(self) -> None:
         """See `StrategyBase`."""
-        if self.stage in ():
+        if self.stage in (1, 2):
             parameters = self._trainable()
             for name, value in self.full("weight"):
                 parameters[name].data.copy_(value)

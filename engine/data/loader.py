@@ -45,7 +45,8 @@ class DataConfig(Config):
     )
     decoder: Literal["auto", "dali_if_installed", "dali", "torch"] = option(
         "auto",
-        "auto: DALI for JPEGs of 64 pixels and more where it is installed, else torch",
+        "auto: DALI where it is installed and decodes JPEGs of 64 pixels and more on a GPU, else"
+        " torch; dali_if_installed: DALI for all pictures it can read, else torch",
         affects_result=False,
     )
     workers: int = option(0, "decoding threads; 0: one per core", affects_result=False, ge=0)
@@ -183,8 +184,12 @@ def substitute(seed: int, position: int, attempt: int, size: int) -> int:
     return ((int(words[0]) << 32) + int(words[1])) * size >> 64
 
 
-def choose_decoder(data: ShardSet, config: DataConfig) -> tuple[str, str]:
-    """("dali" or "torch", one line that says why)."""
+def choose_decoder(data: ShardSet, config: DataConfig, device: torch.device) -> tuple[str, str]:
+    """("dali" or "torch", one line that says why).
+
+    On the CPU the two are equally fast for crops of JPEGs (benchmarks/dataload.py), so "auto" takes
+    DALI for what it alone can do: JPEGs decoded on a GPU.
+    """
     if config.decoder == "torch":
         return "torch", "torch decoder: as asked"
     missing = decode_dali.why_missing()
@@ -196,6 +201,8 @@ def choose_decoder(data: ShardSet, config: DataConfig) -> tuple[str, str]:
         return "torch", f"torch decoder: DALI is not usable here ({missing})"
     if config.decoder == "dali_if_installed":
         return "dali", "DALI decoder: installed"
+    if device.type != "cuda":
+        return "torch", "torch decoder: on the CPU DALI is not faster (benchmarks/dataload.py)"
     suited, total = 0, min(len(data), 32)
     for number in range(total):
         try:
@@ -205,10 +212,10 @@ def choose_decoder(data: ShardSet, config: DataConfig) -> tuple[str, str]:
         side = min(picture.height, picture.width)
         suited += picture.kind == "jpeg" and picture.plain and side >= _DALI_MIN_SIDE
     if 2 * suited > total:
-        return "dali", f"DALI decoder: {suited} of {total} pictures looked at are larger JPEGs"
+        return "dali", f"DALI decoder: {suited} of {total} pictures looked at are JPEGs for the GPU"
     return "torch", (
         f"torch decoder: {total - suited} of {total} pictures looked at are not JPEGs of"
-        f" {_DALI_MIN_SIDE} pixels and more, which is where DALI is faster"
+        f" {_DALI_MIN_SIDE} pixels and more, which is what DALI decodes on a GPU"
     )
 
 
@@ -240,7 +247,7 @@ class Loader(Source):
         self.device = torch.device(device)
         self.prefetch = config.prefetch
         self.order = order or Order(len(data), seed, config.order, shard_sizes=data.shard_sizes)
-        name, self.decoder_reason = choose_decoder(data, config)
+        name, self.decoder_reason = choose_decoder(data, config, self.device)
         size, channels = config.augment.image_size, config.augment.channels
         workers = config.workers or os.cpu_count() or 1
         if name == "dali":

@@ -105,7 +105,7 @@ def run_arm(name: str, job: Job) -> tuple[dict, np.ndarray] | None:
         pool = load_split(recipe.real_train, recipe.pictures)
     else:
         pool = job.supply.pool(name)
-        pool.rewind(state.step * batch)
+        pool.rewind(state.step * batch)  # from here on it holds what the next step may draw from
 
     with log.progress(f"{name}: learning", steps, unit="steps", done=state.step) as progress:
         while True:
@@ -117,7 +117,7 @@ def run_arm(name: str, job: Job) -> tuple[dict, np.ndarray] | None:
                 arm.save()
                 return None
             positions = np.arange(state.step * batch, (state.step + 1) * batch)
-            rows = _order(arm, pool, job).index(positions)
+            rows = PoolOrder(recipe.seed, [(0, len(pool))]).index(positions)
             loss = learner.step(
                 pool.images(rows), pool.labels(rows), positions, recipe.schedule.rate(state.step)
             )
@@ -215,15 +215,6 @@ def _asks(arm: Arm, job: Job, accuracy: float) -> bool:
         waited_enough = state.plateau.observe(accuracy, job.recipe.trigger)
         return waited_enough and job.recipe.may_add(state.plateau.rounds, state.step)
     return arm.name == "omega0" and state.step in job.added_at
-
-
-def _order(arm: Arm, pool: Pool | Stored, job: Job) -> PoolOrder:
-    """Which picture each position shows: uniform over those there when its step was made."""
-    recipe, batch = job.recipe, job.recipe.learner.batch
-    if arm.name in ("static", "real"):
-        return PoolOrder(recipe.seed, [(0, len(pool))])
-    grown = [(step * batch, recipe.size(k + 1)) for k, step in enumerate(arm.state.added_at)]
-    return PoolOrder(recipe.seed, [(0, recipe.start_samples), *grown])
 
 
 def _share_pool(name: str, job: Job, result: dict) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from etude.core.errors import UserError
 from etude.data import decode_dali
 from etude.data.augment import AugmentConfig
-from etude.data.loader import Batch, DataConfig, Loader, substitute
+from etude.data.loader import Batch, DataConfig, Loader, choose_decoder, substitute
 from etude.data.order import PoolOrder, StoredOrder
 from etude.data.shards import ShardSet, write_shards
 from etude.data.still import still_loader
@@ -205,10 +205,14 @@ def test_the_decoder_is_chosen_for_a_stated_reason(good: Path, tmp_path: Path) -
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(buffer, "PNG")
     write_shards(small, [{"key": "a", "image": buffer.getvalue(), "extension": "png"}])
-    assert "not JPEGs" in (auto := _loader(small, "auto")).decoder_reason or len(DECODERS) == 1
-    assert auto.decoder.name == "torch"
     wanted = "dali" if len(DECODERS) == 2 else "torch"
-    assert _loader(good, "auto").decoder.name == wanted
+    gpu = torch.device("cuda")
+    name, reason = choose_decoder(ShardSet(small), _loader(small, "auto").config, gpu)
+    assert name == "torch" and ("not JPEGs" in reason or len(DECODERS) == 1)
+    name, reason = choose_decoder(ShardSet(good), _loader(good, "auto").config, gpu)
+    assert name == wanted and ("32 of 32" in reason or len(DECODERS) == 1)
+    auto = _loader(good, "auto")
+    assert auto.decoder.name == "torch" and "DALI" in auto.decoder_reason
     assert _loader(small, "dali_if_installed").decoder.name == wanted
 
 
@@ -223,3 +227,10 @@ def test_other_orders(good: Path) -> None:
     assert still.keys == ["059", "000"] and still.control["flip"].sum() == 0
     side = torch.minimum(still.control["height"], still.control["width"])
     assert torch.equal(still.control["crop_height"], side)
+
+
+def test_substitutes_differ_by_attempt_and_are_even() -> None:
+    drawn = np.array([[substitute(3, p, attempt, 5) for attempt in range(4)] for p in range(400)])
+    assert abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.2
+    # 1,600 draws over 5 samples: 320 each with deviation 16; five deviations.
+    assert abs(np.bincount(drawn.ravel(), minlength=5) - 320).max() < 80

@@ -45,6 +45,12 @@ def test_a_window_reads_only_its_shards() -> None:
     assert len(set(inside[:10])) > 1, "samples of a window are not mixed"
 
 
+def test_one_window_is_permuted_anew_in_each_pass() -> None:
+    order = Order(40, 1, "windowed(shards=1)", shard_sizes=[40])
+    passes = order.index(np.arange(160)).reshape(4, 40)
+    assert len({tuple(one) for one in passes}) == 4
+
+
 def test_a_large_order_is_seekable_and_uniform() -> None:
     order = Order(1_281_167, 0)
     late = order.index(np.arange(10**12, 10**12 + 2000))

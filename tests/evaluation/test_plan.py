@@ -24,7 +24,7 @@ from etude.evaluation.sets import ShardPictures, Stages
 from etude.metrics.intervals import IntervalConfig
 from etude.metrics.store import FeatureStore
 
-SMALL = JudgeConfig(images=7_200)
+SMALL = JudgeConfig(images=9_600)
 
 
 @pytest.fixture(scope="module")

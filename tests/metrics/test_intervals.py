@@ -78,7 +78,8 @@ def test_intervals_cover_the_expected_value(metric: str, case: str) -> None:
     for name in expected:
         assert np.mean(hits[name]) > LEVEL - (0.15 if (metric, case) == SKEWED else 0.085), name
         # Right, and not by being useless: near the width that knowing the spread would give.
-        assert 0.8 < np.median(widths[name]) < 2.0, name
+        # Without its second-order part a smooth figure's width at equality is 1.4.
+        assert 0.8 < np.median(widths[name]) < (2.0 if metric == "prdc" else 1.25), name
 
 
 def test_half_sampling_covers_too() -> None:

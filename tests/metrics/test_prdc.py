@@ -36,9 +36,12 @@ def test_blocks_do_not_matter(block: int) -> None:
     assert prdc(real, generated, 3, block) == prdc(real, generated, 3)
 
 
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_a_subset_equals_a_fresh_computation(share: float) -> None:
+def test_a_subset_equals_a_fresh_computation(share: float, ties: bool) -> None:
     real, generated = cloud(120, 4, 2), cloud(150, 4, 3, 0.4)
+    if ties:
+        real, generated = (2 * real).round(), (2 * generated).round()
     near = Neighbourhoods.of(real, generated, k=4, kept_share=share)
     rng = np.random.default_rng(4)
     for _ in range(5):

@@ -1,7 +1,7 @@
 """The whole loop on a Gaussian mixture whose exact denoiser is known: real sampler, real guidance.
 
-Class c is N(mean_c, spread^2) in every pixel (stripes, or a chequerboard), so the exact flow prediction is in closed form and
-the real `Generator` draws true samples of the class, in milliseconds.
+Class c is N(mean_c, spread^2) in every pixel (stripes, or a chequerboard), so the exact flow
+prediction is in closed form and the real `Generator` draws true samples in milliseconds.
 """
 
 import io
@@ -27,10 +27,12 @@ from etude.data.shards import write_shards
 from etude.diffusion.guidance import GuidanceConfig
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
-from etude.practice.learner import Learner, LearnerConfig, augment
+from etude.practice.arms import Arm, State
+from etude.practice.learner import Learner, LearnerConfig, augment, weights_hash
 from etude.practice.recipe import PracticeRecipe
 from etude.practice.rounds import practise
 from etude.practice.scores import entropy
+from etude.practice.trigger import Plateau
 from etude.sampling import Generator
 
 CLASSES, SIZE, SPREAD, AMPLITUDE = ["a", "b", "c"], 8, 0.3, 0.2
@@ -287,6 +289,60 @@ def test_guidance_of_zero_is_unguided_bit_for_bit_and_more_omega_is_more_entropy
     assert np.array_equal(draw(None), draw(0.0))
     by_omega = [mean_entropy(draw(omega)) for omega in (0.0, 0.05, 0.1, 0.2)]
     assert all(a + 0.01 < b for a, b in zip(by_omega, by_omega[1:], strict=False)), by_omega
+
+
+def test_a_pool_ahead_of_its_checkpoint_is_taken_back(straight, splits, tmp_path) -> None:
+    """As after a fall back to an older checkpoint, whose learner may ask for other pictures."""
+    config = recipe(splits)
+    assert "stopped" in run_toy(config, tmp_path, StopAtPoll(3), splits["generators"])
+    pool = Pool(tmp_path / "toy" / "pools" / "practice")
+    assert len(pool) == 60
+    pool.append(
+        np.zeros((30, SIZE, SIZE, 1), np.uint8), np.arange(30) % 3, seed_indices=np.arange(30),
+        entropies=np.zeros(30), visible_from=16 * 8,
+        guidance={"round": 1, "evaluations": 0, "seconds": 0}, generator="?", learner="?",
+    )
+    result = run_toy(config, tmp_path, training=splits["generators"])
+    assert timeless(result) == timeless(straight[0])
+
+
+def test_steps_drew_what_the_manifest_replays(straight, splits) -> None:
+    """`Pool.order` after the end gives, for any earlier step, rows of the pool as it was then."""
+    result, folder = straight
+    order = Pool(folder / "pools" / "practice").order(3)
+    sizes = order.size_at(16 * np.arange(60)).tolist()
+    added = result["arms"]["practice"]["added_at"]
+    assert sizes == [60 + 30 * sum(step >= a for a in added) for step in range(60)]
+
+
+def test_an_arm_resumes_every_part_of_its_state(splits, tmp_path) -> None:
+    config = recipe(splits).learner
+    pictures, labels = Mixture().real(64, 9)
+    arms = [Arm("practice", tmp_path, Learner(config, 3, "cpu"), 7) for _ in range(2)]
+    for step in range(5):
+        arms[0].learner.step(pictures[..., None], labels, np.arange(64) + 64 * step, 1.0)
+    arms[0].state = State(5, Plateau(0.5, 2, 1), [4], [[4, 0.5], [5, 0.25]], 1.5)
+    arms[0].save(trigger=True)
+    assert arms[1].resume()
+    arms[0].state.seconds = arms[1].state.seconds
+    assert arms[0].state == arms[1].state
+    for arm in arms:
+        arm.learner.step(pictures[..., None], labels, np.arange(64) + 320, 0.5)
+    for weights in ("raw", "ema"):
+        hashes = [weights_hash(arm.learner.frozen(weights)) for arm in arms]
+        assert hashes[0] == hashes[1]
+
+
+def test_ema_is_the_average_of_the_raw_weights(splits) -> None:
+    learner = Learner(recipe(splits).learner, 3, "cpu")
+    pictures, labels = Mixture().real(64, 9)
+    average = learner.frozen("raw").head.weight.clone()
+    for step in range(6):
+        learner.step(pictures[..., None], labels, np.arange(64) + 64 * step, 1.0)
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * learner.frozen("raw").head.weight
+    assert torch.allclose(learner.frozen("ema").head.weight, average, rtol=0, atol=1e-6)
+    assert not torch.allclose(learner.frozen("raw").head.weight, average, rtol=0, atol=1e-4)
 
 
 def test_equal_seeds_give_equal_learners_and_other_seeds_others(splits) -> None:

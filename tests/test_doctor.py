@@ -1,0 +1,212 @@
+"""The doctor on machines that lack parts (made by blocking imports), and its arithmetic."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from etude import estimate
+from etude.core.checkpoint import CheckpointConfig, disk_need
+from etude.core.errors import UserError
+from etude.core.recipe import load_recipe
+from etude.doctor import environment_parts, examine, warnings
+from etude.models.dit import DiT
+
+BLOCK = """
+import sys
+class Blocker:
+    blocked = set(sys.argv[1].split(","))
+    def find_spec(self, name, path=None, target=None):
+        if name in self.blocked or name.split(".")[0] in self.blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+from etude import doctor
+doctor._USUAL_NVCC = ""
+sys.exit(doctor.examine(*sys.argv[2:]))
+"""
+
+
+def doctor_without(blocked: str, *arguments: str, path: str = "") -> tuple[int, dict, str]:
+    """Exit status, rows by part, and the whole report where `blocked` cannot be imported."""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "CXX")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK, blocked, *arguments],
+        capture_output=True, text=True, env={**environment, "PATH": path},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    rows = {}
+    for line in done.stderr.splitlines():
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        if len(cells) > 1:
+            rows.setdefault(cells[0], cells[1:])
+    return done.returncode, rows, done.stderr
+
+
+def test_without_nvcc_compiler_dali_and_deepspeed() -> None:
+    status, rows, _ = doctor_without("nvidia,deepspeed,triton,xformers,diffusers,rich")
+    assert status == 0
+    for part, lost, command in (
+        ("nvcc", "CUDA operators", "CUDA toolkit"),
+        ("C++ compiler", "C++ operators", "apt-get install g++"),
+        ("deepspeed", "ZeRO", "pip install deepspeed"),
+        ("nvidia.dali", "JPEGs", "pip install nvidia-dali"),
+        ("triton", "GPU kernels", "pip install triton"),
+        ("diffusers", "autoencoders", "pip install diffusers"),
+        ("rich", "progress bars", "pip install rich"),
+    ):
+        missing, found_lost, found_command = rows[part]
+        assert missing == "missing" and lost in found_lost and command in found_command, part
+    assert rows["torch"] == [torch.__version__]
+
+
+def test_a_part_that_is_needed_fails_the_examination() -> None:
+    status, rows, report = doctor_without("safetensors")
+    assert status == 1
+    assert rows["safetensors"][0] == "missing"
+    assert "needed and missing: safetensors" in report
+
+
+def test_this_machine_has_what_the_tests_run_on() -> None:
+    parts = {part.name: part for part in environment_parts()}
+    assert parts["torch"].found == torch.__version__
+    assert all(part.found for part in parts.values() if part.required)
+    assert all(part.command for part in parts.values() if not part.found)
+    assert bool(parts["CUDA"].found) == torch.cuda.is_available()
+    assert parts["operators: reference"].found
+
+
+def test_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("ldm/cifar10", ["autoencoder=weights/vae"])
+    files = {item.field: item for item in estimate.needed_files(recipe)}
+    assert files["data.shards"].command == "etude data fetch cifar10"
+    assert "weights/vae" in files["autoencoder"].command
+    assert not any(item.present or item.made for item in files.values())
+    (tmp_path / "data/cifar10/train").mkdir(parents=True)
+    (tmp_path / "data/cifar10/train/index.json").write_bytes(b"abc")
+    files = {item.field: item for item in estimate.needed_files(recipe)}
+    assert files["data.shards"].present
+    assert files["data.shards"].digest == "ba7816bf8f01cfea"  # of "abc", FIPS 180-2
+    assert examine("ldm/cifar10") == 1
+
+
+def test_files_of_a_study_leave_out_what_its_jobs_make(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = estimate.needed_files(load_recipe("studies/demo"))
+    assert {item.path for item in files} == {
+        "data/digits/train", "data/digits/monitor", "data/digits/test"
+    }  # fmt: skip
+    assert all(item.made for item in files)
+    assert examine("studies/demo") == 0
+
+
+def test_the_doctor_refuses_what_is_no_recipe() -> None:
+    with pytest.raises(UserError, match="did you mean `ldm/digits`"):
+        examine("ldm/digit")
+
+
+def test_parameters_are_counted_without_memory() -> None:
+    recipe = load_recipe("ldm/digits")
+    real = sum(p.numel() for p in DiT(recipe.model).parameters())
+    assert estimate.parameter_count(recipe) == real
+    published = load_recipe("ldm/dit_xl2_imagenet256")  # 675M in Peebles and Xie, Table 4
+    assert round(estimate.parameter_count(published) / 1e6) == 675
+    assert estimate.parameter_count(load_recipe("evaluate/default")) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "bytes_per_parameter"),
+    [
+        # weights, gradients, moments, one average; then master weights as ZeRO keeps them
+        (["strategy={kind: local, precision: fp32}"], 4, 4 + 4 + 8 + 4),
+        (["strategy={kind: zero, precision: fp32, stage: 0}"], 4, 4 + 4 + 8 + 4),
+        (["strategy={kind: zero, precision: bf16, stage: 1}"], 4, 2 + 2 + (4 + 8 + 4) / 4),
+        (["strategy={kind: zero, precision: bf16, stage: 2}"], 4, 2 + (2 + 4 + 8 + 4) / 4),
+        (["strategy={kind: zero, precision: bf16, stage: 3}"], 8, (2 + 2 + 4 + 8 + 4) / 8),
+        (["strategy={kind: zero, precision: bf16, stage: 3}", "optim.ema=[]"], 2, (16) / 2),
+    ],
+)
+def test_memory_of_a_strategy(overrides: list[str], world: int, bytes_per_parameter: float) -> None:
+    recipe = load_recipe("ldm/digits", overrides)
+    assert sum(estimate.state_bytes(1000, recipe, world).values()) == 1000 * bytes_per_parameter
+
+
+def test_offloaded_state_is_not_counted_on_the_device() -> None:
+    recipe = load_recipe("ldm/digits", ["strategy={kind: zero, stage: 2, offload: true}"])
+    sizes = estimate.state_bytes(100, recipe, 2)
+    assert {n for n in sizes if n.endswith("(host)")} == set(sizes) - {"weights", "gradients"}
+    rows = dict(estimate.memory_rows(recipe, 1))
+    count = estimate.parameter_count(recipe)
+    assert rows["together, without activations"] == estimate.gigabytes(8 * count)
+
+
+def test_disk_and_time_are_those_of_the_recipe() -> None:
+    recipe = load_recipe("ldm/digits", ["loop.checkpoint={keep_last: 3}"])
+    config, count = recipe.loop.checkpoint, estimate.parameter_count(recipe)
+    assert isinstance(config, CheckpointConfig) and config.keep_last == 3
+    sentence = disk_need(count, 1, config, recipe.loop.images).sentence
+    assert estimate.disk_sentence(recipe).startswith(sentence)
+    assert estimate.time_sentence(recipe) == "3 min on 2 CPU cores"
+    longer = load_recipe("ldm/digits", ["expects={hours: 30, hardware: 8 H200}"])
+    assert estimate.time_sentence(longer) == "30 hours on 8 H200"
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("0.18.5", "transformers fails"), ("0.13.0", "get_kernel")]
+)
+def test_a_hidden_package_of_the_same_name_is_told(tmp_path, version, expected) -> None:
+    assert warnings() == []
+    metadata = tmp_path / f"kernels-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
+    )
+    root = Path(estimate.__file__).resolve().parents[1]
+    code = "from etude.doctor import warnings; print(*warnings())"
+    for first, hidden in ((root, True), (tmp_path, False)):
+        path = os.pathsep.join([str(first), str(tmp_path)])
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert (expected in done.stdout) == hidden
+
+
+def _launch(ranks: list[int], size: int) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = (
+        "import sys; from etude.doctor import check_ranks\n"
+        "from etude.core.errors import UserError\n"
+        "try: print(check_ranks(float(sys.argv[1])))\n"
+        "except UserError as error: print('refused:', error)\n"
+    )
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    timeout = "60" if len(ranks) == size else "2"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, timeout], stdout=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(r), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)},
+        )
+        for r in ranks
+    ]  # fmt: skip
+
+
+def test_ranks_add_up() -> None:
+    for child in _launch([0, 1], 2):
+        out, _ = child.communicate(timeout=120)
+        assert "refused" not in out and f"{socket.gethostname()}:cpu" in out
+        assert out.count(" s']") == 2
+
+
+def test_missing_ranks_are_named() -> None:
+    out, _ = _launch([0], 3)[0].communicate(timeout=120)
+    assert "refused: ranks 1, 2 of 3 did not reach" in out
+    assert f"0 ({socket.gethostname()}:cpu)" in out
