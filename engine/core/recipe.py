@@ -251,8 +251,11 @@ def _read(source: Path | Traversable, chain: tuple[str, ...]) -> Node:
 
 
 def _short(path: Path) -> str:
-    """A path as the person would type it: relative to the current folder where it lies inside."""
+    """A file as the person would type it: a shipped name, or relative to the current folder."""
     try:
+        shipped_root = Path(str(importlib.resources.files("etude.recipes"))).resolve()
+        if path.resolve().is_relative_to(shipped_root):
+            return path.resolve().relative_to(shipped_root).with_suffix("").as_posix()
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)

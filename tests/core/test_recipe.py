@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -237,6 +238,8 @@ def test_origins_name_file_line_override_or_default() -> None:
     assert found["steps.1.lr"].source == "good.yaml:11"
     assert found["jobs.first.from.generator"].source == "good.yaml:8"
     assert found["name"].source == "the recipe's file name"
+    shipped_kind = next(o for o in origins("ldm/digits") if o.field == "kind")
+    assert re.fullmatch(r"ldm/digits:\d+", shipped_kind.source)
     assert not found["sampler.verbose"].affects_result and found["optim.lr"].affects_result
 
 

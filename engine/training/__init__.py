@@ -1,0 +1,95 @@
+"""Train an autoencoder or a latent diffusion model from a recipe: `etude train` ends up here.
+
+`train` is one road for both kinds: open the data, build the model and its strategy, resume the
+newest complete checkpoint, run the loop, write the result. What differs between the kinds is the
+loss of a micro batch and what is looked at on the way: `autoencoder.py` and `diffusion.py`.
+"""
+
+from etude.core import distributed
+from etude.core.checkpoint import disk_need, latest_checkpoint, load_checkpoint
+from etude.core.log import Log
+from etude.core.loop import LoopConfig, run_loop
+from etude.core.recipe import fingerprint
+from etude.core.run import Run
+from etude.core.signals import Stopper
+from etude.core.strategy import Strategy, build_strategy
+
+from .autoencoder import AutoencoderJob
+from .diffusion import DiffusionJob
+from .job import Job, Look
+from .recipe import AutoencoderRecipe, LatentDiffusionRecipe, TrainRecipe
+
+__all__ = ["AutoencoderRecipe", "LatentDiffusionRecipe", "Look", "TrainRecipe", "train"]
+
+_JOBS: dict[str, type[Job]] = {"autoencoder": AutoencoderJob, "ldm": DiffusionJob}
+
+
+def train(
+    recipe: TrainRecipe, run: Run, *, stopper: Stopper, look: Look, world: distributed.World
+) -> dict:
+    """Run the recipe to its end, or to a stop that a later call resumes.
+
+    Returns:
+        The result written to `result.json`; `{"stopped": reason}` when it was told to stop.
+    """
+    job = _JOBS[recipe.kind](recipe, run, look, world)
+    loop = recipe.loop
+    strategy = build_strategy(
+        recipe.strategy, job.model, recipe.optim, world, loop.accumulation(world.size),
+        loop.micro_batch,
+    )
+    start = _resume(run, strategy, loop, look.log, world)
+    facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
+    distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
+    _announce(job, look.log)
+
+    outcome = run_loop(
+        config=loop,
+        optim=recipe.optim,
+        strategy=strategy,
+        batches=lambda position: job.loader.batches(
+            position, loop.global_batch, loop.micro_batch, world.rank, world.size
+        ),
+        losses=job.losses,
+        world=world,
+        log=look.log,
+        checkpoints=run.checkpoints,
+        stopper=stopper,
+        start=start,
+        extra=job.extra,
+        evaluate=lambda images_seen: job.evaluate(strategy, images_seen),
+    )
+    if outcome.stopped:
+        return {"stopped": outcome.stopped, "images_seen": outcome.images_seen}
+    with strategy.weights(recipe.default_weights()) as model:
+        result = job.finish(model) if world.rank == 0 else {}
+    distributed.barrier(world, "the result")
+    return {"images_seen": outcome.images_seen} | result
+
+
+def _resume(
+    run: Run, strategy: Strategy, loop: LoopConfig, log: Log, world: distributed.World
+) -> int:
+    found = latest_checkpoint(run.checkpoints) if world.rank == 0 else None
+    name = distributed.exchange(world, "newest checkpoint", found and found.name)[0]
+    if name is None:
+        return 0
+    # Rank 0 has just compared every hash.
+    images_seen = load_checkpoint(run.checkpoints / name, strategy, verify=False)["images_seen"]
+    log.rewind(images_seen + 1)
+    log.info(f"resumed at {images_seen:,} of {loop.images:,} images")
+    return images_seen
+
+
+def _announce(job: Job, log: Log) -> None:
+    recipe, world, loop = job.recipe, job.world, job.recipe.loop
+    parameters = sum(p.numel() for p in job.model.parameters())
+    strategy = recipe.strategy
+    means = "plain torch" if strategy.kind == "local" else f"ZeRO stage {strategy.stage or 1}"
+    log.info(
+        f"{len(job.train_set):,} pictures, {parameters:,} parameters, {means} in "
+        f"{strategy.precision}; global batch {loop.global_batch} = {world.size} rank(s) x "
+        f"{loop.micro_batch} x {loop.accumulation(world.size)} accumulated"
+    )
+    log.info(job.loader_reason)
+    log.info(disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images).sentence)

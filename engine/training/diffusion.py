@@ -1,0 +1,216 @@
+"""Training a latent diffusion model: its loss, and the grids and held-out losses on the way."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from etude.core import distributed, rng
+from etude.core.errors import UserError
+from etude.core.log import read_metrics
+from etude.core.run import Run
+from etude.core.strategy import Strategy
+from etude.data.latents import LatentLoader, encode_latents, latents_plan
+from etude.data.loader import Batch
+from etude.diffusion.objectives import Objective
+from etude.metrics.prdc import distances
+from etude.models.dit import DiT
+from etude.pictures import picture_grid, terminal_picture
+from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
+
+from .job import HELD_OUT_PICTURES, Job, Look
+from .recipe import LatentDiffusionRecipe
+
+HELD_OUT = 1 << 40  # positions of held-out samples: apart from every training position
+NEAREST_LIMIT = 20_000  # training pictures that a grid's nearest neighbours are looked up among
+BINS = 8  # equal slices of time that the held-out loss is reported in
+
+
+class DiffusionJob(Job):
+    def __init__(
+        self, recipe: LatentDiffusionRecipe, run: Run, look: Look, world: distributed.World
+    ) -> None:
+        super().__init__(recipe, run, look, world)
+        self.autoencoder, self.autoencoder_key = (
+            open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
+        )
+        self._check_shapes()
+        self.objective = Objective(recipe.objective)
+        if self.autoencoder is not None:
+            self.loader = self._latent_loader()
+        self.model = DiT(recipe.model, seed=recipe.seed)
+        self.judge = _open_judge(recipe.judge) if recipe.judge else None
+        self._training_pictures: np.ndarray | None = None
+        if world.rank == 0:
+            look.page.chapter(
+                "diffusion", "Diffusion model", recipe.description, order=look.order
+            )
+
+    def _check_shapes(self) -> None:
+        """The model must fit the latents and the classes; says which fields to set."""
+        model, augment = self.recipe.model, self.recipe.data.augment
+        side, channels = augment.image_size, augment.channels
+        if self.autoencoder is not None:
+            side //= self.autoencoder.downscale
+            channels = self.autoencoder.config.latent_channels
+        wanted = {
+            "in_channels": channels,
+            "input_size": side,
+            "num_classes": len(self.train_set.classes),
+        }
+        wrong = [f"model.{k}={v}" for k, v in wanted.items() if getattr(model, k) != v]
+        if wrong:
+            raise UserError(
+                f"recipe {self.recipe.name} does not fit {self.recipe.data.shards}"
+                f"{' and its autoencoder' if self.autoencoder else ''}: set {' '.join(wrong)}"
+            )
+
+    def _latent_loader(self) -> LatentLoader:
+        """The cache of latents: written by all ranks together, or found under its key."""
+        recipe, world, autoencoder = self.recipe, self.world, self.autoencoder
+        options = {
+            "variants": recipe.latents.variants,
+            "dtype": getattr(torch, recipe.latents.dtype),
+            "scaling_factor": autoencoder.config.scaling_factor,
+            "shift_factor": autoencoder.config.shift_factor,
+        }
+        plan = latents_plan(
+            self.train_set, recipe.data, self.autoencoder_key, recipe.seed, **options
+        )
+        folder = Path(recipe.latents.folder) / plan["key"][:16]
+        encode_latents(
+            self.train_set, recipe.data, autoencoder.encode, folder, self.autoencoder_key,
+            recipe.seed, self.look.log, **options,
+            device=world.device, rank=world.rank, world=world.size,
+        )
+        distributed.barrier(world, "the cache of latents")
+        self.loader_reason = f"latents from {folder}, encoded with: {self.loader_reason}"
+        return LatentLoader(
+            folder, seed=recipe.seed, plan=plan, order=recipe.data.order, device=world.device,
+            prefetch=recipe.data.prefetch,
+        )
+
+    def clean(self, batch: Batch) -> Tensor:
+        """The model's x0: cached latents, latents of a batch's pictures, or the pictures."""
+        if batch.latents is not None:
+            return batch.latents
+        if self.autoencoder is None:
+            return batch.images
+        return self.autoencoder.scale(self.autoencoder.encode(batch.images)[0])
+
+    def losses(self, forward: Callable, batch: Batch) -> Tensor:
+        seed, positions, device = self.recipe.seed, batch.positions, self.world.device
+        x0 = self.clean(batch)
+        noise = rng.normal(seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), device)
+        times = self.objective.times(self._uniform(rng.Stream.TIMESTEP, positions))
+        dropped = self._uniform(rng.Stream.DROP_SEMANTIC, positions) < self.recipe.drop_label
+        condition = {"labels": torch.where(dropped, self.null_label, self._labels(batch))}
+        return self.objective.losses(denoiser(forward), x0, noise, times, condition)
+
+    @property
+    def null_label(self) -> int:
+        return self.recipe.model.num_classes
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = batch.labels.to(self.world.device)
+        return torch.where(labels < 0, self.null_label, labels)
+
+    def _uniform(self, stream: rng.Stream, positions: np.ndarray) -> Tensor:
+        values = rng.uniform(self.recipe.seed, stream, positions)[:, 0]
+        return torch.as_tensor(values, dtype=torch.float32, device=self.world.device)
+
+    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
+        losses = {}
+        for profile in self.profiles:
+            with strategy.weights(profile) as model, torch.no_grad():
+                if self.world.rank == 0:
+                    losses[profile] = self.held_out_losses(model)
+                    if profile == self.recipe.default_weights():
+                        samples, labels = self.draw_grid(model)
+        if self.world.rank != 0:
+            return
+        means = {profile: float(np.mean(values)) for profile, values in losses.items()}
+        self.look.log.metrics("held_out", images_seen, **means)
+        self.show_grid(samples, labels, images_seen)
+        self.show_losses("diffusion-loss", "Training and held-out loss")
+        self.look.page.bars(
+            "noise-levels", "Held-out loss per noise level",
+            [f"{b / BINS:.2f}-{(b + 1) / BINS:.2f}" for b in range(BINS)], losses,
+            "time (0 is data, 1 is noise)", "loss", order=self.look.order + 4,
+        )
+        self.look.page.write()
+
+    def held_out_losses(self, model: Callable) -> list[float]:
+        """Mean loss in each of `BINS` slices of time, labels given, noise fixed per sample."""
+        batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
+        x0, positions = self.clean(batch), HELD_OUT + batch.positions
+        noise = rng.normal(
+            self.recipe.seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), self.world.device
+        )
+        within = self._uniform(rng.Stream.TIMESTEP, positions)
+        condition = {"labels": self._labels(batch)}
+        means = []
+        for slice_ in range(BINS):
+            times = self.objective.schedule.snap((slice_ + within) / BINS)
+            losses = self.objective.losses(denoiser(model), x0, noise, times, condition)
+            means.append(float(losses.mean()))
+        return means
+
+    def draw_grid(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        """The grid's pictures and labels, a class a column, the same noises every time."""
+        recipe, grid = self.recipe, self.recipe.grid
+        generator = Generator(
+            model, self.objective, recipe.sampler, self.autoencoder, self.train_set.classes,
+            (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size),
+            device=self.world.device,
+        )
+        columns = min(max(generator.num_classes, 1), grid.max_classes)
+        indices = np.arange(columns * grid.per_class)
+        labels = balanced_labels(indices, columns)
+        return generator.draw(indices, labels, seed=grid.seed)[0], labels
+
+    def show_grid(self, samples: np.ndarray, labels: np.ndarray, images_seen: int) -> None:
+        """The grid over time, each sample's nearest training picture, and a terminal preview."""
+        columns = int(labels.max()) + 1
+        agreement = ""
+        if self.judge is not None:
+            share = float((self.judge(samples) == labels).mean())
+            self.look.log.metrics("grid", images_seen, labelled_as_asked=share)
+            agreement = f"; the judge labels {share:.0%} as asked"
+        self.look.page.grid(
+            "samples", "Samples", picture_grid(samples, columns=columns),
+            f"A class a column, weights {self.recipe.default_weights()}{agreement}.",
+            f"{images_seen:,} images", order=self.look.order + 1,
+        )
+        first = samples[:columns]
+        train = self.training_pictures()
+        sides = [torch.from_numpy(side).flatten(1).double() for side in (first, train)]
+        distance, row = distances(*sides).min(1)
+        self.look.page.pairs(
+            "nearest", "Samples and their nearest training pictures", first,
+            train[row.numpy()], distance.tolist(), order=self.look.order + 2,
+        )
+        self.look.log.info(f"grid at {images_seen:,} images{agreement}")
+        self.look.log.info(terminal_picture(np.concatenate(list(first[:10]), axis=1), width=100))
+
+    def training_pictures(self) -> np.ndarray:
+        """Training pictures as stored, not augmented, (n, H, W, C) uint8."""
+        if self._training_pictures is None:
+            self._training_pictures = to_uint8(self.still(self.train_set, NEAREST_LIMIT).images)
+        return self._training_pictures
+
+    def finish(self, model: nn.Module) -> dict:
+        metrics = self.run.folder / "metrics.jsonl"
+        last = read_metrics(metrics, "held_out")[-1]
+        result = {"held_out_loss": last[self.recipe.default_weights()]}
+        grid = read_metrics(metrics, "grid")
+        return result | ({"labelled_as_asked": grid[-1]["labelled_as_asked"]} if grid else {})
+
+
+def _open_judge(source: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A frozen classifier: uint8 pictures (n, H, W, C) -> labels (n,) int64."""
+    from etude.evaluation.judge import open_judge
+
+    return open_judge(source).labels

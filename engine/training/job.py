@@ -1,0 +1,90 @@
+"""What both kinds of training share: data, the looks taken on the way, loss curves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from etude.core import distributed
+from etude.core.log import Log, read_metrics
+from etude.core.recipe import fingerprint
+from etude.core.run import Run
+from etude.core.strategy import Strategy
+from etude.data.loader import Batch, Loader
+from etude.data.shards import ShardSet
+from etude.data.still import still_loader
+from etude.page import Page
+
+from .recipe import TrainRecipe
+
+HELD_OUT_PICTURES = 256
+
+
+@dataclass
+class Look:
+    """Where a job shows itself: log, page, and the job's place on a page shared by several."""
+
+    log: Log
+    page: Page
+    order: int = 0
+
+
+class Job:
+    """One kind of training: its data, model, loss, and what is looked at on the way."""
+
+    model: nn.Module
+
+    def __init__(
+        self, recipe: TrainRecipe, run: Run, look: Look, world: distributed.World
+    ) -> None:
+        self.recipe, self.run, self.look, self.world = recipe, run, look, world
+        self.train_set = recipe.data.open()
+        self.held_out_set = ShardSet(recipe.held_out)
+        self.pictures = Loader(self.train_set, recipe.data, seed=recipe.seed, device=world.device)
+        self.loader = self.pictures
+        self.loader_reason = self.pictures.decoder_reason
+
+    def losses(self, forward: Callable, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
+        raise NotImplementedError
+
+    def finish(self, model: nn.Module) -> dict:
+        raise NotImplementedError
+
+    def extra(self) -> dict:
+        """What a checkpoint carries beside the tensors, so that nobody repeats it by hand."""
+        return {
+            "fingerprint": fingerprint(self.recipe),
+            "classes": self.train_set.classes,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+    def still(self, data: ShardSet, limit: int) -> Batch:
+        """The first pictures of a set in stored order, not augmented, (n, C, H, W) in [-1, 1]."""
+        loader = still_loader(data, self.recipe.data, device=self.world.device)
+        try:
+            return loader.fetch(np.arange(min(limit, len(data))))
+        finally:
+            loader.close()
+
+    @property
+    def profiles(self) -> list[str]:
+        """The weights that are looked at: the raw ones and the longest average."""
+        return list(dict.fromkeys(["raw", self.recipe.default_weights()]))
+
+    def show_losses(self, id: str, title: str) -> None:
+        """Loss curves from metrics.jsonl, so that a resumed page shows the whole run."""
+        path = self.run.folder / "metrics.jsonl"
+        rows = read_metrics(path, "train")
+        series = {"training": ([r["images_seen"] for r in rows], [r["loss"] for r in rows])}
+        rows = read_metrics(path, "held_out")
+        for profile in self.profiles:
+            values = [row[profile] for row in rows]
+            series[f"held out, {profile}"] = ([row["images_seen"] for row in rows], values)
+        self.look.page.curve(
+            id, title, series, "images seen", "loss", log=True, order=self.look.order + 3
+        )
