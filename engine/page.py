@@ -280,13 +280,17 @@ class Page:
 
     def _render_curve(self, section: dict) -> str:
         series = {n: (_floats(x), _floats(y)) for n, (x, y) in section["series"].items()}
-        chart = line_chart(series, section["xlabel"], section["ylabel"], section["log"])
+        chart = line_chart(
+            series, section["xlabel"], section["ylabel"], section["log"], section["id"]
+        )
         return chart + _paragraphs(section["note"])
 
     def _render_bars(self, section: dict) -> str:
         series = {name: _floats(values) for name, values in section["series"].items()}
         spans = {n: [tuple(_floats(p)) for p in pairs] for n, pairs in section["intervals"].items()}
-        chart = bar_chart(section["labels"], series, section["xlabel"], section["ylabel"], spans)
+        chart = bar_chart(
+            section["labels"], series, section["xlabel"], section["ylabel"], spans, section["id"]
+        )
         return chart + _paragraphs(section["note"])
 
     def _render_table(self, section: dict) -> str:

@@ -36,8 +36,7 @@ border-radius:50%;background:var(--accent);transform:rotate(-18deg)}
 nav{display:flex;flex-wrap:wrap;gap:6px 20px;margin-top:16px}
 nav a{color:var(--accent);text-decoration:none;font-size:15px}
 nav a:hover{text-decoration:underline}
-main{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px;align-items:start;
-grid-auto-flow:row dense}
+main{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px;align-items:start}
 section{grid-column:1/-1;background:var(--card);border:1px solid var(--rule);border-radius:12px;
 padding:18px 20px;min-width:0}
 section.curve,section.bars{grid-column:span 1}
@@ -66,25 +65,6 @@ border:1px solid var(--rule);border-radius:99px;padding:3px 16px}
 .row img{display:block;width:100%;height:auto;border-radius:5px}
 .row figcaption{text-align:center;font-size:12px;margin-top:3px}
 svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
-fill:var(--soft);font-variant-numeric:tabular-nums}
-svg .label{font-size:13px}
-.rule{stroke:var(--rule)}.axis{stroke:var(--soft)}.whisker{stroke:var(--ink);stroke-width:1.5}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}.line.faint{stroke-width:1;opacity:.3}
-.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}
-.line.s4{stroke:var(--s4)}.line.s5{stroke:var(--s5)}.line.s6{stroke:var(--s6)}
-.line.s7{stroke:var(--s7)}.line.s8{stroke:var(--s8)}
-.bar.s1,.dot.s1{fill:var(--s1)}.bar.s2,.dot.s2{fill:var(--s2)}.bar.s3,.dot.s3{fill:var(--s3)}
-.bar.s4,.dot.s4{fill:var(--s4)}.bar.s5,.dot.s5{fill:var(--s5)}.bar.s6,.dot.s6{fill:var(--s6)}
-.bar.s7,.dot.s7{fill:var(--s7)}.bar.s8,.dot.s8{fill:var(--s8)}
-.key.s1{background:var(--s1)}.key.s2{background:var(--s2)}.key.s3{background:var(--s3)}
-.key.s4{background:var(--s4)}.key.s5{background:var(--s5)}.key.s6{background:var(--s6)}
-.key.s7{background:var(--s7)}.key.s8{background:var(--s8)}
-.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:10px 0 0;padding:0;
-font-size:14px;color:var(--soft)}
-.legend b{color:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
-.key{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:7px;
-vertical-align:-1px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:15px}
 th{color:var(--soft);font-weight:550;font-size:13px;text-align:left}
@@ -94,7 +74,7 @@ tbody tr:last-child td{border-bottom:0}
 th:last-child,td:last-child{padding-right:0}
 footer{margin-top:44px;color:var(--soft);font-size:13px}
 @media(max-width:760px){body{padding:0 14px 30px}header{padding-top:28px}
-section.curve,section.bars{grid-column:1/-1}section{padding:14px}svg text{font-size:15px}
+section.curve,section.bars{grid-column:1/-1}section{padding:14px}
 .grid .large{width:100%}
 .strip{display:flex;overflow-x:auto;padding:3px 3px 8px}.strip figure{flex:0 0 92px}}
 @media print{section{break-inside:avoid}.play{display:none}}
