@@ -9,11 +9,10 @@ generator is the same in all seeds, so such an interval speaks about this genera
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
+from scipy import optimize, stats
 
 from etude.core.errors import UserError
 
@@ -35,13 +34,8 @@ class Interval:
 
 def accuracy_interval(correct: int, total: int, level: float = 0.95) -> Interval:
     """Exact binomial interval (Clopper and Pearson 1934) of `correct` out of `total` pictures."""
-    tail = (1.0 - level) / 2.0
-    low, high = 0.0, 1.0
-    if correct > 0:
-        low = _root(lambda p: _binomial_at_least(correct, total, p) - tail, 0.0, 1.0)
-    if correct < total:
-        high = _root(lambda p: _binomial_at_least(correct + 1, total, p) - (1 - tail), 0.0, 1.0)
-    return Interval(correct / total, low, high, level)
+    found = stats.binomtest(correct, total).proportion_ci(level, method="exact")
+    return Interval(correct / total, float(found.low), float(found.high), level)
 
 
 def paired_difference(
@@ -60,16 +54,17 @@ def paired_difference(
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     total = a.size
     value = (only_a - only_b) / total
-    quantile = NormalDist().inv_cdf(0.5 + level / 2.0)
+    quantile = float(stats.norm.ppf(0.5 + level / 2.0))
 
-    def excess(difference: float) -> float:
-        return _tango(only_a, only_b, total, difference)
+    def excess(difference: float, bound: float) -> float:
+        # The statistic is infinite at -1 and 1; a finite stand-in keeps the root finder going.
+        return float(np.clip(_tango(only_a, only_b, total, difference), -1e9, 1e9)) - bound
 
-    low = _root(lambda d: quantile - excess(d), -1.0, value)
-    high = _root(lambda d: -quantile - excess(d), value, 1.0)
+    low = -1.0 if value == -1.0 else optimize.brentq(excess, -1.0, value, args=(quantile,))
+    high = 1.0 if value == 1.0 else optimize.brentq(excess, value, 1.0, args=(-quantile,))
     discordant = only_a + only_b
-    tail = _binomial_at_least(max(only_a, only_b), discordant, 0.5) if discordant else 1.0
-    return Interval(value, low, high, level, p_value=min(1.0, 2.0 * tail))
+    p_value = stats.binomtest(only_a, discordant).pvalue if discordant else 1.0
+    return Interval(value, low, high, level, p_value=float(p_value))
 
 
 def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, level: float = 0.95) -> Interval:
@@ -109,22 +104,10 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, level: float =
         degrees = total**2 / sum(square[name] ** 2 / freedom[name] for name in square)
     if total == 0.0:
         return Interval(value, value, value, level, degrees_of_freedom=degrees)
-    half = student_quantile(0.5 + level / 2.0, degrees) * math.sqrt(total / (seeds * pictures))
+    half = float(stats.t.ppf(0.5 + level / 2.0, degrees)) * math.sqrt(total / (seeds * pictures))
     return Interval(
         value, max(-1.0, value - half), min(1.0, value + half), level, degrees_of_freedom=degrees
     )
-
-
-def student_quantile(probability: float, degrees: float) -> float:
-    """Student's t quantile for probability in (0.5, 1) and any positive degrees of freedom."""
-
-    def below(t: float) -> float:
-        return 1.0 - 0.5 * _regularised_beta(degrees / (degrees + t * t), degrees / 2.0, 0.5)
-
-    high = 2.0
-    while below(high) < probability:
-        high *= 2.0
-    return _root(lambda t: below(t) - probability, 0.0, high)
 
 
 def _as_matrix(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,54 +131,3 @@ def _tango(only_a: int, only_b: int, total: int, difference: float) -> float:
     if variance <= 0.0:
         return 0.0 if distance == 0.0 else math.copysign(math.inf, distance)
     return distance / math.sqrt(variance)
-
-
-def _binomial_at_least(count: int, total: int, probability: float) -> float:
-    """P(X >= count) for X binomial(total, probability)."""
-    if count <= 0:
-        return 1.0
-    if count > total:
-        return 0.0
-    return _regularised_beta(probability, float(count), float(total - count + 1))
-
-
-def _regularised_beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b) by the continued fraction of DLMF 8.17.22 (modified Lentz)."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1.0) / (a + b + 2.0):
-        return 1.0 - _regularised_beta(1.0 - x, b, a)
-    front = math.exp(
-        a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    )
-    tiny = 1e-300
-    fraction, d, c = 1.0, 0.0, 1.0
-    for i in range(2000):
-        m = i // 2
-        if i == 0:
-            term = 1.0
-        elif i % 2 == 0:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1.0 + term * d
-        d = 1.0 / (d if abs(d) > tiny else tiny)
-        c = 1.0 + term / c
-        c = c if abs(c) > tiny else tiny
-        fraction *= c * d
-        if abs(1.0 - c * d) < 1e-15:
-            break
-    return front * (fraction - 1.0) / a
-
-
-def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """The zero of a function that rises from <= 0 at low to >= 0 at high, by bisection."""
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        if function(middle) < 0.0:
-            low = middle
-        else:
-            high = middle
-    return 0.5 * (low + high)
