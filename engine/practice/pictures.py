@@ -15,8 +15,9 @@ from torch import Tensor
 
 from etude.core.errors import UserError
 from etude.data.augment import AugmentConfig
-from etude.data.loader import DataConfig, Loader
+from etude.data.loader import DataConfig
 from etude.data.shards import ShardSet
+from etude.data.still import still_loader
 
 _CHUNK = 256  # pictures decoded at a time
 
@@ -53,19 +54,6 @@ class Stored:
         return self.classes[indices]
 
 
-class _InOrder:
-    """Position i shows sample i."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def index(self, positions: np.ndarray) -> np.ndarray:
-        return np.array(positions, dtype=np.int64)
-
-    def size_at(self, positions: np.ndarray) -> np.ndarray:
-        return np.full(len(positions), self.size, dtype=np.int64)
-
-
 def load_split(folder: str | Path, preparation: AugmentConfig) -> Stored:
     """A real split in stored order, prepared without chance, held in memory as uint8.
 
@@ -79,7 +67,7 @@ def load_split(folder: str | Path, preparation: AugmentConfig) -> Stored:
         )
     shards = ShardSet(folder)
     config = DataConfig(shards=str(folder), augment=preparation, decoder="torch", max_bad_rate=1.0)
-    loader = Loader(shards, config, seed=0, order=_InOrder(len(shards)))
+    loader = still_loader(shards, config)
     size, channels = preparation.image_size, preparation.channels
     pixels = np.empty((len(shards), size, size, channels), np.uint8)
     classes = np.empty(len(shards), np.int64)
