@@ -1,40 +1,73 @@
 #!/usr/bin/env bash
-# `make gpu`: everything that needs a GPU, with the machine's own Python, offline, in under nine minutes.
+# `make gpu`: all that needs a GPU, with the machine's own Python, offline, in under nine minutes.
 #
-# Wheels that the machine lacks (pybind11, setuptools, pytest, pydantic, ...) are taken from
-# WHEELS (default: wheels/ beside the checkout's files, if present). Rows are written as they come
-# to RESULTS (default: benchmarks/results), so that a cut run still leaves a file.
+#   WHEELS   folder of wheels that the machine lacks: pybind11, setuptools, pytest, pydantic, ...
+#            (default: wheels/ in the checkout)
+#   RESULTS  where rows are appended, one by one, so that a cut run keeps what it measured
+#            (default: benchmarks/results)
+#   PYTHON   the Python whose torch sees the GPU (default: python3)
+#   SITE     where wheels and Etude are installed (default: a folder under TMPDIR)
+#   DEVICE   cuda; cpu rehearses every step on a machine without a GPU, with a tiny model
+#   ETUDE_REVISION  what rows say of the code's revision where the copy has no .git
 set -uo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 root=$PWD
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 python=${PYTHON:-python3}
-wheels=${WHEELS:-$root/wheels}
-site=${SITE:-${TMPDIR:-/tmp}/etude-gpu-site}
-export ETUDE_RESULTS=${RESULTS:-$root/benchmarks/results}
-export PYTHONDONTWRITEBYTECODE=1
-mkdir -p "$site" "$ETUDE_RESULTS"
-status=0
+device=${DEVICE:-cuda}
+wheels=$(absolute "${WHEELS:-$root/wheels}")
+site=$(absolute "${SITE:-${TMPDIR:-/tmp}/etude-gpu-site}")
+export ETUDE_RESULTS=$(absolute "${RESULTS:-$root/benchmarks/results}")
+export PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+mkdir -p "$site" "$ETUDE_RESULTS" || exit 1
+total=525
+failed=()
 
-# part SECONDS NAME COMMAND...: one part under its own time limit; a failure does not stop the rest.
+# part SECONDS NAME COMMAND...: one part under its own limit and what is left of the whole; its
+# failure does not stop the later ones.
 part() {
   local limit=$1 name=$2 begun=$SECONDS code=0
   shift 2
-  timeout --kill-after=10 "$limit" "$@" || code=$?
+  [ "$limit" -le $((total - SECONDS)) ] || limit=$((total - SECONDS))
+  if [ "$limit" -le 0 ]; then
+    echo "== $name: left out, the $total s are used up"
+    failed+=("$name")
+    return
+  fi
+  timeout --kill-after=5 "$limit" "$@" || code=$?
   echo "== $name: exit $code after $((SECONDS - begun)) s (limit $limit s)"
-  [ $code -eq 0 ] || status=1
+  [ $code -eq 0 ] || failed+=("$name")
 }
 
-"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-  echo "make gpu: $("$python" -V) sees no CUDA device; set PYTHON to the one whose torch has CUDA" >&2
-  exit 1
-}
+case $device in
+  cuda)
+    "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+      echo "make gpu: $("$python" -V 2>&1) sees no CUDA device; set PYTHON to the one whose torch has CUDA" >&2
+      exit 1
+    }
+    end_to_end=(--model DiT-B/2) ;;
+  cpu) end_to_end=(--model tiny --steps 3) ;;
+  *) echo "make gpu: DEVICE=$device: type cuda, or cpu to rehearse" >&2; exit 1 ;;
+esac
+
+# Order: what everything needs, then the comparison that is asked for most, then the details.
+export PYTHONPATH=$site
 if compgen -G "$wheels/*.whl" >/dev/null; then
   part 60 wheels "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$wheels"/*.whl
+elif [ -n "${WHEELS:-}" ]; then
+  echo "make gpu: WHEELS=$wheels holds no .whl file" >&2
+  exit 1
 fi
-export PYTHONPATH=$site
 part 90 build "$python" -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target "$site" .
-part 10 kernels "$python" -P -c 'from etude.kernels import announce; print(announce("cuda"))'
-part 150 tests "$python" -P -m pytest -q -m gpu tests
-part 120 operators "$python" benchmarks/gpu_operators.py
-part 100 step "$python" benchmarks/gpu_step.py
-exit $status
+part 40 kernels "$python" -P -c 'import sys; from etude.kernels import announce; print(announce(sys.argv[1]))' "$device"
+part 150 end-to-end "$python" benchmarks/end_to_end.py --device "$device" "${end_to_end[@]}"
+# Only files with such tests: others import libraries that this machine lacks.
+mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu\b' --include='test_*.py' tests | sort)
+part 150 tests "$python" -P -m pytest -q -m gpu "${gpu_tests[@]}"
+if [ "$device" = cuda ]; then
+  part 150 operators "$python" benchmarks/gpu_operators.py
+fi
+
+echo "== rows are in $ETUDE_RESULTS; $SECONDS s in all; failed: ${failed[*]:-none}"
+[ ${#failed[@]} -eq 0 ]

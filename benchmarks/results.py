@@ -27,14 +27,17 @@ def processor() -> str:
 
 
 def revision() -> str:
-    """The git revision, with `+changes` where the tree differs; "unknown" outside a checkout."""
+    """The git revision, with `+changes` where the tree differs; outside a checkout what
+    ETUDE_REVISION says, or "unknown".
+    """
 
     def git(*words: str) -> str:
         command = ["git", *words]
         made = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
         return made.stdout.strip() if made.returncode == 0 else ""
 
-    return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if git("status", "-s") else "")
+    head = git("rev-parse", "HEAD") or os.environ.get("ETUDE_REVISION") or "unknown"
+    return head + ("+changes" if git("status", "-s") else "")
 
 
 def versions() -> dict[str, str]:

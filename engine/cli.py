@@ -6,7 +6,6 @@ Verbs run recipes (`demo start train sample practice extract evaluate`); nouns l
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +13,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from etude.core.errors import UserError
-from etude.core.signals import EXIT_REQUEUE
+from etude.core.log import format_table
+from etude.core.signals import EXIT_REQUEUE, Stopper, StopRequested
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,19 +57,21 @@ console = Console()
 def main() -> None:
     """Entry point of `etude` and `python -m etude`."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)  # typer.Exit comes back as its status
     except UserError as error:
         print(f"etude: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
-    except typer.Abort:
+    except StopRequested:
+        print("etude: stopped; type the same command to go on", file=sys.stderr)
+        raise SystemExit(EXIT_REQUEUE) from None
+    except (typer.Abort, KeyboardInterrupt):
         raise SystemExit(130) from None
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             error.show()
             raise SystemExit(error.exit_code) from None
         raise
+    raise SystemExit(status if isinstance(status, int) else 0)
 
 
 def _run(
@@ -80,7 +83,8 @@ def _run(
 ) -> None:
     from etude.core.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    place, fields = _place_of_run(overrides or [])
+    loaded = load_recipe(recipe, fields)
     if loaded.kind not in kinds:
         raise UserError(
             f"recipe {recipe} is of kind {loaded.kind!r}: type "
@@ -89,15 +93,40 @@ def _run(
     if dry_run:
         from etude.dry_run import dry_run as try_out
 
-        try_out(loaded, print_line=console.print)
+        try_out(loaded, print_line=_say)
         return
+    from etude.core import distributed
     from etude.jobs import run_recipe
 
-    folder, result = run_recipe(loaded, name=run)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if run and "name" in place:
+        raise UserError(f"--run {run} and run={place['name']} name two runs: give one of them")
+    world = distributed.start()
+    folder, result = run_recipe(loaded, world=world, **({"name": run} | place))
+    if world.rank == 0:
         _print_result(folder, result)
+    if world.size > 1:
+        distributed.stop(world)
     if "stopped" in result:
         raise typer.Exit(EXIT_REQUEUE)
+
+
+def _place_of_run(overrides: list[str]) -> tuple[dict, list[str]]:
+    """`run=`, `root=` and `resume_with_changes=` are about the folder; the rest is the recipe's."""
+    place: dict = {}
+    fields = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name == "run":
+            place["name"] = value
+        elif name == "root":
+            place["root"] = Path(value)
+        elif name == "resume_with_changes":
+            if value not in ("true", "false"):
+                raise UserError(f"resume_with_changes={value}: type true or false")
+            place["resume_with_changes"] = value == "true"
+        else:
+            fields.append(override)
+    return place, fields
 
 
 _VERBS = {
@@ -113,10 +142,10 @@ _VERBS = {
 
 def _print_result(folder: Path, result: dict) -> None:
     if "stopped" in result:
-        console.print(f"stopped ({result['stopped']}) and saved; type the same command to go on")
+        _say(f"stopped ({result['stopped']}) and saved; type the same command to go on")
         return
     console.print_json(json.dumps(result, default=str))
-    console.print(f"run  {folder}\npage {folder / 'page.html'}")
+    _say(f"run  {folder}\npage {folder / 'page.html'}")
 
 
 @app.command()
@@ -181,12 +210,14 @@ def evaluate(
 @app.command()
 def sample(
     run: RunFolder,
-    count: Annotated[int, typer.Option(help="Pictures to draw.")] = 100,
+    count: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 100,
     to: Annotated[Path | None, typer.Option(help="Folder of shards [default: in the run].")] = None,
     weights: Annotated[str, typer.Option(help="raw or ema:<decay> [default: longest ema].")] = "",
     seed: Annotated[int, typer.Option(help="Names the sequence of pictures.")] = 0,
     label: Annotated[list[int] | None, typer.Option(help="Class to draw; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(help="Sampler steps [default: the recipe's].")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Sampler steps; 0 takes the recipe's.")
+    ] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale [default: the recipe's].")
     ] = None,
@@ -196,21 +227,33 @@ def sample(
     Example: etude sample ldm-digits-0123456789 --count 500 --label 3 --label 7
     """
     from etude.core.log import Log
-    from etude.sampling import contact_sheet, open_generator, sample_to_shards
+    from etude.sampling import (
+        contact_sheet,
+        open_generator,
+        sample_folder,
+        sample_to_shards,
+        sampling_protocol,
+    )
 
     generator = open_generator(run, weights=weights)
     changes = {"steps": steps} if steps else {}
-    changes |= {"guidance": guidance} if guidance is not None else {}
-    generator.sampler = generator.sampler.model_copy(update=changes)
-    folder = to or Path("samples") / f"{generator.fingerprint}-seed{seed}-{count}"
+    changes |= {"guidance_scale": guidance} if guidance is not None else {}
+    settings = generator.sampler.model_dump() | changes
+    generator.sampler = type(generator.sampler).model_validate(settings)
+    labels = label or []
+    folder = to or sample_folder(run, sampling_protocol(generator, count, seed, labels))
     log = Log(None)
-    sample_to_shards(generator, folder, count, seed=seed, log=log, labels=label or [])
-    console.print(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
+    with Stopper() as stopper:
+        log.on_advance = stopper.check
+        sample_to_shards(generator, folder, count, seed=seed, log=log, labels=labels)
+    _say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
 
 
 @app.command()
 def start(
-    folder: Annotated[Path, typer.Argument(help="Pictures: class subfolders, captions or neither.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Pictures: class subfolders, captions or neither.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the data set [default: the folder's].")] = "",
 ) -> None:
     """Your own pictures: checked shards, a contact sheet, recipes sized to this machine.
@@ -250,12 +293,15 @@ def data_fetch(
     from etude.core.log import Log
     from etude.fetching import fetch
 
-    console.print(str(fetch(name, folder=folder, file=file, log=Log(None))))
+    _say(fetch(name, folder=folder, file=file, log=Log(None)))
 
 
 @data_app.command("list")
 def data_list() -> None:
-    """Inputs that can be fetched: what each is, its size, licence and client."""
+    """Inputs that can be fetched: what each is, its size, licence and client.
+
+    Example: etude data list
+    """
     from etude.fetching import describe_inputs
 
     columns, rows = describe_inputs()
@@ -264,7 +310,10 @@ def data_list() -> None:
 
 @recipes_app.command("list")
 def recipes_list() -> None:
-    """Shipped recipes: task, data, hardware, measured hours, expected result."""
+    """Shipped recipes: task, data, hardware, measured hours, expected result.
+
+    Example: etude recipes list
+    """
     from etude.core.recipe import describe_shipped
 
     columns, rows = describe_shipped()
@@ -273,7 +322,10 @@ def recipes_list() -> None:
 
 @recipes_app.command("show")
 def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Every field of a recipe with its value and where the value came from."""
+    """Every field of a recipe with its value and where the value came from.
+
+    Example: etude recipes show ldm/digits optim.lr=1e-4
+    """
     from etude.core.recipe import sources
 
     _table(recipe, ["field", "value", "from"], sources(recipe, overrides or []))
@@ -283,7 +335,10 @@ def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
 def recipes_diff(
     first: RecipeName, second: Annotated[str, typer.Argument(help="Another recipe.")]
 ) -> None:
-    """Fields in which two recipes differ."""
+    """Fields in which two recipes differ.
+
+    Example: etude recipes diff ldm/digits ldm/cifar10
+    """
     from etude.core.recipe import differences, load_recipe
 
     rows = [
@@ -297,15 +352,21 @@ def recipes_diff(
 def recipes_copy(
     recipe: RecipeName, to: Annotated[Path, typer.Argument(help="The YAML file to write.")]
 ) -> None:
-    """Copy a recipe to a file of your own; recipes live anywhere."""
+    """Copy a recipe to a file of your own; recipes live anywhere.
+
+    Example: etude recipes copy ldm/digits mine.yaml
+    """
     from etude.core.recipe import copy_recipe
 
-    console.print(f"wrote {copy_recipe(recipe, to)}; run it with `etude train {to}`")
+    _say(f"wrote {copy_recipe(recipe, to)}; run it with `etude train {to}`")
 
 
 @recipes_app.command("schema")
 def recipes_schema(kind: Annotated[str, typer.Argument(help="A recipe's kind.")]) -> None:
-    """The JSON schema of a kind of recipe, for an editor."""
+    """The JSON schema of a kind of recipe, for an editor.
+
+    Example: etude recipes schema ldm > ldm.schema.json
+    """
     from etude.core.recipe import json_schema
 
     console.print_json(json.dumps(json_schema(kind)))
@@ -313,7 +374,10 @@ def recipes_schema(kind: Annotated[str, typer.Argument(help="A recipe's kind.")]
 
 @runs_app.command("list")
 def runs_list() -> None:
-    """Runs under runs/: state, progress, last numbers."""
+    """Runs under runs/: state, progress, last numbers.
+
+    Example: etude runs list
+    """
     from etude.core.run import list_runs
 
     columns, rows = list_runs(Path("runs"))
@@ -325,28 +389,37 @@ def runs_replay(
     run: RunFolder,
     at: Annotated[int, typer.Option(help="Position in the run, in images.")],
 ) -> None:
-    """The pictures, crops and noise levels of the step at a position."""
+    """The pictures, crops and noise levels of the step at a position.
+
+    Example: etude runs replay ldm-digits-0123456789 --at 12800
+    """
     from etude.replay import replay
 
     columns, rows, picture = replay(run, at)
     _table(f"step at {at}", columns, rows)
-    console.print(f"pictures {picture}")
+    _say(f"pictures {picture}")
 
 
 @runs_app.command("diff")
 def runs_diff(
     first: RunFolder, second: Annotated[str, typer.Argument(help="Another run.")]
 ) -> None:
-    """The first position or tensor where two runs part."""
+    """The first position or tensor where two runs part.
+
+    Example: etude runs diff ldm-digits-0123456789 ldm-digits-9876543210
+    """
     from etude.replay import diff_runs
 
     for line in diff_runs(first, second):
-        console.print(line)
+        _say(line)
 
 
 @kernels_app.command("status")
 def kernels_status() -> None:
-    """Which backends serve each op on this machine, and why the others do not."""
+    """Which backends serve each op on this machine, and why the others do not.
+
+    Example: etude kernels status
+    """
     from etude import kernels
 
     _table("kernels", *_status_table(kernels.status()))
@@ -358,7 +431,18 @@ def _status_table(status: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(*columns, title=title, show_lines=False)
+    """A table as wide as it needs to be; in a terminal long cells are folded instead."""
+    if not console.is_terminal:
+        print(format_table(title, columns, rows))
+        return
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+
+
+def _say(line: object) -> None:
+    """A line as it is: paths are not wrapped, square brackets are no markup."""
+    console.print(str(line), soft_wrap=True, markup=False, highlight=False)

@@ -1,8 +1,9 @@
 """`--dry-run`: try a recipe on this machine without keeping anything.
 
-Resolves the recipe, looks at its files, then runs one real step in a temporary folder: data, forward,
-backward, optimizer, evaluation, checkpoint; the checkpoint is loaded again and, for a generator,
-pictures are drawn from it. Jobs of a study that take runs from others are resolved only.
+Resolves the recipe, looks at its files, then runs one real step in a temporary folder: data,
+forward, backward, optimizer, evaluation, checkpoint; the checkpoint is loaded again and, for a
+generator, pictures are drawn from it. Latents are encoded for that step alone. Jobs of a study that
+take runs from others are resolved only.
 """
 
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import Recipe, load_recipe
 from etude.core.run import folder_name
@@ -31,10 +33,11 @@ def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
         return
     ensure_inputs(recipe, Log(None, quiet=True))
     print_line(f"{recipe.name}: resolved; its run would be runs/{folder_name(recipe)}")
-    small = shrink(recipe)
     with tempfile.TemporaryDirectory(prefix="etude-dry-run-") as root:
         began = time.monotonic()
-        folder, result = run_recipe(small, root=Path(root), quiet=True)
+        folder, result = run_recipe(shrink(recipe, Path(root)), root=Path(root), quiet=True)
+        if "stopped" in result:
+            raise UserError(f"the dry run was stopped ({result['stopped']})")
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
         print_line(f"one step, evaluated and saved in {time.monotonic() - began:.1f} s: {numbers}")
         if recipe.kind == "autoencoder":
@@ -51,13 +54,26 @@ def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
     print_line(f"peak memory of this process {peak:.2f} GB; nothing was kept")
 
 
-def shrink(recipe: Recipe) -> Recipe:
-    """The same recipe cut down to its smallest real piece of work."""
+def shrink(recipe: Recipe, root: Path) -> Recipe:
+    """The same recipe cut down to its smallest real piece of work, writing below `root` only."""
     if recipe.kind in ("autoencoder", "ldm"):
-        loop = recipe.loop
-        step = {"images": loop.global_batch, "log_every": 1, "evaluate_every": 1}
-        return recipe.model_copy(update={"loop": loop.model_copy(update=step)})
-    return recipe.shrunk()
+        step = {"images": recipe.loop.global_batch, "log_every": 1, "evaluate_every": 1}
+        changes = {"loop": recipe.loop.model_copy(update=step)}
+        if recipe.kind == "ldm":
+            changes["latents"] = recipe.latents.model_copy(update={"variants": 0})
+    elif recipe.kind == "judge":
+        changes = {"judge": recipe.judge.model_copy(update={"images": recipe.judge.batch_size})}
+    elif recipe.kind == "practice":
+        few = recipe.learner.model.num_classes
+        changes = {
+            "schedule": recipe.schedule.model_copy(update={"steps": 4}),
+            "trigger": recipe.trigger.model_copy(update={"evaluate_every": 1, "patience": 1.0}),
+            "start_samples": few, "round_samples": few, "max_rounds": 1, "max_samples": 0,
+            "probe_samples": few,
+        }
+    else:  # the figures need some pictures more than neighbours and halves
+        changes = {"samples": min(recipe.samples, 128), "store": str(root / "features")}
+    return recipe.model_copy(update=changes)
 
 
 def _dry_run_study(study: StudyRecipe, print_line: Callable[[str], None]) -> None:
@@ -67,6 +83,7 @@ def _dry_run_study(study: StudyRecipe, print_line: Callable[[str], None]) -> Non
         placeholder[instance] = Path(f"<run of {instance.label}>")
         resolved = load_recipe(job.recipe, overrides(study, instance, placeholder))
         if job.takes:
-            print_line(f"{instance.label}: resolved; takes runs from {', '.join(job.takes.values())}")
+            sources = ", ".join(job.takes.values())
+            print_line(f"{instance.label}: resolved; takes runs from {sources}")
         else:
             dry_run(resolved, print_line=print_line)

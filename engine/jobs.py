@@ -4,22 +4,25 @@ Starts the world of processes, opens the run's folder, hands the recipe to the f
 and writes `result.json`. A finished run returns its result at once; a stopped one leaves `REQUEUE`.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etude.core import distributed
 from etude.core.log import Log
-from etude.core.recipe import Recipe, load_recipe
+from etude.core.recipe import Recipe, leaves, load_recipe
 from etude.core.run import Run, folder_name
-from etude.core.signals import Stopper
+from etude.core.signals import Stopper, StopRequested
 
 from .fetching import ensure_inputs
 from .page import Page
 from .training import Look, train
 
+_ON_ALL_RANKS = ("autoencoder", "ldm", "study")
+_FOREVER_S = 30 * 24 * 3600.0  # the launcher ends the waiting ranks when rank 0 fails
 PLACES_PER_JOB = 10  # sections that each job of a study has for itself on the shared page
 
 
@@ -57,13 +60,23 @@ def run_recipe(
     *,
     name: str | None = None,
     root: Path = Path("runs"),
+    resume_with_changes: bool = False,
     quiet: bool = False,
+    world: distributed.World | None = None,
 ) -> tuple[Path, dict]:
-    """Run a loaded recipe under signal handlers; returns its folder and result."""
+    """Run a loaded recipe under signal handlers; returns its folder and result.
+
+    Args:
+        name, root, resume_with_changes: as for `Run.open`.
+        world: the processes of this job, if they have been started already.
+    """
     minutes = getattr(getattr(recipe, "loop", recipe), "max_minutes", None)
-    world = distributed.start()
+    world = world or distributed.start()
     with Stopper(max_minutes=minutes, watch_parent=world.size > 1) as stopper:
-        return _run(recipe, world, stopper, root, name=name, quiet=quiet)
+        return _run(
+            recipe, world, stopper, root,
+            name=name, resume_with_changes=resume_with_changes, quiet=quiet,
+        )
 
 
 def _run(
@@ -73,12 +86,18 @@ def _run(
     root: Path,
     *,
     name: str | None = None,
+    resume_with_changes: bool = False,
     quiet: bool = False,
     page: Page | None = None,
     order: int = 0,
 ) -> tuple[Path, dict]:
     lead = world.rank == 0
-    with Run.open(recipe, root=root, name=name, rank=world.rank) as opened:
+    if world.size > 1:  # before any wait: a rank with another recipe opens another folder
+        fields = {".".join(map(str, path)): repr(value) for path, value, _ in leaves(recipe)}
+        distributed.all_agree(world, distributed.local_facts(**fields))
+    with Run.open(
+        recipe, root=root, name=name, resume_with_changes=resume_with_changes, rank=world.rank
+    ) as opened:
         distributed.barrier(world, "the run's folder")
         finished = opened.finished()
         if finished is not None:
@@ -92,17 +111,33 @@ def _run(
             page = Page(opened.folder, recipe.name, recipe.description)
             page.state("running")
         desk = Desk(opened, Look(log, page, order), stopper, world)
-        result = _RUNNERS[recipe.kind](recipe, desk)
-        if lead:
-            if "stopped" in result:
-                opened.request_requeue(result["stopped"], result.get("images_seen", 0))
-            else:
-                opened.finish(result)
-        if own_page:
-            page.state("stopped" if "stopped" in result else "finished")
-            page.write()
-        log.close()
+        state = "failed"
+        try:
+            result = _work(recipe, desk)
+            state = "stopped" if "stopped" in result else "finished"
+        finally:
+            log.close()
+            if own_page:
+                page.state(state)
+                page.write()
+        if state == "stopped":
+            opened.request_requeue(result["stopped"], result.get("images_seen", 0))
+        else:
+            opened.finish(result)
         return opened.folder, result
+
+
+def _work(recipe: Recipe, desk: Desk) -> dict:
+    """The result of a job; kinds that are not made for several processes run on rank 0 alone."""
+    try:
+        if recipe.kind in _ON_ALL_RANKS:
+            return _RUNNERS[recipe.kind](recipe, desk)
+        result = _RUNNERS[recipe.kind](recipe, desk) if desk.world.rank == 0 else None
+    except StopRequested as reason:
+        result = {"stopped": str(reason)}
+        if recipe.kind in _ON_ALL_RANKS:
+            return result
+    return distributed.exchange(desk.world, f"{recipe.kind} on rank 0", result, _FOREVER_S)[0]
 
 
 def _train(recipe: Recipe, desk: Desk) -> dict:
@@ -112,7 +147,8 @@ def _train(recipe: Recipe, desk: Desk) -> dict:
 def _judge(recipe: Recipe, desk: Desk) -> dict:
     from etude.evaluation.judge import run_judge
 
-    return run_judge(recipe, desk.run, desk.look.log)
+    with _stopping_anywhere(desk):
+        return run_judge(recipe, desk.run, desk.look.log)
 
 
 def _practice(recipe: Recipe, desk: Desk) -> dict:
@@ -141,15 +177,26 @@ def _evaluate(recipe: Recipe, desk: Desk) -> dict:
         generator = open_generator(
             recipe.generator, weights=recipe.weights, device=desk.world.device
         )
-    if recipe.kind == "extract":
-        return plan.extract(recipe, desk.run, generator=generator, log=desk.look.log)
-    result = plan.evaluate(recipe, desk.run, generator=generator, log=desk.look.log)
+    with _stopping_anywhere(desk):
+        if recipe.kind == "extract":
+            return plan.extract(recipe, desk.run, generator=generator, log=desk.look.log)
+        result = plan.evaluate(recipe, desk.run, generator=generator, log=desk.look.log)
     show_evaluation(result, desk.look)
     return result
 
 
+@contextlib.contextmanager
+def _stopping_anywhere(desk: Desk) -> Iterator[None]:
+    """For jobs whose work may end at any point: every progress looks whether to stop."""
+    desk.look.log.on_advance = desk.stopper.check
+    try:
+        yield
+    finally:
+        desk.look.log.on_advance = None
+
+
 def _study(recipe: Recipe, desk: Desk) -> dict:
-    from .study import run_study
+    from .study import run_study, write_csv
 
     root = desk.run.folder.parent
 
@@ -162,10 +209,11 @@ def _study(recipe: Recipe, desk: Desk) -> dict:
 
     def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         if desk.world.rank == 0:
+            write_csv(desk.run.folder / "table.csv", columns, rows)
             desk.look.page.table("study", title, columns, rows, order=desk.look.order)
             desk.look.page.write()
 
-    return run_study(recipe, desk.run.folder, run_job=run_job, show=show)
+    return run_study(recipe, run_job=run_job, show=show)
 
 
 _RUNNERS: dict[str, Callable[[Recipe, Desk], dict]] = {

@@ -7,12 +7,12 @@ drawing serves the light and the dark page, and text stays text.
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 SIZE = (5.6, 3.1)  # inches; the page scales the drawing to its column
 MOST_POINTS = 400  # longer series are averaged in bins of equal count before drawing
@@ -74,11 +74,8 @@ def line_chart(
     drawn = {name: points for name, points in drawn.items() if len(points[0])}
     if not drawn:
         return '<p class="empty">no values yet</p>'
-    with rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    with _axes(xlabel, ylabel, yscale="log" if log else "linear") as axes:
         axes.xaxis.set_major_formatter(lambda value, _: number(value))
-        axes.yaxis.set_major_formatter(lambda value, _: number(value))
         for place, (name, (x, y)) in enumerate(drawn.items()):
             colour = SERIES[place % len(SERIES)]
             if len(x) >= SMOOTH_FROM:
@@ -86,7 +83,7 @@ def line_chart(
                 y = running_mean(y)
             axes.plot(x, y, color=colour, label=f"{name}  {number(y[-1])}")
         axes.legend()
-        return _svg(figure, f"{ylabel} over {xlabel}", id)
+        return _svg(axes.figure, f"{ylabel} over {xlabel}", id)
 
 
 def bar_chart(
@@ -108,10 +105,7 @@ def bar_chart(
     for name, values in series.items():
         if len(values) != len(labels):
             raise ValueError(f"bars of '{name}': {len(values)} values for {len(labels)} labels")
-    with rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-        axes.yaxis.set_major_formatter(lambda value, _: number(value))
+    with _axes(xlabel, ylabel) as axes:
         middles, width = np.arange(len(labels)), 0.8 / max(len(series), 1)
         for place, (name, values) in enumerate(series.items()):
             at = middles + (place - (len(series) - 1) / 2) * width
@@ -126,7 +120,7 @@ def bar_chart(
             )
         axes.set_xticks(middles, labels)
         axes.legend()
-        return _svg(figure, f"{ylabel} by {xlabel}", id)
+        return _svg(axes.figure, f"{ylabel} by {xlabel}", id)
 
 
 def drawable(x: Sequence[float], y: Sequence[float], log: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +145,20 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def _svg(figure: Figure, title: str, id: str) -> str:
+@contextmanager
+def _axes(xlabel: str, ylabel: str, **options: Any) -> Iterator[Any]:
+    """Empty axes in the page's style, which holds inside the context."""
+    from matplotlib import rc_context  # half a second that only pages need
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, **options)
+        axes.yaxis.set_major_formatter(lambda value, _: number(value))
+        yield axes
+
+
+def _svg(figure: Any, title: str, id: str) -> str:
     """The drawing without XML header, metadata and fixed size, in the page's colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""Pictures from a trained run: the generator that training grids, practice and evaluation draw with.
+"""Pictures from a trained run: what training grids, practice and evaluation draw with.
 
 A `Generator` holds a denoiser, its objective, its autoencoder and a sampler. Picture `index` of a
 seed has one initial noise and, for stochastic samplers, one noise per step, so which picture it is
@@ -9,6 +9,7 @@ matrix product depends on its batch: the same block shape, device and threads gi
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from etude.core import rng
 from etude.core.checkpoint import latest_checkpoint, read_weights, verify_checkpoint
 from etude.core.errors import UserError
-from etude.core.files import write_json_atomic
+from etude.core.files import read_json, write_json_atomic
 from etude.core.log import Log
 from etude.core.run import load_run
+from etude.data.decode_torch import decode_picture
 from etude.data.index import file_sha256
 from etude.data.shards import ShardSet, write_shards
 from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
@@ -59,6 +61,7 @@ class Generator:
     latent_shape: tuple[int, int, int]
     name: str = "generator"
     fingerprint: str = ""
+    profile: str = "raw"
     training_shards: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -73,7 +76,12 @@ class Generator:
     @property
     def protocol(self) -> dict:
         """What fixes the pictures' distribution, for an evaluation's protocol."""
-        return {"generator": self.fingerprint, "sampler": self.sampler.model_dump(mode="json")}
+        return {
+            "generator": self.fingerprint,
+            "sampler": self.sampler.model_dump(mode="json"),
+            "profile": self.profile,
+            "rounding": "half to even",
+        }
 
     def decode(self, latents: Tensor) -> Tensor:
         """Model-space latents (B, C, h, w) to pictures (B, C, H, W) in [-1, 1], differentiable."""
@@ -197,6 +205,7 @@ def open_generator(
         latent_shape=(recipe.model.in_channels, size, size),
         name=f"{folder.name} {weights} at {images_seen:,} images",
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        profile=weights,
         training_shards=recipe.data.shards,
         device=torch.device(device),
     )
@@ -224,60 +233,99 @@ def open_autoencoder(
 
 
 def sample_to_shards(
-    generator: Generator, folder: Path, count: int, *, seed: int, log: Log, labels: Sequence[int] = ()
+    generator: Generator,
+    folder: Path,
+    count: int,
+    *,
+    seed: int,
+    log: Log,
+    labels: Sequence[int] = (),
 ) -> Path:
     """Draw `count` pictures into WebDataset shards with the protocol beside them; resumable.
 
-    Each block is kept in a file of its own until all are there, so an interrupted call goes on.
+    Blocks are kept beside the folder until all are there, so an interrupted call goes on, and the
+    folder appears whole. A count, seed, label or sampler of another call is refused.
+
+    Args:
+        labels: classes to draw in turn; all of them when empty.
+
+    Raises:
+        UserError: the folder holds other pictures, or a label is not one of the classes.
     """
-    folder = Path(folder)
-    protocol = generator.protocol | {
-        "seed": seed,
-        "count": count,
-        "labels": list(labels) or "in turn",
-    }
-    parts = folder / "blocks"
-    stated = folder / "protocol.json"
-    if stated.exists() and json.loads(stated.read_text()) != protocol:
-        raise UserError(f"{folder} holds pictures of another protocol: name another folder")
+    folder, labels = Path(folder), list(labels)
+    wrong = [label for label in labels if not 0 <= label < max(generator.num_classes, 1)]
+    if wrong:
+        raise UserError(
+            f"{generator.name} has no class {wrong[0]}: give labels from 0 to "
+            f"{max(generator.num_classes, 1) - 1}"
+        )
+    if count < 1:
+        raise UserError(f"{count} pictures were asked for: ask for at least one")
+    protocol = sampling_protocol(generator, count, seed, labels)
+    parts = folder.with_name(f".{folder.name}.blocks")
+    for stated in (folder / "protocol.json", parts / "protocol.json"):
+        if stated.exists() and read_json(stated) != protocol:
+            raise UserError(f"{folder} holds pictures of another protocol: name another folder")
     if (folder / "index.json").exists():
+        shutil.rmtree(parts, ignore_errors=True)
         return folder
     parts.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(stated, protocol)
+    write_json_atomic(parts / "protocol.json", protocol)
 
     with log.progress("sampling", count, unit="pictures") as progress:
         for start in range(0, count, BLOCK):
             target = parts / f"{start:09d}.npy"
             indices = np.arange(start, min(start + BLOCK, count))
             if not target.exists():
-                images, _ = generator.draw(
-                    indices, _labels(indices, labels, generator.num_classes), seed=seed
-                )
-                partial = target.with_suffix(".partial.npy")
-                np.save(partial, images)
+                wanted = _labels(indices, labels, generator.num_classes)
+                images, _ = generator.draw(indices, wanted, seed=seed)
+                partial = target.with_suffix(".partial")
+                with partial.open("wb") as stream:
+                    np.save(stream, images)
                 partial.rename(target)
             progress.advance(len(indices))
 
-    write_shards(folder, _samples(parts, labels, generator), classes=generator.classes)
-    for part in parts.iterdir():
-        part.unlink()
-    parts.rmdir()
+    write_shards(parts / "shards", _samples(parts, labels, generator), classes=generator.classes)
+    write_json_atomic(parts / "shards" / "protocol.json", protocol)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    elif folder.exists():
+        raise UserError(f"{folder} is not empty: name another folder")
+    (parts / "shards").rename(folder)
+    shutil.rmtree(parts)
     return folder
+
+
+def sampling_protocol(
+    generator: Generator, count: int, seed: int, labels: Sequence[int] = ()
+) -> dict:
+    """What fixes a folder of drawn pictures; written beside them."""
+    stated = {"seed": seed, "count": count, "labels": list(labels) or "in turn"}
+    return generator.protocol | stated
+
+
+def sample_folder(run: str | Path, protocol: dict) -> Path:
+    """Where pictures of a protocol live when nobody says where: inside their run."""
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+    return load_run(run)[1] / "samples" / digest[:10]
 
 
 def contact_sheet(folder: Path, limit: int = 100) -> Path:
     """A PNG of the first pictures of a folder of shards, beside them."""
     samples = ShardSet(folder)
-    pictures = [decode_picture(samples[i].data) for i in range(min(limit, len(samples)))]
+    pictures = [
+        np.asarray(decode_picture(samples[i].data, channels=3))
+        for i in range(min(limit, len(samples)))
+    ]
     path = Path(folder) / "contact-sheet.png"
     path.write_bytes(png(picture_grid(np.stack(pictures), columns=10)))
     return path
 
 
 def _labels(indices: np.ndarray, labels: Sequence[int], num_classes: int) -> np.ndarray:
-    return np.asarray(labels)[indices % len(labels)] if labels else balanced_labels(
-        indices, num_classes
-    )
+    if labels:
+        return np.asarray(labels, np.int64)[indices % len(labels)]
+    return balanced_labels(indices, num_classes)
 
 
 def _samples(parts: Path, labels: Sequence[int], generator: Generator) -> Iterator[dict]:
@@ -285,7 +333,7 @@ def _samples(parts: Path, labels: Sequence[int], generator: Generator) -> Iterat
         images = np.load(part)
         indices = int(part.stem) + np.arange(len(images))
         for index, image, label in zip(
-            indices, images, _labels(indices, labels, generator.num_classes)
+            indices, images, _labels(indices, labels, generator.num_classes), strict=True
         ):
             yield {
                 "key": f"{index:09d}",

@@ -1,13 +1,14 @@
 """Several jobs in one file: chains, sweeps and ablations; `etude demo` is one.
 
-A job names a recipe, what to `set` in it, a `grid` of values to try, and which earlier jobs it takes
-runs `from`. Every job is an ordinary run under `runs/`, so a study resumes by running what is not
-finished, and two studies share the runs they have in common. A job that takes from a job with a
-grid runs once per value.
+A job names a recipe, what to `set` in it, a `grid` of values to try, and which earlier jobs it
+takes runs `from`. Every job is an ordinary run under `runs/`, so a study resumes by running what is
+not finished, and two studies share the runs they have in common. A job that takes from a job with a
+grid runs once per value. A study's own seed, unless it is 0, is the seed of all its jobs.
 """
 
 import csv
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ class StudyRecipe(Recipe):
 
     kind: Literal["study"]
     jobs: dict[str, JobConfig] = option(..., "the jobs")
+    max_minutes: float | None = option(
+        None, "save and stop after this time", unit="minutes", gt=0, affects_result=False
+    )
 
 
 @dataclass(frozen=True)
@@ -63,31 +67,24 @@ def instances(study: StudyRecipe) -> list[Instance]:
     found: dict[str, list[Instance]] = {}
     waiting = dict(study.jobs)
     while waiting:
-        ready = [n for n, job in waiting.items() if all(t in found for t in job.takes.values())]
-        if not ready:
+        # the first one of the file that can run, so that a file in order is run as it is written
+        name = next((n for n in waiting if set(waiting[n].takes.values()) <= found.keys()), None)
+        if name is None:
             raise UserError(
                 f"jobs {', '.join(sorted(waiting))} of study {study.name} wait for each other or "
                 f"take from a job that is not there: name one of {', '.join(study.jobs)}"
             )
-        for name in ready:
-            job = waiting.pop(name)
-            found[name] = [
-                Instance(name, tuple(zip(job.grid, values)), tuple(zip(job.takes, upstream)))
-                for values in itertools.product(*job.grid.values())
-                for upstream in _consistent(job, found)
-            ]
-    return [instance for name in study.jobs for instance in found[name]] if _in_order(
-        study
-    ) else list(itertools.chain.from_iterable(found.values()))
-
-
-def _in_order(study: StudyRecipe) -> bool:
-    names = list(study.jobs)
-    return all(
-        names.index(source) < names.index(name)
-        for name, job in study.jobs.items()
-        for source in job.takes.values()
-    )
+        job = waiting.pop(name)
+        found[name] = [
+            Instance(
+                name,
+                tuple(zip(job.grid, values, strict=True)),
+                tuple(zip(job.takes, upstream, strict=True)),
+            )
+            for values in itertools.product(*job.grid.values())
+            for upstream in _consistent(job, found)
+        ]
+    return list(itertools.chain.from_iterable(found.values()))
 
 
 def _consistent(job: JobConfig, found: dict[str, list[Instance]]) -> list[tuple[Instance, ...]]:
@@ -109,17 +106,14 @@ def _agree(upstream: tuple[Instance, ...]) -> bool:
 
 def overrides(study: StudyRecipe, instance: Instance, runs: dict[Instance, Path]) -> list[str]:
     """The dotted overrides that turn the job's recipe into this instance."""
-    import json
-
     job = study.jobs[instance.job]
-    values = job.set | dict(instance.values)
+    values = ({"seed": study.seed} if study.seed else {}) | job.set | dict(instance.values)
     values |= {name: str(runs[source]) for name, source in instance.upstream}
     return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 
 
 def run_study(
     study: StudyRecipe,
-    folder: Path,
     *,
     run_job: Callable[[str, list[str], int], tuple[Path, dict]],
     show: Callable[[str, list[str], list[list[str]]], None],
@@ -127,12 +121,12 @@ def run_study(
     """Run every instance that is not finished and keep one table of results.
 
     Args:
-        folder: where `table.csv` is written after every job.
         run_job: (recipe, overrides, place) -> (run folder, result); a finished run returns at once.
-        show: (title, columns, rows) shows the table.
+        show: (title, columns, rows) shows the table; called after every job.
 
     Returns:
-        {"jobs": {label: result}}, or {"stopped": reason} as soon as a job was stopped.
+        {"jobs": {label: result}, "runs": {label: folder}}, or {"stopped": reason} as soon as a job
+        was stopped.
     """
     runs: dict[Instance, Path] = {}
     results: dict[str, dict] = {}
@@ -143,16 +137,19 @@ def run_study(
             return {"stopped": result["stopped"], "job": instance.label}
         results[instance.label] = result
         columns, rows = table(results)
-        _write_csv(folder / "table.csv", columns, rows)
         show(study.description or study.name, columns, rows)
-    return {"jobs": results}
+    folders = {instance.label: str(folder) for instance, folder in runs.items()}
+    return {"jobs": results, "runs": folders}
 
 
 def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """One row per job, one column per number that more than zero jobs report, nested by dots."""
+    """One row per job, one column per number that any job reports, nested by dots."""
     flat = {label: _numbers(result) for label, result in results.items()}
     columns = list(dict.fromkeys(name for numbers in flat.values() for name in numbers))
-    rows = [[label, *(f"{n[c]:.5g}" if c in n else "" for c in columns)] for label, n in flat.items()]
+    rows = [
+        [label, *(f"{numbers[c]:.5g}" if c in numbers else "" for c in columns)]
+        for label, numbers in flat.items()
+    ]
     return ["job", *columns], rows
 
 
@@ -165,7 +162,8 @@ def _numbers(value: Any, prefix: str = "") -> dict[str, float]:
     return {}
 
 
-def _write_csv(path: Path, columns: list[str], rows: list[list[str]]) -> None:
+def write_csv(path: Path, columns: list[str], rows: list[list[str]]) -> None:
+    """Write a table as CSV, whole or not at all."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as stream:
         csv.writer(stream).writerows([columns, *rows])

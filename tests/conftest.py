@@ -1,8 +1,9 @@
-"""Shared by all tests: markers that skip with a reason, and NaN-filled uninitialised memory."""
+"""Shared by all tests: markers that skip with a reason, NaN-filled memory, recipes of seconds."""
 
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,90 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", poison(empty))
     monkeypatch.setattr(torch, "empty_like", poison(empty_like))
     yield
+
+
+_LATENT_DIFFUSION = """
+kind: ldm
+data:
+  shards: {folder}/train
+  augment: {{image_size: 16, crop: random, scale: [0.8, 1.0], channels: 1}}
+  workers: 1
+  decoder: torch
+held_out: {folder}/monitor
+model:
+  input_size: 16
+  in_channels: 1
+  patch_size: 4
+  hidden_size: 48
+  depth: 2
+  num_heads: 4
+  num_classes: 10
+  learn_sigma: false
+optim: {{lr: 1.0e-3, clip: 1.0, warmup_images: 100, ema: [0.9]}}
+strategy: {{kind: local}}
+loop:
+  images: 640
+  global_batch: 16
+  micro_batch: 8
+  log_every: 16
+  evaluate_every: 320
+  checkpoint: {{every_images: 160}}
+sampler: {{method: heun, steps: 2, guidance_scale: 2.0, guidance_convention: one_plus_lambda}}
+grid: {{per_class: 1}}
+"""
+
+_AUTOENCODER = """
+kind: autoencoder
+data:
+  shards: {folder}/train
+  augment: {{image_size: 16, crop: random, scale: [0.8, 1.0], channels: 1}}
+  workers: 1
+  decoder: torch
+held_out: {folder}/monitor
+model:
+  in_channels: 1
+  latent_channels: 2
+  block_out_channels: [8, 16]
+  layers_per_block: 1
+  norm_num_groups: 4
+  kl_weight: 1.0e-4
+optim: {{lr: 1.0e-3, clip: 1.0, ema: [0.9]}}
+strategy: {{kind: local}}
+loop:
+  images: 320
+  global_batch: 16
+  micro_batch: 16
+  log_every: 16
+  evaluate_every: 320
+  checkpoint: {{every_images: 160}}
+"""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Recipes of a few seconds on 320 real digits: a DiT in pixels and an autoencoder."""
+
+    folder: Path
+    ldm: str
+    autoencoder: str
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """320 digits to train on and 64 held out, in small shards, and two recipe files."""
+    from etude.data.digits import write_digits
+    from etude.data.shards import ShardSet, write_shards
+
+    folder = tmp_path_factory.mktemp("tiny")
+    whole = write_digits(folder / "digits")
+    for part, count in (("train", 320), ("monitor", 64)):
+        data = ShardSet(whole / part)
+        samples = [data[index] for index in range(count)]
+        members = [
+            {"key": s.key, "image": bytes(s.data), "extension": "png", "label": s.label}
+            for s in samples
+        ]
+        write_shards(folder / part, members, per_shard=100, classes=data.classes)
+    for name, text in (("ldm", _LATENT_DIFFUSION), ("autoencoder", _AUTOENCODER)):
+        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
+    return Tiny(folder, str(folder / "ldm.yaml"), str(folder / "autoencoder.yaml"))

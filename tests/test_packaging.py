@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -49,24 +50,61 @@ def test_metadata(wheel: Path) -> None:
     assert "etude = etude.cli:main" in entry
 
 
-def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = (
-        "import etude, etude.kernels, etude.recipes, torch\n"
-        "y = etude.kernels.adaln_modulate(torch.ones(1, 2, 8), *torch.ones(2, 1, 8))\n"
-        "assert torch.equal(y, torch.ones(1, 2, 8)), y\n"
-        "print(etude.kernels.__file__)"
-    )
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel installed into an empty folder outside the repository."""
+    site = tmp_path_factory.mktemp("installed") / "site"
+    options = ("--no-deps", "--no-index", "--no-compile", "--target", str(site))
+    command = [sys.executable, "-m", "pip", "install", "-q", *options, str(wheel)]
+    made = subprocess.run(command, cwd=site.parent, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert (site / "etude-0.1.0.dist-info" / "RECORD").exists()
+    return site
+
+
+def run_installed(site: Path, code: str) -> list[str]:
+    """Lines that `code` prints where this checkout is on no path; the environment has torch."""
+    libraries = sysconfig.get_paths()["purelib"]
+    start = f"import sys; sys.path += [{libraries!r}]\n"  # as data: its .pth files are not read
     made = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
+        [sys.executable, "-S", "-P", "-c", start + code],
+        cwd=site.parent,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(site.parent)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert made.stdout.split() == [str(tmp_path / "site/etude/kernels/__init__.py")]
+    assert made.returncode == 0, made.stderr[-3000:]
+    return made.stdout.splitlines()
+
+
+def test_the_wheel_works_from_another_folder(installed: Path) -> None:
+    """Imports, shipped recipes and an operator's value, with the installed folder and torch."""
+    code = (
+        "import etude, etude.kernels, etude.recipes, torch\n"
+        "from etude.core.recipe import load_recipe, shipped\n"
+        "assert load_recipe('ldm/digits').kind == 'ldm'\n"
+        "x, shift, scale = torch.arange(16.).view(1, 2, 8), *torch.ones(2, 1, 8)\n"
+        "y = etude.kernels.adaln_modulate(x, shift, scale)\n"
+        "norm = torch.nn.functional.layer_norm(x.double(), (8,), eps=1e-6)\n"
+        "assert torch.allclose(y.double(), 2 * norm + 1, atol=1e-5), y\n"
+        "print(*shipped())\n"
+        "for module in (etude, etude.kernels, etude.recipes): print(module.__file__)\n"
+    )
+    names, *files = run_installed(installed, code)
+    expected = {
+        str(file.relative_to(ROOT / "recipes").with_suffix(""))
+        for file in (ROOT / "recipes").rglob("*.yaml")
+    }
+    assert set(names.split()) == expected and "ldm/digits" in expected
+    package = installed / "etude"
+    wanted = [package, package / "kernels", package / "recipes"]
+    assert files == [str(folder / "__init__.py") for folder in wanted]
+
+
+def test_the_command_of_the_wheel(installed: Path) -> None:
+    code = "sys.argv = ['etude', 'recipes', 'list']\nfrom etude.cli import main\nmain()"
+    assert any("ldm/digits" in line for line in run_installed(installed, code))
 
 
 def test_import_etude_needs_no_optional_library() -> None:

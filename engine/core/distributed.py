@@ -6,8 +6,10 @@ names the ranks that did not arrive: ranks leave a note in the job's key-value s
 wait, so whoever is still there can list the absent ones.
 """
 
+import functools
 import getpass
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -60,11 +62,11 @@ class World:
         return self.launcher != 0 and os.getppid() != self.launcher
 
 
-def start(timeout_s: float = 60.0) -> World:
+def start(timeout_s: float | None = None) -> World:
     """Join the job described by the environment, or be the only process.
 
     Args:
-        timeout_s: how long to wait for the other ranks.
+        timeout_s: how long to wait for the other ranks; by default ETUDE_START_SECONDS, or 60.
 
     Raises:
         UserError: the rendezvous cannot be reached, or ranks are missing (named with the hosts
@@ -76,6 +78,7 @@ def start(timeout_s: float = 60.0) -> World:
     here = f"{socket.gethostname()}:{device}"
     if size == 1:
         return World(rank, size, local_rank, device, (here,))
+    timeout_s = _start_seconds() if timeout_s is None else timeout_s
     store = _connect(rank, timeout_s)
     world = World(rank, size, local_rank, device, store=store, launcher=os.getppid())
     hosts = tuple(exchange(world, "start", here, timeout_s))
@@ -116,6 +119,17 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _start_seconds() -> float:
+    text = os.environ.get("ETUDE_START_SECONDS", "60")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"ETUDE_START_SECONDS={text}: give the seconds to wait for all ranks, 60")
+    return seconds
+
+
 def _connect(rank: int, timeout_s: float) -> Any:
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port:
@@ -124,23 +138,49 @@ def _connect(rank: int, timeout_s: float) -> Any:
             "`torchrun --nproc-per-node N -m etude train RECIPE`"
         )
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store = dist.TCPStore(
-            host,
-            int(port),
-            is_master=rank == 0 and not hosted,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        store = _store(host, int(port), rank == 0 and not hosted, timeout_s)
+        store = dist.PrefixStore(f"etude-{attempt}", store)
+        if hosted:
+            # torchrun's store dies with torchrun, and its ranks must still be able to save
+            store = _own_store(store, rank, host, int(port), timeout_s)
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {host}:{port} within "
             f"{timeout_s:.0f} s ({str(error).splitlines()[0][:120]}); check MASTER_ADDR, the port "
             "and the firewall"
         ) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"etude-{attempt}", store)
+    return store
+
+
+def _store(host: str, port: int, is_master: bool, timeout_s: float) -> Any:
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=is_master,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def _own_store(launchers: Any, rank: int, host: str, port: int, timeout_s: float) -> Any:
+    """A store that rank 0 holds; its address goes through the launcher's."""
+    if rank == 0:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((host, port))  # sends nothing: asks which address faces the others
+                mine = probe.getsockname()[0]
+            except OSError:
+                mine = host
+        if mine.startswith("127."):  # the launcher's store is here, by a name that others resolve
+            mine = host
+        store = _store(mine, 0, True, timeout_s)
+        launchers.set("store", f"{mine} {store.port}")
+        return store
+    mine, port = launchers.get("store").decode().split()
+    return _store(mine, int(port), False, timeout_s)
 
 
 def exchange(world: World, what: str, value: Any, timeout_s: float = 1800.0) -> list[Any]:
@@ -209,7 +249,7 @@ def any_rank(world: World, flag: bool) -> bool:
 
 
 def local_facts(**more: str) -> dict[str, str]:
-    """What must be the same on every rank: code revision and versions, plus the caller's own."""
+    """What must be the same on every rank: code, revision, versions, plus the caller's own."""
     root = Path(__file__).resolve().parents[1]
     git = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -219,10 +259,26 @@ def local_facts(**more: str) -> dict[str, str]:
     )
     return {
         "code": git.stdout.strip() or "not a git checkout",
+        "source": _source(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **more,
     }
+
+
+@functools.cache
+def _source() -> str:
+    """Hash of Etude's Python files: two changed checkouts of one revision still differ."""
+    engine = Path(__file__).resolve().parents[1]
+    kernels = importlib.util.find_spec("etude.kernels")
+    folders = {"kernels": Path(kernels.origin).parent, "engine": engine}
+    digest = hashlib.sha256()
+    for name, folder in folders.items():
+        for file in sorted(folder.rglob("*.py")):
+            inside = file.relative_to(folder)
+            if name == "kernels" or inside.parts[0] not in ("kernels", "recipes"):  # as in a wheel
+                digest.update(f"{name}/{inside}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def all_agree(world: World, facts: dict[str, str], folder: Path | None = None) -> None:
@@ -249,7 +305,9 @@ def all_agree(world: World, facts: dict[str, str], folder: Path | None = None) -
                 where = world.hosts[rank] if world.hosts else "this machine"
                 complaints.append(f"rank {rank} ({where}): {key} is {value!r}, others {usual!r}")
     if complaints:
-        raise UserError("the ranks disagree, make them equal first: " + "; ".join(complaints))
+        more = f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        listed = "; ".join(complaints[:8]) + more
+        raise UserError(f"the ranks disagree, make them equal first: {listed}")
 
 
 def _see_token(world: World, folder: Path) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Progress:
     def advance(self, count: int = 1, **shown: float | str) -> None:
         """Count `count` more units; `shown` are figures displayed beside the rate."""
         self.done += count
+        if self._log.on_advance is not None:
+            self._log.on_advance()
         if shown:
             self._shown = "  ".join(f"{key} {_figure(value)}" for key, value in shown.items())
         if self._bar is not None:
@@ -65,10 +67,15 @@ class Log:
         rank: 0 writes; others are silent.
         quiet: True prints nothing but warnings; None and False print, with live bars when standard
             error is a terminal.
+
+    Attributes:
+        on_advance: called whenever a progress counts on; a job whose phases may end at any point
+            puts `Stopper.check` here, so that each of them notices a request to stop.
     """
 
     def __init__(self, folder: Path | None, *, rank: int = 0, quiet: bool | None = None) -> None:
         self.folder, self.rank, self.quiet = folder, rank, bool(quiet)
+        self.on_advance: Callable[[], None] | None = None
         self.live = rank == 0 and not self.quiet and sys.stderr.isatty()
         self._console: Any = None
         self._metrics: int | None = None
@@ -166,7 +173,8 @@ class Log:
         if self._console is not None:
             self._console.print(message, style=style, markup=False)
         else:
-            print(message, file=sys.stderr, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # whoever read it is gone; the job goes on
+                print(message, file=sys.stderr, flush=True)
 
     def _write(self, file: str, message: str) -> None:
         if self.folder is None:

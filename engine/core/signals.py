@@ -17,10 +17,16 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .errors import UserError
+
+
+class StopRequested(Exception):
+    """Raised by `Stopper.check`; its text is the reason. What was written before it stays."""
+
 
 EXIT_REQUEUE = 85  # the job saved and wants to be started again; Slurm scripts requeue on it
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
@@ -43,7 +49,7 @@ class Stopper:
             raise UserError(f"max_minutes is {max_minutes}; give a number above 0, or null")
         self._max_minutes = max_minutes
         self._deadline: float | None = None
-        self._parent = os.getppid() if watch_parent else None
+        self._launcher = _launcher() if watch_parent else None
         self._reason: str | None = None
         self._interrupted = False
         self._previous: dict[int, Any] = {}
@@ -68,9 +74,15 @@ class Stopper:
         if self._reason is None:
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._reason = f"max_minutes={self._max_minutes:g}"
-            elif self._parent is not None and os.getppid() != self._parent:
+            elif self._launcher is not None and _launcher() != self._launcher:
                 self._reason = "the launcher is gone"
         return self._reason
+
+    def check(self) -> None:
+        """Raise `StopRequested` when a stop was asked for: for phases whose work is resumable at
+        any point, such as encoding, drawing or extracting."""
+        if self.requested:
+            raise StopRequested(self.requested)
 
     def request(self, reason: str) -> None:
         """Request a stop from code, for example because another rank was asked to."""
@@ -87,3 +99,27 @@ class Stopper:
                     os.write(2, b"\nsaving, then stopping; Ctrl-C again stops at once\n")
             return
         self.request(signal.Signals(number).name)
+
+
+def _launcher() -> tuple[int, int]:
+    """The parent, and under deepspeed its parent as well: `deepspeed` starts its ranks through a
+    process of its own on each machine, which goes on alone when the first is killed.
+    """
+    parent = os.getppid()
+    above = _parent(parent) if b"deepspeed" in _command(parent) else 0
+    return parent, above if b"deepspeed" in _command(above) else 0
+
+
+def _parent(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    return int(status.rpartition(")")[2].split()[1])
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -305,8 +306,14 @@ def _import_deepspeed(world: World) -> Any:
     built = list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("*shm_comm*.so"))
     if world.device.type == "cpu" and not built and world.local_rank == 0:
         print("building DeepSpeed's CPU communication operator (once, about half a minute)")
-    with contextlib.redirect_stdout(io.StringIO()):  # one "built successfully" line per rank
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # one "built successfully" line per rank
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"DeepSpeed cannot build its communication operator ({str(error).splitlines()[0]}); "
+            "install a C++ compiler (apt install g++), or type strategy.kind=local"
+        ) from None
     return deepspeed
 
 

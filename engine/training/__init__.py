@@ -5,6 +5,9 @@ newest complete checkpoint, run the loop, write the result. What differs between
 loss of a micro batch and what is looked at on the way: `autoencoder.py` and `diffusion.py`.
 """
 
+import contextlib
+import math
+
 from etude.core import distributed
 from etude.core.checkpoint import disk_need, latest_checkpoint, load_checkpoint
 from etude.core.log import Log
@@ -32,16 +35,20 @@ def train(
     Returns:
         The result written to `result.json`; `{"stopped": reason}` when it was told to stop.
     """
-    job = _JOBS[recipe.kind](recipe, run, look, world)
-    loop = recipe.loop
+    with contextlib.closing(_JOBS[recipe.kind](recipe, run, look, world, stopper)) as job:
+        return _train(job, run, stopper)
+
+
+def _train(job: Job, run: Run, stopper: Stopper) -> dict:
+    recipe, look, world, loop = job.recipe, job.look, job.world, job.recipe.loop
     strategy = build_strategy(
         recipe.strategy, job.model, recipe.optim, world, loop.accumulation(world.size),
         loop.micro_batch,
     )
-    start = _resume(run, strategy, loop, look.log, world)
+    start, resumed = _resume(run, strategy, loop, look.log, world)
     facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
     distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
-    _announce(job, look.log)
+    _announce(job, strategy, look.log)
 
     outcome = run_loop(
         config=loop,
@@ -56,40 +63,47 @@ def train(
         checkpoints=run.checkpoints,
         stopper=stopper,
         start=start,
+        resumed=resumed,
         extra=job.extra,
         evaluate=lambda images_seen: job.evaluate(strategy, images_seen),
     )
     if outcome.stopped:
         return {"stopped": outcome.stopped, "images_seen": outcome.images_seen}
     with strategy.weights(recipe.default_weights()) as model:
-        result = job.finish(model) if world.rank == 0 else {}
-    distributed.barrier(world, "the result")
+        result = job.finish(model) if world.rank == 0 else None
+    result = distributed.exchange(world, "the result", result)[0]
     return {"images_seen": outcome.images_seen} | result
 
 
 def _resume(
     run: Run, strategy: Strategy, loop: LoopConfig, log: Log, world: distributed.World
-) -> int:
+) -> tuple[int, dict]:
+    """Load the newest complete checkpoint; where it stands and the loop's own notes in it."""
     found = latest_checkpoint(run.checkpoints) if world.rank == 0 else None
     name = distributed.exchange(world, "newest checkpoint", found and found.name)[0]
     if name is None:
-        return 0
+        log.rewind(0)  # lines of a start that did not reach its first checkpoint
+        return 0, {}
     # Rank 0 has just compared every hash.
-    images_seen = load_checkpoint(run.checkpoints / name, strategy, verify=False)["images_seen"]
-    log.rewind(images_seen + 1)
-    log.info(f"resumed at {images_seen:,} of {loop.images:,} images")
-    return images_seen
+    extra = load_checkpoint(run.checkpoints / name, strategy, verify=False)
+    log.rewind(extra["images_seen"] + 1)
+    log.info(f"resumed at {extra['images_seen']:,} of {loop.images:,} images")
+    return extra["images_seen"], extra.get("loop", {})
 
 
-def _announce(job: Job, log: Log) -> None:
+def _announce(job: Job, strategy: Strategy, log: Log) -> None:
     recipe, world, loop = job.recipe, job.world, job.recipe.loop
-    parameters = sum(p.numel() for p in job.model.parameters())
-    strategy = recipe.strategy
-    means = "plain torch" if strategy.kind == "local" else f"ZeRO stage {strategy.stage or 1}"
+    parameters = sum(math.prod(strategy.shapes[name]) for name in strategy.trainable)
+    chosen = recipe.strategy
+    means = "plain torch"
+    if chosen.kind == "zero":
+        means = f"ZeRO stage {1 if chosen.stage is None else chosen.stage}"
     log.info(
         f"{len(job.train_set):,} pictures, {parameters:,} parameters, {means} in "
-        f"{strategy.precision}; global batch {loop.global_batch} = {world.size} rank(s) x "
+        f"{chosen.precision}; global batch {loop.global_batch} = {world.size} rank(s) x "
         f"{loop.micro_batch} x {loop.accumulation(world.size)} accumulated"
     )
+    for note in strategy.notes:
+        log.info(note)
     log.info(job.loader_reason)
     log.info(disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images).sentence)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from etude.core import distributed, rng
 from etude.core.run import Run
+from etude.core.signals import Stopper
 from etude.core.strategy import Strategy
 from etude.data.loader import Batch
 from etude.external.diffusers import Autoencoder, estimate_scaling
@@ -20,9 +21,14 @@ from .recipe import AutoencoderRecipe
 
 class AutoencoderJob(Job):
     def __init__(
-        self, recipe: AutoencoderRecipe, run: Run, look: Look, world: distributed.World
+        self,
+        recipe: AutoencoderRecipe,
+        run: Run,
+        look: Look,
+        world: distributed.World,
+        stopper: Stopper,
     ) -> None:
-        super().__init__(recipe, run, look, world)
+        super().__init__(recipe, run, look, world, stopper)
         self.model = Autoencoder.build(recipe.model, seed=recipe.seed)
         side = recipe.data.augment.image_size // self.model.downscale
         self.latent_shape = (recipe.model.latent_channels, side, side)
@@ -38,7 +44,7 @@ class AutoencoderJob(Job):
         )
         return forward(batch.images, noise)
 
-    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
+    def evaluate(self, strategy: Strategy, images_seen: int) -> float | None:
         batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
         found = {}
         for profile in self.profiles:
@@ -47,7 +53,7 @@ class AutoencoderJob(Job):
                     found[profile] = float(self.losses(model, batch).mean())
                     rebuilt = model.decode(model.encode(batch.images[:20])[0])
         if self.world.rank != 0:
-            return
+            return None
         self.look.log.metrics("held_out", images_seen, **found)
         pairs = np.concatenate([to_uint8(batch.images[:20]), to_uint8(rebuilt)])
         self.look.page.grid(
@@ -58,6 +64,7 @@ class AutoencoderJob(Job):
         )
         self.show_losses("autoencoder-loss", "Reconstruction loss")
         self.look.page.write()
+        return found[self.recipe.default_weights()]
 
     def finish(self, model: Autoencoder) -> dict:
         """Measure the latents' scale on training pictures and write diffusers' folder."""

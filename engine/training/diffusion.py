@@ -11,6 +11,7 @@ from etude.core import distributed, rng
 from etude.core.errors import UserError
 from etude.core.log import read_metrics
 from etude.core.run import Run
+from etude.core.signals import Stopper, StopRequested
 from etude.core.strategy import Strategy
 from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch
@@ -30,15 +31,20 @@ BINS = 8  # equal slices of time that the held-out loss is reported in
 
 class DiffusionJob(Job):
     def __init__(
-        self, recipe: LatentDiffusionRecipe, run: Run, look: Look, world: distributed.World
+        self,
+        recipe: LatentDiffusionRecipe,
+        run: Run,
+        look: Look,
+        world: distributed.World,
+        stopper: Stopper,
     ) -> None:
-        super().__init__(recipe, run, look, world)
+        super().__init__(recipe, run, look, world, stopper)
         self.autoencoder, self.autoencoder_key = (
             open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
         )
         self._check_shapes()
         self.objective = Objective(recipe.objective)
-        if self.autoencoder is not None:
+        if self.autoencoder is not None and recipe.latents.variants:
             self.loader = self._latent_loader()
         self.model = DiT(recipe.model, seed=recipe.seed)
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
@@ -80,17 +86,27 @@ class DiffusionJob(Job):
             self.train_set, recipe.data, self.autoencoder_key, recipe.seed, **options
         )
         folder = Path(recipe.latents.folder) / plan["key"][:16]
-        encode_latents(
-            self.train_set, recipe.data, autoencoder.encode, folder, self.autoencoder_key,
-            recipe.seed, self.look.log, **options,
-            device=world.device, rank=world.rank, world=world.size,
-        )
-        distributed.barrier(world, "the cache of latents")
+        stopped = None
+        try:
+            encode_latents(
+                self.train_set, recipe.data, self._encode, folder, self.autoencoder_key,
+                recipe.seed, self.look.log, **options,
+                device=world.device, rank=world.rank, world=world.size,
+            )
+        except StopRequested as reason:
+            stopped = str(reason)
+        stops = distributed.exchange(world, "the cache of latents", stopped)
+        if any(stops):
+            raise StopRequested(next(reason for reason in stops if reason))
         self.loader_reason = f"latents from {folder}, encoded with: {self.loader_reason}"
         return LatentLoader(
             folder, seed=recipe.seed, plan=plan, order=recipe.data.order, device=world.device,
             prefetch=recipe.data.prefetch,
         )
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.stopper.check()  # shards that are done stay, so encoding goes on where it was
+        return self.autoencoder.encode(images)
 
     def clean(self, batch: Batch) -> Tensor:
         """The model's x0: cached latents, latents of a batch's pictures, or the pictures."""
@@ -98,7 +114,13 @@ class DiffusionJob(Job):
             return batch.latents
         if self.autoencoder is None:
             return batch.images
-        return self.autoencoder.scale(self.autoencoder.encode(batch.images)[0])
+        with torch.no_grad():
+            mean, std = self.autoencoder.encode(batch.images)
+        noise = rng.normal(
+            self.recipe.seed, rng.Stream.POSTERIOR, batch.positions, tuple(mean.shape[1:]),
+            self.world.device,
+        )
+        return self.autoencoder.scale(mean + std * noise)
 
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         seed, positions, device = self.recipe.seed, batch.positions, self.world.device
@@ -121,7 +143,7 @@ class DiffusionJob(Job):
         values = rng.uniform(self.recipe.seed, stream, positions)[:, 0]
         return torch.as_tensor(values, dtype=torch.float32, device=self.world.device)
 
-    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
+    def evaluate(self, strategy: Strategy, images_seen: int) -> float | None:
         losses = {}
         for profile in self.profiles:
             with strategy.weights(profile) as model, torch.no_grad():
@@ -130,7 +152,7 @@ class DiffusionJob(Job):
                     if profile == self.recipe.default_weights():
                         samples, labels = self.draw_grid(model)
         if self.world.rank != 0:
-            return
+            return None
         means = {profile: float(np.mean(values)) for profile, values in losses.items()}
         self.look.log.metrics("held_out", images_seen, **means)
         self.show_grid(samples, labels, images_seen)
@@ -141,11 +163,13 @@ class DiffusionJob(Job):
             "time (0 is data, 1 is noise)", "loss", order=self.look.order + 4,
         )
         self.look.page.write()
+        return means[self.recipe.default_weights()]
 
     def held_out_losses(self, model: Callable) -> list[float]:
         """Mean loss in each of `BINS` slices of time, labels given, noise fixed per sample."""
         batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
-        x0, positions = self.clean(batch), HELD_OUT + batch.positions
+        batch.positions = positions = HELD_OUT + batch.positions
+        x0 = self.clean(batch)
         noise = rng.normal(
             self.recipe.seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), self.world.device
         )

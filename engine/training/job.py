@@ -1,8 +1,8 @@
 """What both kinds of training share: data, the looks taken on the way, loss curves."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from etude.core import distributed
 from etude.core.log import Log, read_metrics
 from etude.core.recipe import fingerprint
 from etude.core.run import Run
+from etude.core.signals import Stopper
 from etude.core.strategy import Strategy
 from etude.data.loader import Batch, Loader
 from etude.data.shards import ShardSet
@@ -37,9 +38,15 @@ class Job:
     model: nn.Module
 
     def __init__(
-        self, recipe: TrainRecipe, run: Run, look: Look, world: distributed.World
+        self,
+        recipe: TrainRecipe,
+        run: Run,
+        look: Look,
+        world: distributed.World,
+        stopper: Stopper,
     ) -> None:
         self.recipe, self.run, self.look, self.world = recipe, run, look, world
+        self.stopper = stopper
         self.train_set = recipe.data.open()
         self.held_out_set = ShardSet(recipe.held_out)
         self.pictures = Loader(self.train_set, recipe.data, seed=recipe.seed, device=world.device)
@@ -49,11 +56,16 @@ class Job:
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def evaluate(self, strategy: Strategy, images_seen: int) -> None:
+    def evaluate(self, strategy: Strategy, images_seen: int) -> float | None:
+        """Look at held-out pictures; rank 0 returns the loss of the default weights."""
         raise NotImplementedError
 
     def finish(self, model: nn.Module) -> dict:
         raise NotImplementedError
+
+    def close(self) -> None:
+        """End the decoder's threads."""
+        self.pictures.close()
 
     def extra(self) -> dict:
         """What a checkpoint carries beside the tensors, so that nobody repeats it by hand."""
@@ -80,11 +92,16 @@ class Job:
         """Loss curves from metrics.jsonl, so that a resumed page shows the whole run."""
         path = self.run.folder / "metrics.jsonl"
         rows = read_metrics(path, "train")
-        series = {"training": ([r["images_seen"] for r in rows], [r["loss"] for r in rows])}
+        series = {"training": ([r["images_seen"] for r in rows], _numbers(rows, "loss"))}
         rows = read_metrics(path, "held_out")
         for profile in self.profiles:
-            values = [row[profile] for row in rows]
-            series[f"held out, {profile}"] = ([row["images_seen"] for row in rows], values)
+            where = [row["images_seen"] for row in rows]
+            series[f"held out, {profile}"] = (where, _numbers(rows, profile))
         self.look.page.curve(
             id, title, series, "images seen", "loss", log=True, order=self.look.order + 3
         )
+
+
+def _numbers(rows: list[dict], name: str) -> list[float]:
+    """Values of metrics; what was not finite is stored as null."""
+    return [math.nan if row[name] is None else row[name] for row in rows]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from etude.core.config import Config, option
 from etude.core.loop import LoopConfig
-from etude.core.optim import OptimConfig
+from etude.core.optim import OptimConfig, profile_name
 from etude.core.recipe import Recipe
 from etude.core.strategy import StrategyConfig
 from etude.data.loader import DataConfig
@@ -27,7 +27,7 @@ class TrainRecipe(Recipe):
 
     def default_weights(self) -> str:
         """The profile that pictures are drawn with: the longest average, or the raw weights."""
-        return f"ema:{max(self.optim.ema)}" if self.optim.ema else "raw"
+        return profile_name(max(self.optim.ema)) if self.optim.ema else "raw"
 
 
 class AutoencoderRecipe(TrainRecipe):
@@ -40,7 +40,9 @@ class AutoencoderRecipe(TrainRecipe):
 class LatentConfig(Config):
     """The cache of latents that training reads in place of pictures."""
 
-    variants: int = option(1, "augmentations kept of each picture", gt=0)
+    variants: int = option(
+        1, "augmentations kept of each picture; 0 keeps none and encodes while training", ge=0
+    )
     dtype: Literal["float32", "float16"] = option("float32", "type of the stored latents")
     folder: str = option(
         "data/latents", "where caches live, each under its key", affects_result=False

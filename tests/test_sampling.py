@@ -1,0 +1,181 @@
+"""Pictures by index: the same whatever is drawn beside them; in shards, stopped and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from etude.core import rng
+from etude.core.errors import UserError
+from etude.core.log import Log
+from etude.core.recipe import load_recipe
+from etude.core.signals import EXIT_REQUEUE, StopRequested
+from etude.data.decode_torch import decode_picture
+from etude.data.shards import ShardSet
+from etude.diffusion.samplers import sample
+from etude.jobs import run_recipe
+from etude.sampling import (
+    BLOCK,
+    balanced_labels,
+    contact_sheet,
+    denoiser,
+    open_generator,
+    sample_to_shards,
+    to_uint8,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    """A run of ten steps with a large learning rate, so that labels and weights matter."""
+    root = tmp_path_factory.mktemp("sampling")
+    overrides = ["loop.images=320", "optim.lr=5e-3"]
+    return run_recipe(load_recipe(tiny.ldm, overrides), root=root / "runs", quiet=True)[0]
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    return open_generator(run)
+
+
+def close(one: np.ndarray, two: np.ndarray) -> bool:
+    """At most 2 levels apart, in at most 1% of the pixels."""
+    apart = np.abs(one.astype(int) - two.astype(int))
+    return apart.max() <= 2 and (apart > 0).mean() <= 0.01
+
+
+def test_levels_are_rounded_half_to_even_and_clamped() -> None:
+    values = torch.tensor([-1.5, -1.0, -1 / 255, 0.0, 1 / 255, 1.0, 2.0]).reshape(1, 1, 1, 7)
+    # (v + 1) * 127.5: -63.75, 0, 127, 127.5, 128, 255, 382.5
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 127, 128, 128, 255, 255]
+
+
+def test_a_run_opens_without_flags_on_its_longest_average(run, generator) -> None:
+    assert generator.profile == "ema:0.9" and generator.num_classes == 10
+    raw = open_generator(run, weights="raw")
+    assert raw.fingerprint != generator.fingerprint
+    indices = np.arange(4)
+    drawn = [g.draw(indices, indices, seed=0)[0] for g in (generator, raw)]
+    assert not np.array_equal(*drawn)
+    with pytest.raises(UserError, match="no weights 'ema:0.5'.*raw, ema:0.9"):
+        open_generator(run, weights="ema:0.5")
+
+
+def test_a_picture_depends_on_its_index_label_and_seed_alone(generator) -> None:
+    count = BLOCK + 40
+    indices = np.arange(count)
+    labels = balanced_labels(indices, 10)
+    whole, _ = generator.draw(indices, labels, seed=7)
+    assert whole.shape == (count, 16, 16, 1) and whole.std() > 10
+    order = np.random.default_rng(0).permutation(count)
+    shuffled, _ = generator.draw(order, labels[order], seed=7)
+    assert np.array_equal(shuffled, whole[order])  # whole blocks of the same shape: equal bytes
+    for part in ([3], [90, 2, 64], list(range(60, 70))):
+        some, _ = generator.draw(np.array(part), labels[part], seed=7)
+        assert close(some, whole[part])
+    other, _ = generator.draw(np.array([3]), labels[[3]], seed=8)
+    assert not close(other, whole[[3]])
+    relabelled, _ = generator.draw(np.array([3]), np.array([4]), seed=7)
+    assert not np.array_equal(relabelled, whole[[3]])
+
+
+def test_a_picture_is_what_the_sampler_alone_makes_of_its_noise(generator) -> None:
+    """Written out for one index without blocks or padding."""
+    index, label, seed = 70, 5, 11
+    where = np.array([index * (1 << 24)], dtype=np.int64)
+    noise = rng.normal(seed, rng.Stream.SAMPLE_NOISE, where, (1, 16, 16))
+    latents = sample(
+        denoiser(generator.model), generator.objective, generator.sampler, noise,
+        {"labels": torch.tensor([label])}, null_condition={"labels": torch.tensor([10])},
+    )
+    drawn, _ = generator.draw(np.array([index]), np.array([label]), seed=seed)
+    assert close(drawn, to_uint8(latents.detach()))
+
+
+def test_shards_are_resumed_by_block_and_hold_what_was_drawn(generator, tmp_path) -> None:
+    folder, count = tmp_path / "drawn", 2 * BLOCK + 10
+
+    class Stopping(Log):
+        done = 0
+
+        def look(self) -> None:
+            self.done += 1
+            if self.done == 2:
+                raise StopRequested("a test")
+
+    log = Stopping(None, quiet=True)
+    log.on_advance = log.look
+    with pytest.raises(StopRequested):
+        sample_to_shards(generator, folder, count, seed=1, log=log, labels=[3, 8])
+    assert not folder.exists()
+    blocks = sorted((tmp_path / ".drawn.blocks").glob("*.npy"))
+    assert [int(path.stem) for path in blocks] == [0, BLOCK]
+    marked = np.load(blocks[0])
+    np.save(blocks[0], 255 - marked)  # a block that is there is not drawn again
+
+    quiet = Log(None, quiet=True)
+    sample_to_shards(generator, folder, count, seed=1, log=quiet, labels=[3, 8])
+    assert [p.name for p in tmp_path.iterdir()] == ["drawn"]
+    samples = ShardSet(folder, verify=True)
+    labels = np.array([3, 8])[np.arange(count) % 2]
+    expected, _ = generator.draw(np.arange(count), labels, seed=1)
+    expected[:BLOCK] = 255 - marked
+    assert len(samples) == count and samples.labels.tolist() == labels.tolist()
+    stored = np.stack([np.asarray(decode_picture(samples[i].data, 1)) for i in range(count)])
+    assert np.array_equal(stored.reshape(expected.shape), expected)
+    assert np.array_equal(255 - expected[:BLOCK], generator.draw(
+        np.arange(BLOCK), labels[:BLOCK], seed=1)[0])
+
+    stated = json.loads((folder / "protocol.json").read_text())
+    assert stated["labels"] == [3, 8] and stated["profile"] == "ema:0.9" and stated["seed"] == 1
+    assert stated["sampler"]["steps"] == 2 and stated["generator"] == generator.fingerprint
+    for change in ({"seed": 2}, {"labels": [3]}, {"count": count + 1}):
+        asked = {"count": count, "seed": 1, "labels": [3, 8]} | change
+        with pytest.raises(UserError, match="pictures of another protocol: name another folder"):
+            sample_to_shards(generator, folder, log=quiet, **asked)
+    with Image.open(contact_sheet(folder, limit=20)) as sheet:
+        assert sheet.size == (10 * 66 + 2, 2 * 66 + 2)  # ten in a row, 64 pixels and a frame
+
+
+def test_a_folder_of_other_things_and_a_class_that_is_not_there_are_refused(
+    generator, tmp_path
+) -> None:
+    quiet = Log(None, quiet=True)
+    with pytest.raises(UserError, match="has no class 10: give labels from 0 to 9"):
+        sample_to_shards(generator, tmp_path / "x", 4, seed=0, log=quiet, labels=[10])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        sample_to_shards(generator, tmp_path / "full", 4, seed=0, log=quiet)
+    assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+def test_the_command_stops_with_85_and_goes_on(run, generator) -> None:
+    root = run.parents[1]
+    words = [sys.executable, "-m", "etude", "sample", run.name, "--count", "256", "--steps", "60"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((run / "samples").glob(".*.blocks/*.npy")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE, err
+    assert "type the same command to go on" in err and "Traceback" not in err
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (run / "samples").iterdir()
+    assert len(ShardSet(folder)) == 256
+    assert f"256 pictures in runs/{run.name}/samples/{folder.name}" in done.stdout
+    assert json.loads((folder / "protocol.json").read_text())["sampler"]["steps"] == 60
