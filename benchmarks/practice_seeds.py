@@ -1,8 +1,8 @@
 """Practice against its baselines over seeds: `python -m benchmarks.practice_seeds`.
 
-Runs the study `studies/practice_seeds` (finished jobs are kept), pairs every arm's correctness on the
-same real test pictures, and appends one row to results/practice_seeds.jsonl. The interval covers
-repeated draws of test pictures and of seeds; the generator is one, so it speaks about this generator.
+Runs the study `studies/practice_seeds` (finished jobs are kept), pairs every arm's correctness on
+the same real test pictures, and appends one row to results/practice_seeds.jsonl. The interval
+covers repeated draws of test pictures and of seeds; all seeds share one generator.
 """
 
 import json
@@ -33,8 +33,10 @@ def main() -> None:
         "fingerprint": fingerprint(study),
         "seeds": len(folders),
         "test_pictures": correct[arms[0]].shape[1],
-        "pictures": [json.loads((f / "result.json").read_text())["arms"]["practice"]["samples"]
-                     for f in folders],
+        "pictures": [
+            json.loads((f / "result.json").read_text())["arms"]["practice"]["samples"]
+            for f in folders
+        ],
         "accuracy": {arm: [round(a, 4) for a in c.mean(1).tolist()] for arm, c in correct.items()},
         "difference": {
             f"practice - {other}": vars(paired_interval(correct["practice"], correct[other]))

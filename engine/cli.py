@@ -144,7 +144,12 @@ def _print_result(folder: Path, result: dict) -> None:
     if "stopped" in result:
         _say(f"stopped ({result['stopped']}) and saved; type the same command to go on")
         return
-    console.print_json(json.dumps(result, default=str))
+    if "jobs" in result:
+        from etude.study import summary
+
+        _table("jobs", *summary(result["jobs"]))
+    else:
+        console.print_json(json.dumps(result.get("headline", result), default=str))
     _say(f"run  {folder}\npage {folder / 'page.html'}")
 
 
@@ -215,9 +220,7 @@ def sample(
     weights: Annotated[str, typer.Option(help="raw or ema:<decay> [default: longest ema].")] = "",
     seed: Annotated[int, typer.Option(help="Names the sequence of pictures.")] = 0,
     label: Annotated[list[int] | None, typer.Option(help="Class to draw; repeatable.")] = None,
-    steps: Annotated[
-        int, typer.Option(min=0, help="Sampler steps; 0 takes the recipe's.")
-    ] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Sampler steps; 0 takes the recipe's.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale [default: the recipe's].")
     ] = None,

@@ -68,7 +68,10 @@ def shrink(recipe: Recipe, root: Path) -> Recipe:
         changes = {
             "schedule": recipe.schedule.model_copy(update={"steps": 4}),
             "trigger": recipe.trigger.model_copy(update={"evaluate_every": 1, "patience": 1.0}),
-            "start_samples": few, "round_samples": few, "max_rounds": 1, "max_samples": 0,
+            "start_samples": few,
+            "round_samples": few,
+            "max_rounds": 1,
+            "max_samples": 0,
             "probe_samples": few,
         }
     else:  # the figures need some pictures more than neighbours and halves

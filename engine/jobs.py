@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from etude.core import distributed
+from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import Recipe, leaves, load_recipe
 from etude.core.run import Run, folder_name
@@ -74,8 +75,13 @@ def run_recipe(
     world = world or distributed.start()
     with Stopper(max_minutes=minutes, watch_parent=world.size > 1) as stopper:
         return _run(
-            recipe, world, stopper, root,
-            name=name, resume_with_changes=resume_with_changes, quiet=quiet,
+            recipe,
+            world,
+            stopper,
+            root,
+            name=name,
+            resume_with_changes=resume_with_changes,
+            quiet=quiet,
         )
 
 
@@ -157,13 +163,25 @@ def _practice(recipe: Recipe, desk: Desk) -> dict:
     from .sampling import open_generator
     from .showing import show_practice
 
+    if not recipe.generator:
+        raise UserError(
+            f"recipe {recipe.name} names no generator: add generator=RUN (`etude runs list`)"
+        )
     generator = open_generator(
         recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=desk.world.device
     )
-    return practise(
-        recipe, desk.run, generator, desk.look.log, desk.stopper,
+    result = practise(
+        recipe,
+        desk.run,
+        generator,
+        desk.look.log,
+        desk.stopper,
         show=lambda: show_practice(desk.run.folder, desk.look),
     )
+    if "stopped" in result:
+        return result
+    accuracies = {f"{n} accuracy": arm["test_accuracy"] for n, arm in result["arms"].items()}
+    return {"headline": accuracies} | result
 
 
 def _evaluate(recipe: Recipe, desk: Desk) -> dict:
@@ -182,7 +200,10 @@ def _evaluate(recipe: Recipe, desk: Desk) -> dict:
             return plan.extract(recipe, desk.run, generator=generator, log=desk.look.log)
         result = plan.evaluate(recipe, desk.run, generator=generator, log=desk.look.log)
     show_evaluation(result, desk.look)
-    return result
+    figures = {name: by_pair["generated"]["value"] for name, by_pair in result["figures"].items()}
+    if "labels" in result:
+        figures |= {"labelled as asked": result["labels"]["agreement"]["value"]}
+    return {"headline": figures} | result
 
 
 @contextlib.contextmanager
@@ -196,7 +217,7 @@ def _stopping_anywhere(desk: Desk) -> Iterator[None]:
 
 
 def _study(recipe: Recipe, desk: Desk) -> dict:
-    from .study import run_study, write_csv
+    from .study import run_study, summary, table, write_csv
 
     root = desk.run.folder.parent
 
@@ -205,12 +226,16 @@ def _study(recipe: Recipe, desk: Desk) -> dict:
         if desk.stopper.requested:
             return root / folder_name(loaded), {"stopped": desk.stopper.requested}
         order = desk.look.order + PLACES_PER_JOB * (place + 1)
+        if desk.world.rank == 0:
+            desk.look.page.state("running", detail=loaded.name)
+            desk.look.page.write()
         return _run(loaded, desk.world, desk.stopper, root, page=desk.look.page, order=order)
 
-    def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    def show(results: dict[str, dict]) -> None:
         if desk.world.rank == 0:
-            write_csv(desk.run.folder / "table.csv", columns, rows)
-            desk.look.page.table("study", title, columns, rows, order=desk.look.order)
+            write_csv(desk.run.folder / "table.csv", *table(results))
+            title = recipe.description or recipe.name
+            desk.look.page.table("study", title, *summary(results), order=desk.look.order)
             desk.look.page.write()
 
     return run_study(recipe, run_job=run_job, show=show)

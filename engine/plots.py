@@ -115,8 +115,14 @@ def bar_chart(
                 low, high = np.asarray(intervals[name], np.float64).T
                 whiskers = np.stack([heights - low, high - heights])
             axes.bar(
-                at, heights, width * 0.92, color=SERIES[place % len(SERIES)], label=name,
-                yerr=whiskers, ecolor=INK, capsize=2,
+                at,
+                heights,
+                width * 0.92,
+                color=SERIES[place % len(SERIES)],
+                label=name,
+                yerr=whiskers,
+                ecolor=INK,
+                capsize=2,
             )
         axes.set_xticks(middles, labels)
         axes.legend()

@@ -20,7 +20,8 @@ def show_practice(folder: Path, look: Look) -> None:
     """Monitor accuracy of every arm, the hardest pictures of every round, and the table."""
     page, order = look.page, look.order
     page.chapter(
-        "practice", "Practice",
+        "practice",
+        "Practice",
         "A classifier that learned from generated pictures only, beside its baselines.",
         order=order,
     )
@@ -32,27 +33,40 @@ def show_practice(folder: Path, look: Look) -> None:
         values.append(row["monitor_accuracy"])
     if series:
         page.curve(
-            "practice-accuracy", "Accuracy on the real monitor pictures", series, "steps",
-            "accuracy", order=order + 1,
+            "practice-accuracy",
+            "Accuracy on the real monitor pictures",
+            series,
+            "steps",
+            "accuracy",
+            order=order + 1,
         )
     reports = sorted((folder / "arms").glob("practice/rounds/*.json"))
     for path in reports:
         report = read_json(path)
         hardest = np.asarray(Image.open(path.with_suffix(".png")).convert("RGB"))
         page.grid(
-            "hardest", "The pictures the classifier found hardest", enlarge(hardest, 3),
+            "hardest",
+            "The pictures the classifier found hardest",
+            enlarge(hardest, 3),
             f"Entropy {report['entropy']:.2f} nats, {report['agreement']:.0%} labelled as asked.",
-            f"round {report['round']}, {report['samples']:,} pictures", order=order + 2,
+            f"round {report['round']}, {report['samples']:,} pictures",
+            order=order + 2,
         )
     arms = {p.parent.name: read_json(p) for p in (folder / "arms").glob("*/result.json")}
     if arms:
         columns = ["arm", "test accuracy", "95% interval", "pictures", "rounds", "steps"]
         page.table(
-            "practice-table", "Accuracy on real test pictures", columns,
+            "practice-table",
+            "Accuracy on real test pictures",
+            columns,
             [
                 [
-                    name, arm["test_accuracy"], "{:.3f} to {:.3f}".format(*arm["test_interval"]),
-                    f"{arm['samples']:,}", arm["rounds"], f"{arm['steps']:,}",
+                    name,
+                    arm["test_accuracy"],
+                    "{:.3f} to {:.3f}".format(*arm["test_interval"]),
+                    f"{arm['samples']:,}",
+                    arm["rounds"],
+                    f"{arm['steps']:,}",
                 ]
                 for name, arm in arms.items()
             ],
@@ -68,13 +82,20 @@ def show_evaluation(result: dict, look: Look) -> None:
     title, columns, rows = result_table(result)
     look.page.chapter("evaluation", "Evaluation", title, order=look.order)
     look.page.table(
-        "evaluation-table", "Generated against held-out real pictures", columns, rows,
+        "evaluation-table",
+        "Generated against held-out real pictures",
+        columns,
+        rows,
         note="Brackets are 95% intervals. The last two columns have equal counts and compare.",
         order=look.order + 1,
     )
     protocol = [[name, str(value)] for name, value in result["protocol"].items()]
     look.page.table(
-        "protocol", "Protocol", ["field", "value"], protocol,
-        note="Only figures with the same protocol compare.", order=look.order + 2,
+        "protocol",
+        "Protocol",
+        ["field", "value"],
+        protocol,
+        note="Only figures with the same protocol compare.",
+        order=look.order + 2,
     )
     look.page.write()

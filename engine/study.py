@@ -116,13 +116,13 @@ def run_study(
     study: StudyRecipe,
     *,
     run_job: Callable[[str, list[str], int], tuple[Path, dict]],
-    show: Callable[[str, list[str], list[list[str]]], None],
+    show: Callable[[dict[str, dict]], None],
 ) -> dict:
-    """Run every instance that is not finished and keep one table of results.
+    """Run every instance that is not finished and show what there is after every job.
 
     Args:
         run_job: (recipe, overrides, place) -> (run folder, result); a finished run returns at once.
-        show: (title, columns, rows) shows the table; called after every job.
+        show: given the results so far, label -> result; called after every job.
 
     Returns:
         {"jobs": {label: result}, "runs": {label: folder}}, or {"stopped": reason} as soon as a job
@@ -136,30 +136,39 @@ def run_study(
         if "stopped" in result:
             return {"stopped": result["stopped"], "job": instance.label}
         results[instance.label] = result
-        columns, rows = table(results)
-        show(study.description or study.name, columns, rows)
+        show(results)
     folders = {instance.label: str(folder) for instance, folder in runs.items()}
     return {"jobs": results, "runs": folders}
 
 
+def headline(result: dict) -> dict[str, float]:
+    """The few numbers that stand for a job: its result's "headline", else its plain numbers."""
+    numbers = result.get("headline", result)
+    return {
+        name.replace("_", " "): value
+        for name, value in numbers.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
 def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """One row per job, one column per number that any job reports, nested by dots."""
-    flat = {label: _numbers(result) for label, result in results.items()}
-    columns = list(dict.fromkeys(name for numbers in flat.values() for name in numbers))
+    """One row per job, one column per number that any job's headline has."""
+    lines = {label: headline(result) for label, result in results.items()}
+    columns = list(dict.fromkeys(name for numbers in lines.values() for name in numbers))
     rows = [
         [label, *(f"{numbers[c]:.5g}" if c in numbers else "" for c in columns)]
-        for label, numbers in flat.items()
+        for label, numbers in lines.items()
     ]
     return ["job", *columns], rows
 
 
-def _numbers(value: Any, prefix: str = "") -> dict[str, float]:
-    if isinstance(value, dict):
-        nested = (_numbers(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items())
-        return {name: number for part in nested for name, number in part.items()}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return {prefix: value}
-    return {}
+def summary(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """The same for reading: one row per job, its headline as words."""
+    rows = [
+        [label, ", ".join(f"{name} {value:.4g}" for name, value in headline(result).items())]
+        for label, result in results.items()
+    ]
+    return ["job", "result"], rows
 
 
 def write_csv(path: Path, columns: list[str], rows: list[list[str]]) -> None:

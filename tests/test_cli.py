@@ -188,24 +188,37 @@ def test_kernels_and_doctor_say_what_is_here(etude, tiny) -> None:
 
 def test_a_judge_and_an_evaluation_stop_with_85_and_go_on(tiny, tmp_path) -> None:
     """Their work may end at any point: what is in the store stays there."""
-    made = {"kind": "judge", "shards": f"{tiny.folder}/train", "judge": {
-        "images": 640, "model": {"in_channels": 1, "num_classes": 10, "channels": [8, 16]}}}
+    made = {
+        "kind": "judge",
+        "shards": f"{tiny.folder}/train",
+        "judge": {
+            "images": 640,
+            "model": {"in_channels": 1, "num_classes": 10, "channels": [8, 16]},
+        },
+    }
     (tmp_path / "judge.yaml").write_text(json.dumps(made))
     runs = tmp_path / "runs"
     run_recipe(load_recipe(tmp_path / "judge.yaml"), root=runs, name="judge", quiet=True)
     run_recipe(load_recipe(tiny.ldm, ["loop.images=32"]), root=runs, name="ldm", quiet=True)
     measured = {
-        "kind": "evaluate", "real": f"{tiny.folder}/train", "generator": "runs/ldm",
-        "image_size": 16, "samples": 20480, "metrics": ["frechet"],
+        "kind": "evaluate",
+        "real": f"{tiny.folder}/train",
+        "generator": "runs/ldm",
+        "image_size": 16,
+        "samples": 20480,
+        "metrics": ["frechet"],
         "extractor": {"kind": "classifier", "weights": "runs/judge/judge"},
     }
     (tmp_path / "evaluate.yaml").write_text(json.dumps(measured))
     jobs = [["train", "judge.yaml", "judge.images=64000000"], ["evaluate", "evaluate.yaml"]]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "etude", *words, f"run=stopped{number}"], cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "etude", *words, f"run=stopped{number}"],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number, words in enumerate(jobs)
     ]

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(200)
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = '''
+MODELS = """
 import sys, torch
 root = sys.argv[1]
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -44,7 +44,7 @@ one = torch.ones(1, 2, 8)
 modulated = etude.kernels.adaln_modulate(one, *torch.ones(2, 1, 8))
 assert torch.equal(modulated, one) and "etude" in sys.modules
 print("models work")
-'''
+"""
 
 
 def run(*command: str) -> str:

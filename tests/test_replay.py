@@ -42,8 +42,14 @@ def runs(tiny, tmp_path_factory) -> dict[str, Path]:
     run("other", tiny.ldm, "optim.lr=2e-3", "optim.warmup_images=48")
     run("ae", tiny.autoencoder)
     run(
-        "latents", tiny.ldm, f"autoencoder={root}/ae", f"latents.folder={root}/cache",
-        "latents.variants=3", "model.in_channels=2", "model.input_size=8", "model.patch_size=2",
+        "latents",
+        tiny.ldm,
+        f"autoencoder={root}/ae",
+        f"latents.folder={root}/cache",
+        "latents.variants=3",
+        "model.in_channels=2",
+        "model.input_size=8",
+        "model.patch_size=2",
     )
     return found
 

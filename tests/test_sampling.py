@@ -93,8 +93,12 @@ def test_a_picture_is_what_the_sampler_alone_makes_of_its_noise(generator) -> No
     where = np.array([index * (1 << 24)], dtype=np.int64)
     noise = rng.normal(seed, rng.Stream.SAMPLE_NOISE, where, (1, 16, 16))
     latents = sample(
-        denoiser(generator.model), generator.objective, generator.sampler, noise,
-        {"labels": torch.tensor([label])}, null_condition={"labels": torch.tensor([10])},
+        denoiser(generator.model),
+        generator.objective,
+        generator.sampler,
+        noise,
+        {"labels": torch.tensor([label])},
+        null_condition={"labels": torch.tensor([10])},
     )
     drawn, _ = generator.draw(np.array([index]), np.array([label]), seed=seed)
     assert close(drawn, to_uint8(latents.detach()))
@@ -131,8 +135,9 @@ def test_shards_are_resumed_by_block_and_hold_what_was_drawn(generator, tmp_path
     assert len(samples) == count and samples.labels.tolist() == labels.tolist()
     stored = np.stack([np.asarray(decode_picture(samples[i].data, 1)) for i in range(count)])
     assert np.array_equal(stored.reshape(expected.shape), expected)
-    assert np.array_equal(255 - expected[:BLOCK], generator.draw(
-        np.arange(BLOCK), labels[:BLOCK], seed=1)[0])
+    assert np.array_equal(
+        255 - expected[:BLOCK], generator.draw(np.arange(BLOCK), labels[:BLOCK], seed=1)[0]
+    )
 
     stated = json.loads((folder / "protocol.json").read_text())
     assert stated["labels"] == [3, 8] and stated["profile"] == "ema:0.9" and stated["seed"] == 1

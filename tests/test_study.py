@@ -11,7 +11,7 @@ from etude.core.errors import UserError
 from etude.core.recipe import load_recipe, recipe_from_dict
 from etude.core.signals import Stopper
 from etude.jobs import run_recipe
-from etude.study import instances, overrides, table
+from etude.study import instances, overrides, summary, table
 
 
 def study(jobs: dict, **fields):
@@ -82,12 +82,13 @@ def test_overrides_set_grid_and_sources_in_that_order() -> None:
     assert overrides(study(jobs, seed=3), instances(study(jobs))[0], {}) == ["seed=9"]
 
 
-def test_the_table_has_every_number_of_every_job() -> None:
-    results = {"a": {"loss": 0.123456789, "name": "x", "done": True}}
-    results["b"] = {"arms": {"p": {"n": 3}}}
+def test_the_table_has_the_headline_of_every_job() -> None:
+    results = {"a": {"held_out_loss": 0.123456789, "name": "x", "done": True}}
+    results["b"] = {"headline": {"accuracy": 0.5}, "seconds": 3, "arms": {"p": {"n": 3}}}
     columns, rows = table(results)
-    assert columns == ["job", "loss", "arms.p.n"]
-    assert rows == [["a", "0.12346", ""], ["b", "", "3"]]
+    assert columns == ["job", "held out loss", "accuracy"]
+    assert rows == [["a", "0.12346", ""], ["b", "", "0.5"]]
+    assert summary(results)[1] == [["a", "held out loss 0.1235"], ["b", "accuracy 0.5"]]
 
 
 @pytest.fixture(scope="module")

@@ -198,9 +198,7 @@ def poisoned(tiny, tmp_path_factory) -> Path:
     """Runs stopped at 320 images whose embedding of class 3 has then become infinite."""
     root = tmp_path_factory.mktemp("poisoned")
     recipe = load_recipe(tiny.ldm)
-    strategy = build_strategy(
-        recipe.strategy, DiT(recipe.model, seed=0), recipe.optim, ALONE, 2, 8
-    )
+    strategy = build_strategy(recipe.strategy, DiT(recipe.model, seed=0), recipe.optim, ALONE, 2, 8)
     with torch.no_grad():
         strategy.module.y_embedder.embedding_table.weight[3] = torch.inf
     for name in ("stops", "skips"):
@@ -257,9 +255,10 @@ def test_a_diverging_run_of_two_ranks_names_rank_and_samples(tiny, tmp_path) -> 
     begin = "etude: step 1 (images 16 to 32)"
     lines = [line for line in err.splitlines() if line.startswith(begin)]
     assert len(lines) == 2 and lines[0] == lines[1]
-    assert "on rank 0" in lines[0] and "Traceback" not in err.split("etude FAILED")[0].split(
-        "torch/distributed"
-    )[0]
+    assert (
+        "on rank 0" in lines[0]
+        and "Traceback" not in err.split("etude FAILED")[0].split("torch/distributed")[0]
+    )
 
 
 def test_a_start_that_reached_no_checkpoint_leaves_no_line_behind(tiny, tmp_path) -> None:
@@ -303,7 +302,9 @@ def test_every_phase_stops_with_85_and_a_requeue_file(tiny, tmp_path, phase) -> 
     else:
         run_recipe(
             load_recipe(tiny.autoencoder, ["loop.images=16"]),
-            root=tmp_path / "runs", name="ae", quiet=True,
+            root=tmp_path / "runs",
+            name="ae",
+            quiet=True,
         )
         latents = ["autoencoder=runs/ae", "latents.variants=80", "latents.folder=latents"]
         model = ["model.in_channels=2", "model.input_size=8", "model.patch_size=2"]
@@ -320,8 +321,14 @@ def test_the_best_checkpoint_is_kept(tiny, tmp_path) -> None:
     """A learning rate that destroys what was learned: the best evaluation is an early one."""
     recipe = load_recipe(
         tiny.ldm,
-        ["optim.lr=1.0", "optim.warmup_images=600", "loop.evaluate_every=80",
-         "loop.checkpoint.keep_best=true", "loop.checkpoint.keep_last=1", "optim.ema=[]"],
+        [
+            "optim.lr=1.0",
+            "optim.warmup_images=600",
+            "loop.evaluate_every=80",
+            "loop.checkpoint.keep_best=true",
+            "loop.checkpoint.keep_last=1",
+            "optim.ema=[]",
+        ],
     )
     folder, _ = run_recipe(recipe, root=tmp_path, quiet=True)
     rows = read_metrics(folder / "metrics.jsonl", "held_out")

@@ -33,7 +33,9 @@ class LoopConfig(Config):
     images: int = option(..., "training length", unit="images", gt=0)
     global_batch: int = option(..., "pictures per optimizer step over all ranks", gt=0)
     micro_batch: int = option(
-        ..., "pictures per rank and forward pass; accumulation is derived", gt=0,
+        ...,
+        "pictures per rank and forward pass; accumulation is derived",
+        gt=0,
         affects_result=False,
     )
     log_every: int = option(..., "log interval", unit="images", gt=0, affects_result=False)
@@ -41,7 +43,10 @@ class LoopConfig(Config):
         ..., "held-out loss and sample grid interval", unit="images", gt=0, affects_result=False
     )
     max_minutes: float | None = option(
-        None, "save and stop after this time; null for no limit", unit="minutes", gt=0,
+        None,
+        "save and stop after this time; null for no limit",
+        unit="minutes",
+        gt=0,
         affects_result=False,
     )
     on_nonfinite: Literal["stop", "skip"] = option(

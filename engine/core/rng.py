@@ -20,7 +20,7 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a number is drawn for; numbers of different streams are independent. Values are fixed."""
+    """What a number is drawn for; streams are independent of each other. Values are fixed."""
 
     ORDER = 1  # permutation of a pass over the data
     SUBSTITUTE = 2  # which sample replaces an unreadable one
@@ -87,10 +87,13 @@ def uniform(seed: int, stream: int, positions: np.ndarray, count: int = 1) -> np
 
 
 def integers(seed: int, stream: int, positions: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
-    """Integers in [0, bound), (B,) int64; `bound` is a number or (B,). The bias is below 2^-32."""
-    words = bits(seed, stream, positions, 2).astype(object)
-    wide = words[:, 0] * (1 << 32) + words[:, 1]
-    return np.array([int(w) * int(b) >> 64 for w, b in zip(wide, np.broadcast_to(bound, len(wide)))])
+    """Integers in [0, bound), (B,) int64; `bound` is a number or (B,), at most 2^32.
+
+    The upper half of a 64-bit word times the bound (Lemire 2019): the bias is below 2^-32.
+    """
+    high, low = bits(seed, stream, positions, 2).astype(np.uint64).T
+    bound = np.asarray(bound, dtype=np.uint64)
+    return (high * bound + (low * bound >> np.uint64(32)) >> np.uint64(32)).astype(np.int64)
 
 
 def normal(

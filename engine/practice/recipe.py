@@ -20,7 +20,7 @@ class PracticeRecipe(Recipe):
     """A learner, a generator, and when the one asks the other for pictures."""
 
     kind: Literal["practice"]
-    generator: str = option(..., "a latent-diffusion run that draws the pictures")
+    generator: str = option("", "a latent-diffusion run that draws the pictures; needed to run")
     weights: str = option("", "its weights: raw or ema:<decay>; empty takes its longest average")
     sampler: SamplerConfig = option(..., "how pictures are drawn")
     pictures: AugmentConfig = option(..., "size, crop and channels of the real splits")
@@ -37,12 +37,16 @@ class PracticeRecipe(Recipe):
     max_samples: int = option(0, "pictures at most; 0 means no limit", unit="pictures", ge=0)
     arms: list[ArmName] = option(["practice", "static", "real"], "what is trained, in this order")
     duplicate_distance: float = option(
-        2.0, "refuse test pictures this close (root mean square of 255 levels) to the generator's",
+        2.0,
+        "refuse test pictures this close (root mean square of 255 levels) to the generator's",
         ge=0,
     )
     probe_samples: int = option(
-        64, "new pictures of a round drawn again without guidance, for comparison",
-        unit="pictures", ge=0, affects_result=False,
+        64,
+        "new pictures of a round drawn again without guidance, for comparison",
+        unit="pictures",
+        ge=0,
+        affects_result=False,
     )
     chunk: int = option(256, "pictures drawn and stored at a time", unit="pictures", gt=0)
     save_every: int = option(

@@ -127,8 +127,12 @@ def run_arm(name: str, job: Job) -> tuple[dict, np.ndarray] | None:
             if state.step % recipe.trigger.evaluate_every == 0 or state.step == steps:
                 accuracy = arm.look(job.monitor, weights)
                 log.metrics(
-                    f"practice/{name}", log_position(job, name, state.step), step=state.step,
-                    monitor_accuracy=accuracy, loss=float(loss), samples=len(pool),
+                    f"practice/{name}",
+                    log_position(job, name, state.step),
+                    step=state.step,
+                    monitor_accuracy=accuracy,
+                    loss=float(loss),
+                    samples=len(pool),
                 )
                 progress.advance(0, accuracy=accuracy, pictures=f"{len(pool):,}")
                 if _asks(arm, job, accuracy):
@@ -166,12 +170,17 @@ def _open(
     if generator.training_shards:
         training = load_split(generator.training_shards, recipe.pictures)
         refuse_overlap(
-            test, training, recipe.duplicate_distance, recipe.test,
+            test,
+            training,
+            recipe.duplicate_distance,
+            recipe.test,
             f"the generator's training pictures in {generator.training_shards}",
         )
     else:
-        log.warn("the generator's training pictures are not known: overlap with the test split "
-                 "was not checked")
+        log.warn(
+            "the generator's training pictures are not known: overlap with the test split "
+            "was not checked"
+        )
     refuse_overlap(
         test, monitor, recipe.duplicate_distance, recipe.test, f"the monitor split {recipe.monitor}"
     )
@@ -193,8 +202,11 @@ def _fill(arm: Arm, pool: Pool | Stored, job: Job, progress: Progress) -> bool:
     arm.count_seconds()
     learner = arm.learner.frozen(recipe.trigger.weights) if guided else None
     filled = job.supply.fill(
-        pool, recipe.size(rounds), visible_from=state.step * recipe.learner.batch,
-        round_number=rounds, learner=learner,
+        pool,
+        recipe.size(rounds),
+        visible_from=state.step * recipe.learner.batch,
+        round_number=rounds,
+        learner=learner,
         stopped=lambda: job.stopper.requested is not None,
         advance=lambda: progress.advance(0, drawn=f"{len(pool):,}/{recipe.size(rounds):,}"),
     )
@@ -258,15 +270,27 @@ def _compare(correct: dict[str, np.ndarray]) -> dict[str, dict]:
 def _show(result: dict, log: Log) -> None:
     rows = [
         [
-            name, f"{arm['test_accuracy']:.4f}",
-            "[{:.4f}, {:.4f}]".format(*arm["test_interval"]), f"{arm['monitor_accuracy']:.4f}",
-            f"{arm['samples']:,}", str(arm["rounds"]), f"{arm['generator_evaluations']:,}",
+            name,
+            f"{arm['test_accuracy']:.4f}",
+            "[{:.4f}, {:.4f}]".format(*arm["test_interval"]),
+            f"{arm['monitor_accuracy']:.4f}",
+            f"{arm['samples']:,}",
+            str(arm["rounds"]),
+            f"{arm['generator_evaluations']:,}",
             f"{arm['drawing_seconds']:.0f} + {arm['learning_seconds']:.0f}",
         ]
         for name, arm in result["arms"].items()
     ]
-    columns = ["arm", "test accuracy", "95% interval", "monitor", "pictures", "rounds",
-               "denoiser evaluations", "seconds drawing + learning"]
+    columns = [
+        "arm",
+        "test accuracy",
+        "95% interval",
+        "monitor",
+        "pictures",
+        "rounds",
+        "denoiser evaluations",
+        "seconds drawing + learning",
+    ]
     log.table("Accuracy on real test pictures", columns, rows)
     for name, gap in result["differences"].items():
         log.info(

@@ -68,8 +68,12 @@ def report_round(
         }
     hardest = hardness.argsort(descending=True)[:gallery].numpy()
     report["hardest"] = [
-        {"index": int(new[i]), "label": int(labels[i]), "taken_for": int(logits[i].argmax()),
-         "entropy": float(hardness[i])}
+        {
+            "index": int(new[i]),
+            "label": int(labels[i]),
+            "taken_for": int(logits[i].argmax()),
+            "entropy": float(hardness[i]),
+        }
         for i in hardest
     ]
     write_png(folder / f"{number:03d}.png", pool.images(new[hardest]))

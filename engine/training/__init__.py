@@ -42,7 +42,11 @@ def train(
 def _train(job: Job, run: Run, stopper: Stopper) -> dict:
     recipe, look, world, loop = job.recipe, job.look, job.world, job.recipe.loop
     strategy = build_strategy(
-        recipe.strategy, job.model, recipe.optim, world, loop.accumulation(world.size),
+        recipe.strategy,
+        job.model,
+        recipe.optim,
+        world,
+        loop.accumulation(world.size),
         loop.micro_batch,
     )
     start, resumed = _resume(run, strategy, loop, look.log, world)

@@ -39,7 +39,10 @@ class AutoencoderJob(Job):
 
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         noise = rng.normal(
-            self.recipe.seed, rng.Stream.POSTERIOR, batch.positions, self.latent_shape,
+            self.recipe.seed,
+            rng.Stream.POSTERIOR,
+            batch.positions,
+            self.latent_shape,
             self.world.device,
         )
         return forward(batch.images, noise)
@@ -57,13 +60,15 @@ class AutoencoderJob(Job):
         self.look.log.metrics("held_out", images_seen, **found)
         pairs = np.concatenate([to_uint8(batch.images[:20]), to_uint8(rebuilt)])
         self.look.page.grid(
-            "reconstructions", "Held-out pictures and their reconstructions",
+            "reconstructions",
+            "Held-out pictures and their reconstructions",
             picture_grid(pairs, columns=20),
             "Above: pictures never trained on. Below: the same after the autoencoder.",
-            f"{images_seen:,} images", order=self.look.order + 1,
+            f"{images_seen:,} images",
+            order=self.look.order + 1,
         )
         self.show_losses("autoencoder-loss", "Reconstruction loss")
-        self.look.page.write()
+        self.show_progress(images_seen)
         return found[self.recipe.default_weights()]
 
     def finish(self, model: Autoencoder) -> dict:

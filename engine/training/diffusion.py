@@ -50,9 +50,7 @@ class DiffusionJob(Job):
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
         self._training_pictures: np.ndarray | None = None
         if world.rank == 0:
-            look.page.chapter(
-                "diffusion", "Diffusion model", recipe.description, order=look.order
-            )
+            look.page.chapter("diffusion", "Diffusion model", recipe.description, order=look.order)
 
     def _check_shapes(self) -> None:
         """The model must fit the latents and the classes; says which fields to set."""
@@ -89,9 +87,17 @@ class DiffusionJob(Job):
         stopped = None
         try:
             encode_latents(
-                self.train_set, recipe.data, self._encode, folder, self.autoencoder_key,
-                recipe.seed, self.look.log, **options,
-                device=world.device, rank=world.rank, world=world.size,
+                self.train_set,
+                recipe.data,
+                self._encode,
+                folder,
+                self.autoencoder_key,
+                recipe.seed,
+                self.look.log,
+                **options,
+                device=world.device,
+                rank=world.rank,
+                world=world.size,
             )
         except StopRequested as reason:
             stopped = str(reason)
@@ -100,7 +106,11 @@ class DiffusionJob(Job):
             raise StopRequested(next(reason for reason in stops if reason))
         self.loader_reason = f"latents from {folder}, encoded with: {self.loader_reason}"
         return LatentLoader(
-            folder, seed=recipe.seed, plan=plan, order=recipe.data.order, device=world.device,
+            folder,
+            seed=recipe.seed,
+            plan=plan,
+            order=recipe.data.order,
+            device=world.device,
             prefetch=recipe.data.prefetch,
         )
 
@@ -117,7 +127,10 @@ class DiffusionJob(Job):
         with torch.no_grad():
             mean, std = self.autoencoder.encode(batch.images)
         noise = rng.normal(
-            self.recipe.seed, rng.Stream.POSTERIOR, batch.positions, tuple(mean.shape[1:]),
+            self.recipe.seed,
+            rng.Stream.POSTERIOR,
+            batch.positions,
+            tuple(mean.shape[1:]),
             self.world.device,
         )
         return self.autoencoder.scale(mean + std * noise)
@@ -158,15 +171,19 @@ class DiffusionJob(Job):
         self.show_grid(samples, labels, images_seen)
         self.show_losses("diffusion-loss", "Training and held-out loss")
         self.look.page.bars(
-            "noise-levels", "Held-out loss per noise level",
-            [f"{b / BINS:.2f}-{(b + 1) / BINS:.2f}" for b in range(BINS)], losses,
-            "time (0 is data, 1 is noise)", "loss", order=self.look.order + 4,
+            "noise-levels",
+            "Held-out loss per noise level",
+            [f"{b / BINS:.2f}-{(b + 1) / BINS:.2f}" for b in range(BINS)],
+            losses,
+            "time (0 is data, 1 is noise)",
+            "loss",
+            order=self.look.order + 4,
         )
-        self.look.page.write()
+        self.show_progress(images_seen)
         return means[self.recipe.default_weights()]
 
-    def held_out_losses(self, model: Callable) -> list[float]:
-        """Mean loss in each of `BINS` slices of time, labels given, noise fixed per sample."""
+    def held_out(self) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """Held-out x0 and noise (n, C, h, w), times (n,) in each of `BINS` slices, labels (n,)."""
         batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
         batch.positions = positions = HELD_OUT + batch.positions
         x0 = self.clean(batch)
@@ -174,19 +191,31 @@ class DiffusionJob(Job):
             self.recipe.seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), self.world.device
         )
         within = self._uniform(rng.Stream.TIMESTEP, positions)
-        condition = {"labels": self._labels(batch)}
-        means = []
-        for slice_ in range(BINS):
-            times = self.objective.schedule.snap((slice_ + within) / BINS)
-            losses = self.objective.losses(denoiser(model), x0, noise, times, condition)
-            means.append(float(losses.mean()))
-        return means
+        times = [self.objective.schedule.snap((b + within) / BINS) for b in range(BINS)]
+        return x0, noise, times, self._labels(batch)
+
+    def held_out_losses(self, model: Callable) -> list[float]:
+        """Mean loss in each slice of time, labels given, noise fixed per sample."""
+        x0, noise, times, labels = self.held_out()
+        condition = {"labels": labels}
+        losses = [self.objective.losses(denoiser(model), x0, noise, t, condition) for t in times]
+        return [float(values.mean()) for values in losses]
+
+    def constant_loss(self) -> float:
+        """The held-out loss of the best constant prediction, for scale: the targets' variance."""
+        x0, noise, times, _ = self.held_out()
+        targets = [self.objective.target(x0, noise, t) for t in times]
+        return float(np.mean([float((t - t.mean(0)).square().mean()) for t in targets]))
 
     def draw_grid(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         """The grid's pictures and labels, a class a column, the same noises every time."""
         recipe, grid = self.recipe, self.recipe.grid
         generator = Generator(
-            model, self.objective, recipe.sampler, self.autoencoder, self.train_set.classes,
+            model,
+            self.objective,
+            recipe.sampler,
+            self.autoencoder,
+            self.train_set.classes,
             (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size),
             device=self.world.device,
         )
@@ -204,17 +233,24 @@ class DiffusionJob(Job):
             self.look.log.metrics("grid", images_seen, labelled_as_asked=share)
             agreement = f"; the judge labels {share:.0%} as asked"
         self.look.page.grid(
-            "samples", "Samples", picture_grid(samples, columns=columns),
+            "samples",
+            "Samples",
+            picture_grid(samples, columns=columns),
             f"A class a column, weights {self.recipe.default_weights()}{agreement}.",
-            f"{images_seen:,} images", order=self.look.order + 1,
+            f"{images_seen:,} images",
+            order=self.look.order + 1,
         )
         first = samples[:columns]
         train = self.training_pictures()
         sides = [torch.from_numpy(side).flatten(1).double() for side in (first, train)]
         distance, row = distances(*sides).min(1)
         self.look.page.pairs(
-            "nearest", "Samples and their nearest training pictures", first,
-            train[row.numpy()], distance.tolist(), order=self.look.order + 2,
+            "nearest",
+            "Samples and their nearest training pictures",
+            first,
+            train[row.numpy()],
+            distance.tolist(),
+            order=self.look.order + 2,
         )
         self.look.log.info(f"grid at {images_seen:,} images{agreement}")
         self.look.log.info(terminal_picture(np.concatenate(list(first[:10]), axis=1), width=100))
@@ -228,7 +264,10 @@ class DiffusionJob(Job):
     def finish(self, model: nn.Module) -> dict:
         metrics = self.run.folder / "metrics.jsonl"
         last = read_metrics(metrics, "held_out")[-1]
-        result = {"held_out_loss": last[self.recipe.default_weights()]}
+        result = {
+            "held_out_loss": last[self.recipe.default_weights()],
+            "constant_predictor_loss": self.constant_loss(),
+        }
         grid = read_metrics(metrics, "grid")
         return result | ({"labelled_as_asked": grid[-1]["labelled_as_asked"]} if grid else {})
 

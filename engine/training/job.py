@@ -88,6 +88,12 @@ class Job:
         """The weights that are looked at: the raw ones and the longest average."""
         return list(dict.fromkeys(["raw", self.recipe.default_weights()]))
 
+    def show_progress(self, images_seen: int) -> None:
+        """Publish the page with the job's progress at its head."""
+        total = self.recipe.loop.images
+        self.look.page.state("running", images_seen, total, detail=self.recipe.name)
+        self.look.page.write()
+
     def show_losses(self, id: str, title: str) -> None:
         """Loss curves from metrics.jsonl, so that a resumed page shows the whole run."""
         path = self.run.folder / "metrics.jsonl"

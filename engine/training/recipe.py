@@ -69,6 +69,7 @@ class LatentDiffusionRecipe(TrainRecipe):
     sampler: SamplerConfig = option(..., "how pictures are drawn")
     grid: GridConfig = option(GridConfig(), "the sample grid", affects_result=False)
     judge: str = option(
-        "", "a frozen classifier's run; says which share of the grid it labels as asked",
+        "",
+        "a frozen classifier's run; says which share of the grid it labels as asked",
         affects_result=False,
     )

@@ -31,7 +31,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage(path: Path, random: np.random.Generator) -> None:
-    """One change of one file: a bit, a cut, a block moved, zeros, an extra byte, or a JSON value."""
+    """One change of one file: a bit, a cut, a block moved, zeros, a byte more, or a JSON value."""
     file = sorted(path.iterdir())[random.integers(len(list(path.iterdir())))]
     data = bytearray(file.read_bytes())
     at, kind = int(random.integers(len(data))), int(random.integers(6))

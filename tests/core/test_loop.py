@@ -61,9 +61,16 @@ def new_strategy(accumulation: int = 2):
 def go(folder: Path, loop: LoopConfig, strategy=None, batches=stream, stopper=None, **more):
     log = Log(folder, quiet=True)
     outcome = run_loop(
-        config=loop, optim=OPTIM, strategy=strategy or new_strategy(), batches=batches,
-        losses=losses, world=ALONE, log=log, checkpoints=folder / "checkpoints",
-        stopper=stopper or Stopper(), **more,
+        config=loop,
+        optim=OPTIM,
+        strategy=strategy or new_strategy(),
+        batches=batches,
+        losses=losses,
+        world=ALONE,
+        log=log,
+        checkpoints=folder / "checkpoints",
+        stopper=stopper or Stopper(),
+        **more,
     )
     log.close()
     return outcome
@@ -73,7 +80,9 @@ def test_intervals_are_met_at_the_first_step_that_reaches_them(tmp_path: Path) -
     """Global batch 16 divides none of the intervals, nor the length."""
     looks: list[int] = []
     loop = config(
-        images=150, log_every=24, evaluate_every=50,
+        images=150,
+        log_every=24,
+        evaluate_every=50,
         checkpoint={"every_images": 70, "keep_last": 9},
     )
     outcome = go(tmp_path, loop, evaluate=looks.append)
@@ -96,8 +105,14 @@ def test_the_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
 
     log = Log(tmp_path, quiet=True)
     run_loop(
-        config=config(images=96, log_every=48), optim=OPTIM, strategy=new_strategy(),
-        batches=stream, losses=spied, world=ALONE, log=log, checkpoints=tmp_path / "c",
+        config=config(images=96, log_every=48),
+        optim=OPTIM,
+        strategy=new_strategy(),
+        batches=stream,
+        losses=spied,
+        world=ALONE,
+        log=log,
+        checkpoints=tmp_path / "c",
         stopper=Stopper(),
     )
     rows = read_metrics(tmp_path / "metrics.jsonl", "train")
@@ -198,9 +213,15 @@ def test_the_step_that_is_not_finite_is_told_before_a_checkpoint_passes_it(
 
     strategy, log = new_strategy(), Log(tmp_path, quiet=True)
     arguments = {
-        "config": config(on_nonfinite=mode, checkpoint={"every_images": 80}), "optim": OPTIM,
-        "strategy": strategy, "batches": faulty, "losses": rooted, "world": ALONE, "log": log,
-        "checkpoints": tmp_path / "checkpoints", "stopper": Stopper(),
+        "config": config(on_nonfinite=mode, checkpoint={"every_images": 80}),
+        "optim": OPTIM,
+        "strategy": strategy,
+        "batches": faulty,
+        "losses": rooted,
+        "world": ALONE,
+        "log": log,
+        "checkpoints": tmp_path / "checkpoints",
+        "stopper": Stopper(),
     }
     layer = "layer `0`" if where == "loss" else "the backward pass"
     samples = "samples s67" if where == "loss" else "samples s64, s65"

@@ -154,12 +154,14 @@ def test_shipped_slurm_script(bench, one_rank, free_port, tmp_path) -> None:
     """Stand-ins for srun and scontrol start two tasks as Slurm would; the script is ours."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo localhost\n'
-                                    '[ "$1" = requeue ] && echo "requeued $2"\nexit 0\n')
+    (tools / "scontrol").write_text(
+        '#!/bin/bash\n[ "$1" = show ] && echo localhost\n'
+        '[ "$1" = requeue ] && echo "requeued $2"\nexit 0\n'
+    )
     (tools / "srun").write_text(
-        '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n'
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
         'for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done\n'
-        'worst=0; for pid in ${pids[@]}; do wait $pid || worst=$?; done; exit $worst\n'
+        "worst=0; for pid in ${pids[@]}; do wait $pid || worst=$?; done; exit $worst\n"
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)

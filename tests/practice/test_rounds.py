@@ -70,8 +70,15 @@ def sampler(steps: int = 10) -> SamplerConfig:
 
 def toy_generator(training_shards: str = "") -> Generator:
     return Generator(
-        Mixture(), Objective(ObjectiveConfig()), sampler(), None, CLASSES, (1, SIZE, SIZE),
-        name="the toy", fingerprint="toy", training_shards=training_shards,
+        Mixture(),
+        Objective(ObjectiveConfig()),
+        sampler(),
+        None,
+        CLASSES,
+        (1, SIZE, SIZE),
+        name="the toy",
+        fingerprint="toy",
+        training_shards=training_shards,
     )
 
 
@@ -80,8 +87,12 @@ def write_split(folder: Path, count: int, seed: int, classes: list[str] = CLASSE
         for row, (pixels, label) in enumerate(zip(*Mixture().real(count, seed), strict=True)):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
-            yield {"key": f"{seed}-{row}", "image": buffer.getvalue(), "extension": "png",
-                   "label": int(label)}
+            yield {
+                "key": f"{seed}-{row}",
+                "image": buffer.getvalue(),
+                "extension": "png",
+                "label": int(label),
+            }
 
     write_shards(folder, samples(), classes=classes)
     return str(folder)
@@ -110,7 +121,9 @@ def recipe(splits: dict[str, str], **changes) -> PracticeRecipe:
         "real_train": splits["real_train"],
         "learner": {
             "model": {"num_classes": 3, "channels": (8, 16), "groups": 4},
-            "batch": 16, "lr": 5e-3, "ema": 0.9,
+            "batch": 16,
+            "lr": 5e-3,
+            "ema": 0.9,
         },
         "schedule": {"steps": 60},
         "trigger": {"evaluate_every": 4, "patience": 1, "patience_growth": 0.5},
@@ -298,9 +311,14 @@ def test_a_pool_ahead_of_its_checkpoint_is_taken_back(straight, splits, tmp_path
     pool = Pool(tmp_path / "toy" / "pools" / "practice")
     assert len(pool) == 60
     pool.append(
-        np.zeros((30, SIZE, SIZE, 1), np.uint8), np.arange(30) % 3, seed_indices=np.arange(30),
-        entropies=np.zeros(30), visible_from=16 * 8,
-        guidance={"round": 1, "evaluations": 0, "seconds": 0}, generator="?", learner="?",
+        np.zeros((30, SIZE, SIZE, 1), np.uint8),
+        np.arange(30) % 3,
+        seed_indices=np.arange(30),
+        entropies=np.zeros(30),
+        visible_from=16 * 8,
+        guidance={"round": 1, "evaluations": 0, "seconds": 0},
+        generator="?",
+        learner="?",
     )
     result = run_toy(config, tmp_path, training=splits["generators"])
     assert timeless(result) == timeless(straight[0])
