@@ -145,7 +145,7 @@ def headline(result: dict) -> dict[str, float]:
     """The few numbers that stand for a job: its result's "headline", else its plain numbers."""
     numbers = result.get("headline", result)
     return {
-        name.replace("_", " "): value
+        name: value
         for name, value in numbers.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
@@ -165,7 +165,7 @@ def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
 def summary(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     """The same for reading: one row per job, its headline as words."""
     rows = [
-        [label, ", ".join(f"{name} {value:.4g}" for name, value in headline(result).items())]
+        [label, ", ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in headline(result).items())]
         for label, result in results.items()
     ]
     return ["job", "result"], rows

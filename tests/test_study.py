@@ -86,7 +86,7 @@ def test_the_table_has_the_headline_of_every_job() -> None:
     results = {"a": {"held_out_loss": 0.123456789, "name": "x", "done": True}}
     results["b"] = {"headline": {"accuracy": 0.5}, "seconds": 3, "arms": {"p": {"n": 3}}}
     columns, rows = table(results)
-    assert columns == ["job", "held out loss", "accuracy"]
+    assert columns == ["job", "held_out_loss", "accuracy"]
     assert rows == [["a", "0.12346", ""], ["b", "", "0.5"]]
     assert summary(results)[1] == [["a", "held out loss 0.1235"], ["b", "accuracy 0.5"]]
 
