@@ -161,6 +161,7 @@ def _axes(xlabel: str, ylabel: str, **options: Any) -> Iterator[Any]:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, **options)
         axes.yaxis.set_major_formatter(lambda value, _: number(value))
+        axes.yaxis.set_minor_formatter(lambda value, _: number(value))
         yield axes
 
 

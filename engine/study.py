@@ -147,7 +147,7 @@ def headline(result: dict) -> dict[str, float]:
     return {
         name: value
         for name, value in numbers.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "images_seen"
     }
 
 

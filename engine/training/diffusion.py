@@ -173,7 +173,7 @@ class DiffusionJob(Job):
         self.look.page.bars(
             "noise-levels",
             "Held-out loss per noise level",
-            [f"{b / BINS:.2f}-{(b + 1) / BINS:.2f}" for b in range(BINS)],
+            [f"{(b + 0.5) / BINS:.2f}" for b in range(BINS)],
             losses,
             "time (0 is data, 1 is noise)",
             "loss",
