@@ -1,4 +1,4 @@
-"""The training loop: data, step, log, evaluate, save, stop; training.py gives it the loss.
+"""The training loop: data, step, log, evaluate, save, stop; `training/` gives it the loss.
 
 It is the one place where progress advances. Progress is `images_seen`; every interval is in images
 and is met at the first step that reaches it, so the global batch need not divide it. The host reads
