@@ -2,7 +2,8 @@
 
 Called by evaluation/plan.py and compare.py. A family gives, for R pairs of subsets at once, the
 values of its figures; the figure at full size is the one subset that keeps all rows. Adding a
-metric: a function of the shape of `_frechet` here, its entry in `FAMILIES`, and in plan.py's `Metric`.
+metric: a function of the shape of `_frechet` here, its entry in `FAMILIES`, and its name in
+plan.py's `Metric`.
 """
 
 import math
