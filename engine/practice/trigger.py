@@ -4,7 +4,8 @@ Called by rounds.py. The rule is Algorithm 1 of "Improving the Scaling Laws of S
 Deliberate Practice" (arXiv 2502.15588): every tau steps the monitor accuracy is measured; a strict
 improvement sets the waiting count T to zero, anything else adds one; T >= Tmax asks for a round,
 and adding it sets T to zero, while the best accuracy stays. The learning rate is
-warm-up-stable-decay (MiniCPM, arXiv 2404.06395) by step: a linear rise, a constant middle, a cosine fall. Rounds are
+warm-up-stable-decay (MiniCPM, arXiv 2404.06395) by step: a linear rise, a constant middle, a
+cosine fall. Rounds are
 added before the fall begins and never after.
 """
 
