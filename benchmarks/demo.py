@@ -16,15 +16,16 @@ def main() -> None:
     recipe, folder = load_run(sys.argv[1])
     result = json.loads((folder / "result.json").read_text())
     environment = json.loads((folder / "environment.json").read_text())
-    began = datetime.fromisoformat(environment["date"]).timestamp()
+    first = [*environment["earlier_starts"], environment][0]
+    began = datetime.fromisoformat(first["date"]).timestamp()
     train = folder.parent / Path(result["runs"]["train"]).name
     grids = read_metrics(train / "metrics.jsonl", "grid")
     evaluation = result["jobs"]["evaluate"]
     row = {
         "recipe": recipe.name,
         "seconds": round((folder / "result.json").stat().st_mtime - began),
-        "seconds_to_80_percent_labelled_as_asked": round(
-            next(g["time"] for g in grids if g["labelled_as_asked"] >= 0.8) - began
+        "seconds_to_80_percent_labelled_as_asked": next(
+            (round(g["time"] - began) for g in grids if g["labelled_as_asked"] >= 0.8), None
         ),
         "practice": {n: a["test_accuracy"] for n, a in result["jobs"]["practice"]["arms"].items()},
         "labelled_as_asked": show(evaluation["labels"]["agreement"]),
@@ -39,6 +40,7 @@ def main() -> None:
         },
         "protocol": evaluation["protocol_fingerprint"],
     } | machine()
+    row["revision"] = environment["revision"]
     with (RESULTS / "demo.jsonl").open("a") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(json.dumps(row, indent=1, ensure_ascii=False))

@@ -1,6 +1,6 @@
 """Etude: a training engine for latent diffusion that trains, practises and evaluates.
 
-`etude.run("ldm/digits", seed=1)` runs any recipe; the other names are the parts, for use in a loop
+`etude.run("autoencoder/digits", seed=1)` runs any recipe; the other names are the parts, for use in a loop
 of your own. Names are loaded when they are first used: importing this package imports nothing else,
 seeds nothing and installs nothing.
 """

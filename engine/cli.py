@@ -6,6 +6,7 @@ Verbs run recipes (`demo start train sample practice extract evaluate`); nouns l
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,9 @@ RunName = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(help="Resolve, check data, memory and files, take one step, save, load, sample."),
+    typer.Option(
+        help="Resolve, check data and files, take one step, save, load, sample; keeps nothing."
+    ),
 ]
 RunFolder = Annotated[str, typer.Argument(help="A run's folder, or its name under runs/.")]
 console = Console()
@@ -57,6 +60,7 @@ console = Console()
 def main() -> None:
     """Entry point of `etude` and `python -m etude`."""
     try:
+        _check_kernels()
         status = app(standalone_mode=False)  # typer.Exit comes back as its status
     except UserError as error:
         print(f"etude: {error}", file=sys.stderr)
@@ -72,6 +76,17 @@ def main() -> None:
             raise SystemExit(error.exit_code) from None
         raise
     raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _check_kernels() -> None:
+    """A backend that `ETUDE_KERNELS` demands and this machine lacks, said in one sentence."""
+    if os.environ.get("ETUDE_KERNELS"):
+        try:
+            from etude.kernels import backends
+
+            backends.status()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(str(error)) from None
 
 
 def _run(
@@ -150,7 +165,9 @@ def _print_result(folder: Path, result: dict) -> None:
         _table("jobs", *summary(result["jobs"]))
     else:
         console.print_json(json.dumps(result.get("headline", result), default=str))
-    _say(f"run  {folder}\npage {folder / 'page.html'}")
+    _say(f"run  {folder}")
+    if (folder / "page.html").exists():
+        _say(f"page {folder / 'page.html'}")
 
 
 @app.command()
@@ -174,7 +191,7 @@ def train(
     The same command resumes an interrupted run and prints the result of a finished one. On several
     processes: torchrun --nproc-per-node 8 -m etude train ldm/dit_xl2_imagenet256
 
-    Example: etude train ldm/digits loop.images=100000
+    Example: etude train autoencoder/digits loop.images=25600
     """
     _run(recipe, overrides, run, ("autoencoder", "ldm", "judge", "study"), dry_run)
 
@@ -196,7 +213,7 @@ def extract(
 ) -> None:
     """Extract metric features of picture sets once, into a store.
 
-    Example: etude extract evaluate/features real=data/digits/test
+    Example: etude extract evaluate/features extractor.weights=JUDGE_RUN
     """
     _run(recipe, overrides, run, ("extract",), dry_run)
 
@@ -207,7 +224,7 @@ def evaluate(
 ) -> None:
     """Compare generated with real pictures: values with intervals and the protocol behind them.
 
-    Example: etude evaluate evaluate/default generator=runs/ldm-digits-0123456789
+    Example: etude evaluate evaluate/default generator=RUN extractor.weights=JUDGE_RUN
     """
     _run(recipe, overrides, run, ("evaluate",), dry_run)
 
@@ -232,13 +249,14 @@ def sample(
     from etude.core.log import Log
     from etude.sampling import (
         contact_sheet,
+        default_device,
         open_generator,
         sample_folder,
         sample_to_shards,
         sampling_protocol,
     )
 
-    generator = open_generator(run, weights=weights)
+    generator = open_generator(run, weights=weights, device=default_device())
     changes = {"steps": steps} if steps else {}
     changes |= {"guidance_scale": guidance} if guidance is not None else {}
     settings = generator.sampler.model_dump() | changes
@@ -359,9 +377,10 @@ def recipes_copy(
 
     Example: etude recipes copy ldm/digits mine.yaml
     """
-    from etude.core.recipe import copy_recipe
+    from etude.core.recipe import copy_recipe, load_recipe
 
-    _say(f"wrote {copy_recipe(recipe, to)}; run it with `etude train {to}`")
+    written = copy_recipe(recipe, to)
+    _say(f"wrote {written}; run it with `etude {_VERBS[load_recipe(to).kind]} {to}`")
 
 
 @recipes_app.command("schema")

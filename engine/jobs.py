@@ -96,6 +96,7 @@ def _run(
     quiet: bool = False,
     page: Page | None = None,
     order: int = 0,
+    label: str = "",
 ) -> tuple[Path, dict]:
     lead = world.rank == 0
     if world.size > 1:  # before any wait: a rank with another recipe opens another folder
@@ -106,7 +107,7 @@ def _run(
     ) as opened:
         distributed.barrier(world, "the run's folder")
         finished = opened.finished()
-        if finished is not None:
+        if finished is not None and recipe.kind != "study":  # its jobs' recipes may have changed
             return opened.folder, finished
         log = Log(opened.folder, rank=world.rank, quiet=quiet)
         if lead:
@@ -116,7 +117,7 @@ def _run(
         if own_page:
             page = Page(opened.folder, recipe.name, recipe.description)
             page.state("running")
-        desk = Desk(opened, Look(log, page, order), stopper, world)
+        desk = Desk(opened, Look(log, page, order, label), stopper, world)
         state = "failed"
         try:
             result = _work(recipe, desk)
@@ -221,7 +222,7 @@ def _study(recipe: Recipe, desk: Desk) -> dict:
 
     root = desk.run.folder.parent
 
-    def run_job(job: str, overrides: list[str], place: int) -> tuple[Path, dict]:
+    def run_job(job: str, overrides: list[str], place: int, label: str) -> tuple[Path, dict]:
         loaded = load_recipe(job, overrides)
         if desk.stopper.requested:
             return root / folder_name(loaded), {"stopped": desk.stopper.requested}
@@ -229,7 +230,9 @@ def _study(recipe: Recipe, desk: Desk) -> dict:
         if desk.world.rank == 0:
             desk.look.page.state("running", detail=loaded.name)
             desk.look.page.write()
-        return _run(loaded, desk.world, desk.stopper, root, page=desk.look.page, order=order)
+        return _run(
+            loaded, desk.world, desk.stopper, root, page=desk.look.page, order=order, label=label
+        )
 
     def show(results: dict[str, dict]) -> None:
         if desk.world.rank == 0:

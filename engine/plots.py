@@ -82,6 +82,9 @@ def line_chart(
                 axes.plot(x, y, color=colour, alpha=0.25, linewidth=1)
                 y = running_mean(y)
             axes.plot(x, y, color=colour, label=f"{name}  {number(y[-1])}")
+        low, high = axes.get_ylim()
+        if log and high < 10 * low:  # within a decade the powers of ten alone say too little
+            axes.yaxis.set_minor_formatter(lambda value, _: number(value))
         axes.legend()
         return _svg(axes.figure, f"{ylabel} over {xlabel}", id)
 
@@ -161,7 +164,7 @@ def _axes(xlabel: str, ylabel: str, **options: Any) -> Iterator[Any]:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, **options)
         axes.yaxis.set_major_formatter(lambda value, _: number(value))
-        axes.yaxis.set_minor_formatter(lambda value, _: number(value))
+        axes.yaxis.set_minor_formatter("")
         yield axes
 
 

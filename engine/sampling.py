@@ -158,6 +158,11 @@ class Generator:
             return self.decode(latents)
 
 
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def balanced_labels(indices: np.ndarray, num_classes: int) -> np.ndarray:
     """Label of each index, (n,) int64: classes in turn, so any whole round is balanced."""
     return np.asarray(indices, np.int64) % max(num_classes, 1)
@@ -183,7 +188,7 @@ def open_generator(
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(
-            f"{folder} has no complete checkpoint yet: run `etude train {recipe.name}` first"
+            f"{folder} has no complete checkpoint yet: type the command that trains it again"
         )
     with verify_checkpoint(checkpoint, hashes=False) as opened:
         extra, images_seen = opened.manifest["extra"], opened.images_seen
@@ -225,7 +230,7 @@ def open_autoencoder(
         folder = run / "autoencoder"
         if not folder.exists():
             raise UserError(
-                f"{run} has no finished autoencoder yet: run `etude train {recipe.name}` first"
+                f"{run} has no finished autoencoder yet: type the command that trains it again"
             )
     autoencoder = Autoencoder.from_folder(folder).to(device).eval().requires_grad_(False)
     weights = next(folder / name for name in WEIGHTS if (folder / name).exists())

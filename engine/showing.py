@@ -15,13 +15,15 @@ from etude.evaluation.report import result_table
 from .pictures import enlarge
 from .training import Look
 
+ARMS = ("practice", "static", "omega0", "real")
+
 
 def show_practice(folder: Path, look: Look) -> None:
     """Monitor accuracy of every arm, the hardest pictures of every round, and the table."""
     page, order = look.page, look.order
     page.chapter(
-        "practice",
-        "Practice",
+        look.id("practice"),
+        look.title("Practice"),
         "A classifier that learned from generated pictures only, beside its baselines.",
         order=order,
     )
@@ -33,7 +35,7 @@ def show_practice(folder: Path, look: Look) -> None:
         values.append(row["monitor_accuracy"])
     if series:
         page.curve(
-            "practice-accuracy",
+            look.id("practice-accuracy"),
             "Accuracy on the real monitor pictures",
             series,
             "steps",
@@ -45,18 +47,19 @@ def show_practice(folder: Path, look: Look) -> None:
         report = read_json(path)
         hardest = np.asarray(Image.open(path.with_suffix(".png")).convert("RGB"))
         page.grid(
-            "hardest",
+            look.id("hardest"),
             "The pictures the classifier found hardest",
             enlarge(hardest, 3),
             f"Entropy {report['entropy']:.2f} nats, {report['agreement']:.0%} labelled as asked.",
             f"round {report['round']}, {report['samples']:,} pictures",
             order=order + 2,
         )
-    arms = {p.parent.name: read_json(p) for p in (folder / "arms").glob("*/result.json")}
+    results = {name: folder / "arms" / name / "result.json" for name in ARMS}
+    arms = {name: read_json(path) for name, path in results.items() if path.exists()}
     if arms:
         columns = ["arm", "test accuracy", "95% interval", "pictures", "rounds", "steps"]
         page.table(
-            "practice-table",
+            look.id("practice-table"),
             "Accuracy on real test pictures",
             columns,
             [
@@ -71,7 +74,8 @@ def show_practice(folder: Path, look: Look) -> None:
                 for name, arm in arms.items()
             ],
             note="practice adds guided pictures at plateaus; static has as many, unguided, from "
-            "the start; real learns from real training pictures. Same steps, weights and tuning.",
+            "the start; omega0 adds when practice added, unguided; real learns from real training "
+            "pictures. Same steps, weights and tuning.",
             order=order + 3,
         )
     page.write()
@@ -80,9 +84,9 @@ def show_practice(folder: Path, look: Look) -> None:
 def show_evaluation(result: dict, look: Look) -> None:
     """The table of figures with intervals, and the protocol that fixes them."""
     title, columns, rows = result_table(result)
-    look.page.chapter("evaluation", "Evaluation", title, order=look.order)
+    look.page.chapter(look.id("evaluation"), look.title("Evaluation"), title, order=look.order)
     look.page.table(
-        "evaluation-table",
+        look.id("evaluation-table"),
         "Generated against held-out real pictures",
         columns,
         rows,
@@ -91,7 +95,7 @@ def show_evaluation(result: dict, look: Look) -> None:
     )
     protocol = [[name, str(value)] for name, value in result["protocol"].items()]
     look.page.table(
-        "protocol",
+        look.id("protocol"),
         "Protocol",
         ["field", "value"],
         protocol,

@@ -115,13 +115,14 @@ def overrides(study: StudyRecipe, instance: Instance, runs: dict[Instance, Path]
 def run_study(
     study: StudyRecipe,
     *,
-    run_job: Callable[[str, list[str], int], tuple[Path, dict]],
+    run_job: Callable[[str, list[str], int, str], tuple[Path, dict]],
     show: Callable[[dict[str, dict]], None],
 ) -> dict:
     """Run every instance that is not finished and show what there is after every job.
 
     Args:
-        run_job: (recipe, overrides, place) -> (run folder, result); a finished run returns at once.
+        run_job: (recipe, overrides, place, label) -> (run folder, result); a finished run returns
+            at once.
         show: given the results so far, label -> result; called after every job.
 
     Returns:
@@ -132,7 +133,9 @@ def run_study(
     results: dict[str, dict] = {}
     for place, instance in enumerate(instances(study)):
         recipe = study.jobs[instance.job].recipe
-        runs[instance], result = run_job(recipe, overrides(study, instance, runs), place)
+        runs[instance], result = run_job(
+            recipe, overrides(study, instance, runs), place, instance.label
+        )
         if "stopped" in result:
             return {"stopped": result["stopped"], "job": instance.label}
         results[instance.label] = result

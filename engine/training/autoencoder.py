@@ -34,7 +34,10 @@ class AutoencoderJob(Job):
         self.latent_shape = (recipe.model.latent_channels, side, side)
         if world.rank == 0:
             look.page.chapter(
-                "autoencoder", "Autoencoder", "Pictures to latents and back.", order=look.order
+                look.id("autoencoder"),
+                look.title("Autoencoder"),
+                "Pictures to latents and back.",
+                order=look.order,
             )
 
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
@@ -60,7 +63,7 @@ class AutoencoderJob(Job):
         self.look.log.metrics("held_out", images_seen, **found)
         pairs = np.concatenate([to_uint8(batch.images[:20]), to_uint8(rebuilt)])
         self.look.page.grid(
-            "reconstructions",
+            self.look.id("reconstructions"),
             "Held-out pictures and their reconstructions",
             picture_grid(pairs, columns=20),
             "Above: pictures never trained on. Below: the same after the autoencoder.",

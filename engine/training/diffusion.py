@@ -50,7 +50,12 @@ class DiffusionJob(Job):
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
         self._training_pictures: np.ndarray | None = None
         if world.rank == 0:
-            look.page.chapter("diffusion", "Diffusion model", recipe.description, order=look.order)
+            look.page.chapter(
+                look.id("diffusion"),
+                look.title("Diffusion model"),
+                recipe.description,
+                order=look.order,
+            )
 
     def _check_shapes(self) -> None:
         """The model must fit the latents and the classes; says which fields to set."""
@@ -66,9 +71,11 @@ class DiffusionJob(Job):
         }
         wrong = [f"model.{k}={v}" for k, v in wanted.items() if getattr(model, k) != v]
         if wrong:
+            latents = " and its autoencoder" if self.autoencoder else " without an autoencoder"
             raise UserError(
-                f"recipe {self.recipe.name} does not fit {self.recipe.data.shards}"
-                f"{' and its autoencoder' if self.autoencoder else ''}: set {' '.join(wrong)}"
+                f"recipe {self.recipe.name} does not fit {self.recipe.data.shards}{latents}: "
+                f"{'' if self.autoencoder else 'add autoencoder=RUN (`etude runs list`), or '}"
+                f"set {' '.join(wrong)}"
             )
 
     def _latent_loader(self) -> LatentLoader:
@@ -171,7 +178,7 @@ class DiffusionJob(Job):
         self.show_grid(samples, labels, images_seen)
         self.show_losses("diffusion-loss", "Training and held-out loss")
         self.look.page.bars(
-            "noise-levels",
+            self.look.id("noise-levels"),
             "Held-out loss per noise level",
             [f"{(b + 0.5) / BINS:.2f}" for b in range(BINS)],
             losses,
@@ -233,7 +240,7 @@ class DiffusionJob(Job):
             self.look.log.metrics("grid", images_seen, labelled_as_asked=share)
             agreement = f"; the judge labels {share:.0%} as asked"
         self.look.page.grid(
-            "samples",
+            self.look.id("samples"),
             "Samples",
             picture_grid(samples, columns=columns),
             f"A class a column, weights {self.recipe.default_weights()}{agreement}.",
@@ -245,7 +252,7 @@ class DiffusionJob(Job):
         sides = [torch.from_numpy(side).flatten(1).double() for side in (first, train)]
         distance, row = distances(*sides).min(1)
         self.look.page.pairs(
-            "nearest",
+            self.look.id("nearest"),
             "Samples and their nearest training pictures",
             first,
             train[row.numpy()],

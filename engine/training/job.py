@@ -30,6 +30,15 @@ class Look:
     log: Log
     page: Page
     order: int = 0
+    label: str = ""
+
+    def id(self, name: str) -> str:
+        """A section's identifier, apart from those of other jobs on the page."""
+        return f"{name}-{self.order}" if self.order else name
+
+    def title(self, name: str) -> str:
+        """A chapter's title, with the values that tell a job of a sweep from its siblings."""
+        return f"{name} {self.label[self.label.index('[') :]}" if "[" in self.label else name
 
 
 class Job:
@@ -104,7 +113,13 @@ class Job:
             where = [row["images_seen"] for row in rows]
             series[f"held out, {profile}"] = (where, _numbers(rows, profile))
         self.look.page.curve(
-            id, title, series, "images seen", "loss", log=True, order=self.look.order + 3
+            self.look.id(id),
+            title,
+            series,
+            "images seen",
+            "loss",
+            log=True,
+            order=self.look.order + 3,
         )
 
 

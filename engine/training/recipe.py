@@ -21,7 +21,7 @@ class TrainRecipe(Recipe):
     held_out: str = option(..., "shards never trained on, for the held-out loss")
     optim: OptimConfig = option(OptimConfig(), "optimizer, learning rate and weight averages")
     strategy: StrategyConfig = option(
-        StrategyConfig(), "DeepSpeed ZeRO or plain torch", affects_result=False
+        StrategyConfig(), "DeepSpeed ZeRO or plain torch, and the precision"
     )
     loop: LoopConfig = option(..., "length, batches and intervals")
 

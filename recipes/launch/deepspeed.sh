@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several machines over ssh: HOSTFILE=hosts launch/deepspeed.sh RECIPE [field=value ...]
+# Several machines over ssh: HOSTFILE=hosts recipes/launch/deepspeed.sh RECIPE [field=value ...]
 # A hostfile has one line a machine: "node1 slots=8". Each machine needs the same paths; variables
 # that every rank needs go into ~/.deepspeed_env, PATH among them (ssh starts with a bare one).
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slurm: sbatch launch/slurm.sh RECIPE [field=value ...]
+# Slurm: sbatch recipes/launch/slurm.sh RECIPE [field=value ...]
 # USR1 arrives 300 s before the time limit: the ranks save and leave a REQUEUE file in the run, and
 # this script puts the job back into the queue, where the same command resumes it.
 #SBATCH --job-name=etude

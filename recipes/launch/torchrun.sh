@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine, all its GPUs: launch/torchrun.sh RECIPE [field=value ...]
+# One machine, all its GPUs: recipes/launch/torchrun.sh RECIPE [field=value ...]
 # PROCESSES=N starts N processes instead of one per GPU (on the CPU: one).
 # Name the run with run=NAME: torchrun takes an option --run for its own.
 set -euo pipefail
