@@ -1,8 +1,8 @@
 """Etude: a training engine for latent diffusion that trains, practises and evaluates.
 
 `etude.run("autoencoder/digits", seed=1)` runs any recipe; the other names are the parts, for use in
-a loop of your own. Names are loaded when they are first used: importing this package imports nothing
-else, seeds nothing and installs nothing.
+a loop of your own. Names are loaded when they are first used: importing this package imports
+nothing else, seeds nothing and installs nothing.
 """
 
 from typing import Any
