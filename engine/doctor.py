@@ -209,7 +209,7 @@ def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _torch_parts() -> list[Part]:
-    command = "pip install torch (https://pytorch.org says which build fits the driver)"
+    command = "pip install torch (the CUDA build that fits the driver)"
     if not _found("torch"):
         return [Part("torch", "", "everything", command, True)]
     try:
