@@ -13,9 +13,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from pybind11.setup_helpers import build_ext as _build_ext
 from setuptools import setup
 
@@ -98,23 +100,24 @@ class build_ext(_build_ext):
         if platform.machine() in ("x86_64", "AMD64"):
             levels |= X86_LEVELS
         for level, flags in levels.items():
+            one = partial(self.compile_level, compiler, level, flags, folder)
             try:
-                objects = [
-                    self.compile_level(compiler, s, level, flags, folder) for s in CPU_KERNELS
-                ]
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    ext.extra_objects += list(pool.map(one, CPU_KERNELS))
             except subprocess.CalledProcessError:
                 if level == "base":
                     raise
                 print(f"WARNING: {compiler} cannot build for {level}; left out", file=sys.stderr)
-                continue
-            ext.extra_objects += objects
+                break
             ext.define_macros.append((f"ETUDE_HAVE_{level.upper()}", "1"))
 
     @staticmethod
-    def compile_level(compiler: str, source: str, level: str, flags: list[str], to: Path) -> str:
+    def compile_level(compiler: str, level: str, flags: list[str], to: Path, source: str) -> str:
         made = to / f"{Path(source).stem}.{level}.o"
-        more = [*flags, *SOURCE_FLAGS.get(Path(source).name, []), f"-DETUDE_LEVEL={level}"]
-        subprocess.check_call([compiler, *CPU_FLAGS, *more, "-c", source, "-o", str(made)])
+        needs = [Path(__file__), Path(source), *Path(source).parent.glob("*.h")]
+        if not made.exists() or made.stat().st_mtime < max(p.stat().st_mtime for p in needs):
+            more = [*flags, *SOURCE_FLAGS.get(Path(source).name, []), f"-DETUDE_LEVEL={level}"]
+            subprocess.check_call([compiler, *CPU_FLAGS, *more, "-c", source, "-o", str(made)])
         return str(made)
 
     @staticmethod
@@ -137,14 +140,16 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
 
 
-CPU_KERNELS = [s for s in sources("csrc/cpu/*.cpp") if not s.endswith("bindings.cpp")]
+CPU_BINDINGS = sources("csrc/cpu/*bindings.cpp")
+CPU_KERNELS = [s for s in sources("csrc/cpu/*.cpp") if s not in CPU_BINDINGS]
 CUDA_KERNELS = sources("csrc/cuda/*.cu")
 extensions = []
+ParallelCompile(default=0).install()  # as many as there are cores
 if CPU_KERNELS:
     extensions.append(
         Pybind11Extension(
             "etude.kernels._cpu",
-            ["csrc/cpu/bindings.cpp"],
+            CPU_BINDINGS,
             cxx_std=17,
             depends=[*CPU_KERNELS, *sources("csrc/cpu/*.h")],
             extra_compile_args=["-O2", "-fopenmp"],
@@ -161,7 +166,11 @@ for extension in extensions:
 setup(
     packages=packages(),
     package_dir=PACKAGE_DIR,
-    package_data={"etude": DATA_FILES, "etude.recipes": ["**/*"]},
+    package_data={
+        "etude": DATA_FILES,
+        "etude.kernels": ["budgets/*.json"],
+        "etude.recipes": ["**/*"],
+    },
     exclude_package_data={"etude.recipes": ["**/__pycache__/*", "**/*.pyc"]},
     ext_modules=extensions,
     cmdclass={"build_ext": build_ext},

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .catalogue import Operator
 
 _NORMS = ("layernorm", "rmsnorm")
 _ABSENT = (0, 0, 0, 0)
@@ -466,3 +467,11 @@ def gate_residual_adaln(
         _triton()
         return ops.triton_gate_residual_adaln(x, h, gate, shift, scale, eps, rms, to)[:2]
     return ops.gate_residual_adaln(x, h, gate, shift, scale, eps, rms, to)[:2]
+
+
+_TWINS = ("cpp", "triton")
+OPERATORS = (
+    Operator("adaln_modulate", "LayerNorm or RMSNorm, per-sample shift and scale", _TWINS),
+    Operator("gate_residual", "x + gate * h", _TWINS),
+    Operator("gate_residual_adaln", "gate_residual, then adaln_modulate, in one pass", _TWINS),
+)

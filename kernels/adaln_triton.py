@@ -19,6 +19,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import backends
 from .adaln import backward_reference, forward_reference, register_gradients
+from .compiling import Build
 
 
 @dataclass(frozen=True)
@@ -301,3 +302,35 @@ def _gate_residual_adaln_backward(
 
 
 register_gradients("triton_")
+
+
+def builds() -> list[Build]:
+    """The launches of DiT-XL/2 in bfloat16, for `compiling`."""
+    width, config = 1152, LaunchConfig.for_width(1152, 256)
+    both = {"GATED": True, "NORMED": True, "RMS": False}
+    wide = ("mean_ptr", "rstd_ptr", "partial_ptr")
+    unaligned = ("N", "eps", "chunks")
+    listed = (
+        ("forward", adaln_fwd_kernel, both | {"BLOCK": config.block}, config.warps),
+        (
+            "forward rmsnorm",
+            adaln_fwd_kernel,
+            {"GATED": False, "NORMED": True, "RMS": True, "BLOCK": config.block},
+            config.warps,
+        ),
+        (
+            "backward",
+            adaln_bwd_kernel,
+            both | {"HAS_DOUT": True, "ROWS": config.rows, "BLOCK": config.block},
+            config.backward_warps,
+        ),
+        ("reduce", reduce_kernel, {"GATED": True, "NORMED": True, "BLOCK": 256}, 4),
+    )
+    made = []
+    for name, kernel, constants, warps in listed:
+        free = [n for n in kernel.arg_names if n not in constants]
+        types = {n: "fp32" if n == "eps" else "i32" for n in free}
+        types |= {n: "*fp32" if n in wide else "*bf16" for n in free if n.endswith("_ptr")}
+        aligned = tuple(n for n in free if not n.endswith("_ptr") and n not in unaligned)
+        made.append(Build(f"{name} D={width}", kernel, types, constants, aligned, warps))
+    return made

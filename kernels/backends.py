@@ -1,15 +1,17 @@
-"""Which implementation of an operator runs: the reference, the C++ twin or the Triton twin.
+"""Which implementation of an operator runs: the reference, or its C++, Triton or CUDA twin.
 
 Called by every operator's file (`pick`), by the engine's log (`announce`), by `etude kernels` and
 `etude doctor` (`status`), and by tests (`use_backend`).
 
-`ETUDE_KERNELS` = `auto` (default) | `reference` | `cpp` | `triton`. `auto` takes C++ for CPU
-tensors and Triton for CUDA tensors where they are available, the reference otherwise. A backend
-asked for by name that cannot run is an error, never a silent fallback; dtypes that a twin does not
-know (float64 everywhere, float16 in C++) always run the reference.
+`ETUDE_KERNELS` = `auto` (default) | `reference` | `cpp` | `triton` | `cuda`, for all operators, and
+`operator=backend` for one: `ETUDE_KERNELS=auto,attention=reference`. `auto` takes C++ for CPU
+tensors and Triton, else CUDA, for CUDA tensors where the operator has such a twin and it is
+available, the reference otherwise. A backend asked for by name that cannot run is an error, never a
+silent fallback; an operator without such a twin, and dtypes that a twin does not know (float64
+everywhere, float16 in C++), run the reference.
 
-`ETUDE_VERIFY=1` also runs the reference after each C++ or eager Triton call, forward and backward,
-and raises at the first element that differs by more than the dtype's tolerance.
+`ETUDE_VERIFY=1` also runs the reference after each eager call of a twin, forward and backward, and
+raises at the first element that differs by more than the dtype's tolerance.
 """
 
 import os
@@ -23,29 +25,45 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "reference", "cpp", "triton")
-CPP_DTYPES = (torch.float32, torch.bfloat16)
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHOICES = ("auto", "reference", "cpp", "triton", "cuda")
+_ALL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": _ALL_FLOATS,
+    "cuda": _ALL_FLOATS,
+}
 
 # Largest accepted difference, relative to the largest magnitude of the tensor (plus one): float32
 # sums in another order, and one rounding to the 16-bit type.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
-def _from_environment() -> str:
-    name = os.environ.get("ETUDE_KERNELS", "auto").lower()
-    if name not in CHOICES:
-        raise ValueError(f"ETUDE_KERNELS={name} is unknown: set it to one of {', '.join(CHOICES)}")
-    return name
+def _parse(text: str) -> dict[str, str]:
+    """`auto,attention=reference` as {"": "auto", "attention": "reference"}."""
+    chosen = {"": "auto"}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, name = part.rpartition("=")
+        if name.lower() not in CHOICES:
+            raise ValueError(
+                f"ETUDE_KERNELS={text}: backend {name} is unknown: set it to one of "
+                f"{', '.join(CHOICES)}"
+            )
+        chosen[op] = name.lower()
+    return chosen
 
 
-_choice = _from_environment()
+_choice = _parse(os.environ.get("ETUDE_KERNELS", "auto"))
 _verify = os.environ.get("ETUDE_VERIFY", "0") not in ("", "0")
 
 
-def choice() -> str:
-    """The backend asked for: one of `CHOICES`."""
-    return _choice
+def choice(op: str = "") -> str:
+    """The backend asked for, for one operator or for all: one of `CHOICES`."""
+    return _choice.get(op, _choice[""])
+
+
+def overrides() -> dict[str, str]:
+    """Operators with a choice of their own, and that choice."""
+    return {op: name for op, name in _choice.items() if op}
 
 
 def verifying() -> bool:
@@ -54,8 +72,10 @@ def verifying() -> bool:
 
 
 @contextmanager
-def use_backend(name: str, verify: bool | None = None) -> Iterator[None]:
+def use_backend(name: str, verify: bool | None = None, *, op: str = "") -> Iterator[None]:
     """Run the enclosed code with another backend (and, if given, with or without verification).
+
+    `op` names one operator; the empty string means all, those with a choice of their own included.
 
     Errors: ValueError for a name that is not in `CHOICES`.
     """
@@ -63,18 +83,19 @@ def use_backend(name: str, verify: bool | None = None) -> Iterator[None]:
     if name not in CHOICES:
         raise ValueError(f"unknown kernel backend {name!r}: use one of {', '.join(CHOICES)}")
     before = _choice, _verify
-    _choice, _verify = name, _verify if verify is None else verify
+    _choice = {**_choice, op: name} if op else {"": name}
+    _verify = _verify if verify is None else verify
     try:
         yield
     finally:
         _choice, _verify = before
 
 
-@lru_cache(maxsize=1)
-def _load_cpp() -> tuple[ModuleType | None, str]:
-    """The C++ extension, or None and the reason."""
+@lru_cache(maxsize=2)
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The extension `_cpu` or `_cuda`, or None and the reason."""
     try:
-        return import_module("._cpu", __package__), ""
+        return import_module(f".{name}", __package__), ""
     except ImportError as error:
         return None, f"not built or not loadable ({error}); `pip install -e .` builds it"
 
@@ -96,68 +117,99 @@ def interpreting() -> bool:
 
 def cpp() -> ModuleType:
     """The loaded C++ extension. Errors: RuntimeError with the reason where it is absent."""
-    module, reason = _load_cpp()
+    module, reason = _load("_cpu")
     if module is None:
         raise RuntimeError(f"the C++ kernels are {reason}")
     return module
 
 
+def cuda() -> ModuleType:
+    """The loaded CUDA extension. Errors: RuntimeError with the reason where it is absent."""
+    module, reason = _load("_cuda")
+    if module is None:
+        raise RuntimeError(f"the CUDA kernels are {reason}")
+    return module
+
+
+def _missing_cuda() -> str:
+    """Why CUDA kernels cannot run here; empty where they can."""
+    return _load("_cuda")[1] or ("" if torch.cuda.is_available() else "no CUDA device")
+
+
 # Read once: torch.compile then sees constants rather than imports.
-HAS_CPP = _load_cpp()[0] is not None
+HAS_CPP = _load("_cpu")[0] is not None
 HAS_TRITON = not _missing_triton()
+HAS_CUDA = not _missing_cuda()
 
 
-def pick(op: str, device: str, *dtypes: torch.dtype) -> str:
-    """`reference`, `cpp` or `triton` for one call of `op` on `device` ("cpu", "cuda", ...).
+def pick(
+    op: str, device: str, *dtypes: torch.dtype, twins: tuple[str, ...] = ("cpp", "triton")
+) -> str:
+    """`reference` or one of `twins` for one call of `op` on `device` ("cpu", "cuda", ...).
 
     Errors: RuntimeError if a backend was asked for by name and cannot run on this device.
     """
-    if _choice == "reference":
-        return "reference"
-    if _choice == "auto":
-        wanted = "cpp" if device == "cpu" and HAS_CPP else "reference"
-        if device == "cuda" and HAS_TRITON:
+    wanted = choice(op)
+    if wanted == "auto":
+        wanted = "reference"
+        if device == "cpu" and HAS_CPP and "cpp" in twins:
+            wanted = "cpp"
+        if device == "cuda" and HAS_TRITON and "triton" in twins:
             wanted = "triton"
-    else:
-        wanted = _choice
+        elif device == "cuda" and HAS_CUDA and "cuda" in twins:
+            wanted = "cuda"
+    elif wanted in twins:
         _require(op, wanted, device)
-    known = CPP_DTYPES if wanted == "cpp" else TRITON_DTYPES
-    return wanted if all(d in known for d in dtypes) else "reference"
+    elif op in _choice and wanted != "reference":
+        raise RuntimeError(f"ETUDE_KERNELS={op}={wanted}: {op} has only {', '.join(twins)}")
+    if wanted not in twins:
+        return "reference"
+    return wanted if all(d in DTYPES[wanted] for d in dtypes) else "reference"
 
 
 def _require(op: str, wanted: str, device: str) -> None:
     if wanted == "cpp" and not HAS_CPP:
-        raise RuntimeError(f"ETUDE_KERNELS=cpp: the C++ kernels are {_load_cpp()[1]}")
+        raise RuntimeError(f"ETUDE_KERNELS=cpp: the C++ kernels are {_load('_cpu')[1]}")
     if wanted == "cpp" and device != "cpu":
         raise RuntimeError(f"ETUDE_KERNELS=cpp: {op} got a tensor on {device}; set auto or triton")
     if wanted == "triton" and not HAS_TRITON:
         raise RuntimeError(f"ETUDE_KERNELS=triton: {_missing_triton()}; set auto")
     if wanted == "triton" and device != "cuda" and not interpreting():
         raise RuntimeError(f"ETUDE_KERNELS=triton: {op} got a tensor on {device}; set auto or cpp")
+    if wanted == "cuda" and not HAS_CUDA:
+        raise RuntimeError(f"ETUDE_KERNELS=cuda: the CUDA kernels are {_missing_cuda()}; set auto")
+    if wanted == "cuda" and device != "cuda":
+        raise RuntimeError(f"ETUDE_KERNELS=cuda: {op} got a tensor on {device}; set auto or cpp")
 
 
 def status() -> list[dict[str, str]]:
     """One row per backend: `backend`, `available` (yes or no), `detail` (version or reason)."""
-    module, reason = _load_cpp()
+    module, reason = _load("_cpu")
     detail = f"level {module.level()} of {', '.join(module.levels())}" if module else reason
-    missing = _missing_triton()
-    version = getattr(import_module("triton"), "__version__", "") if not missing else ""
+    missing = {"cpp": reason, "triton": _missing_triton(), "cuda": _missing_cuda()}
+    version = getattr(import_module("triton"), "__version__", "") if HAS_TRITON else ""
+    found = {
+        "reference": f"torch {torch.__version__}",
+        "cpp": detail,
+        "triton": f"triton {version}" + (", interpreted" * interpreting()),
+        "cuda": f"built with CUDA {cuda().CUDA_VERSION}" if HAS_CUDA else "",
+    }
     return [
-        {"backend": "reference", "available": "yes", "detail": f"torch {torch.__version__}"},
-        {"backend": "cpp", "available": "yes" if module else "no", "detail": detail},
         {
-            "backend": "triton",
-            "available": "no" if missing else "yes",
-            "detail": missing or f"triton {version}" + (", interpreted" * interpreting()),
-        },
+            "backend": name,
+            "available": "no" if missing.get(name) else "yes",
+            "detail": missing.get(name) or found[name],
+        }
+        for name in ("reference", "cpp", "triton", "cuda")
     ]
 
 
 def announce(device: str) -> str:
     """One line for a log: which backend float32 operators use on `device`, and why."""
-    backend = pick("any operator", device, torch.float32)
+    backend = pick("", device, torch.float32, twins=("cpp", "triton", "cuda"))
     rows = {row["backend"]: row for row in status()}
-    why = f"ETUDE_KERNELS={_choice}" if _choice != "auto" else "auto"
+    why = "auto" if choice() == "auto" else f"ETUDE_KERNELS={choice()}"
+    why += "".join(f", {op}={name}" for op, name in overrides().items())
     absent = "; ".join(f"{n}: {r['detail']}" for n, r in rows.items() if r["available"] == "no")
     line = f"kernels on {device}: {backend} ({rows[backend]['detail']}; {why})"
     return line + (f"; not available: {absent}" if absent else "")

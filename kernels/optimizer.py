@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .catalogue import Operator
 
 Scalar = float | Tensor
 
@@ -139,7 +140,7 @@ def _fits_cpp(
     float32 = [*params, *(t for state in states for t in state)]
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in float32):
         return False
-    return all(g.dtype in backends.CPP_DTYPES and g.is_contiguous() for g in grads)
+    return all(g.dtype in backends.DTYPES["cpp"] and g.is_contiguous() for g in grads)
 
 
 def _adamw_ema_cpp(
@@ -262,3 +263,6 @@ def adamw_ema(
     _adamw_ema_cpp(*tensors, **settings)
     if state:
         _verified(state, before, lambda: adamw_ema_reference(*tensors, **settings))
+
+
+OPERATORS = (Operator("adamw_ema", "AdamW, clip scale and weight averages in one pass", ("cpp",)),)

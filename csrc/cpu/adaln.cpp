@@ -8,7 +8,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "adaln.h"
 
 namespace etude {
 namespace ETUDE_LEVEL {

@@ -5,7 +5,7 @@
 // processor level, for every thread count and however a tensor is cut.
 #include <math.h>
 
-#include "kernels.h"
+#include "optimizer.h"
 
 namespace etude {
 namespace ETUDE_LEVEL {

@@ -25,10 +25,16 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="auto, reference, cpp, triton"), kernels.use_backend("c"):
+    with (
+        pytest.raises(ValueError, match="auto, reference, cpp, triton, cuda"),
+        kernels.use_backend("c"),
+    ):
         pass
     run = python("import etude.kernels.backends", ETUDE_KERNELS="fast")
-    assert "ETUDE_KERNELS=fast is unknown: set it to one of auto, reference, cpp" in run.stderr
+    assert (
+        "ETUDE_KERNELS=fast: backend fast is unknown: set it to one of auto, reference"
+        in run.stderr
+    )
 
 
 def test_a_backend_that_cannot_run_is_an_error_not_a_fallback() -> None:
@@ -51,13 +57,29 @@ def test_auto_takes_cpp_on_the_cpu_and_says_so() -> None:
         assert kernels.announce("cpu").startswith("kernels on cpu: cpp (level ")
     rows = {row["backend"]: row for row in kernels.status()}
     assert rows["reference"]["available"] == rows["cpp"]["available"] == "yes"
-    assert set(rows) == {"reference", "cpp", "triton"}
+    assert set(rows) == {"reference", "cpp", "triton", "cuda"}
 
 
 def test_environment_chooses_and_bisects() -> None:
     code = "from etude.kernels import backends, announce; print(backends.choice(), announce('cpu'))"
     run = python(code, ETUDE_KERNELS="reference")
     assert run.stdout.startswith("reference kernels on cpu: reference (torch ")
+
+
+@needs_cpp
+def test_one_operator_can_have_a_choice_of_its_own() -> None:
+    code = (
+        "import torch; from etude.kernels import backends, announce; print(announce('cpu'));"
+        "print(backends.pick('a', 'cpu', torch.float32), backends.pick('b', 'cpu', torch.float32))"
+    )
+    run = python(code, ETUDE_KERNELS="auto,a=reference")
+    assert "; auto, a=reference)" in run.stdout and run.stdout.endswith("reference cpp\n"), run
+    with kernels.use_backend("auto"), kernels.use_backend("cpp", op="a"):
+        assert backends.pick("b", "cpu", torch.float32, twins=()) == "reference"
+        with pytest.raises(RuntimeError, match="a=cpp: a has only triton"):
+            backends.pick("a", "cpu", torch.float32, twins=("triton",))
+        with kernels.use_backend("cpp"):  # for all: an operator without this twin is no error
+            assert backends.pick("a", "cpu", torch.float32, twins=("triton",)) == "reference"
 
 
 @needs_cpp

@@ -1,0 +1,37 @@
+// Arguments of the adaLN kernels (adaln.cpp); filled in by adaln_bindings.cpp.
+#pragma once
+#include "common.h"
+
+namespace etude {
+
+struct AdalnForward {
+  int64_t B, N, D;
+  Rows x, h, gate, shift, scale;  // read; h and gate go together, shift and scale too
+  Rows out, y;                    // written: x + gate * h, and the modulated norm
+  float* mean;                    // (B, N), written; RMSNorm writes zeros
+  float* rstd;                    // (B, N), written
+  float eps;
+  bool rms;
+  int threads;
+};
+
+struct AdalnBackward {
+  int64_t B, N, D;
+  Rows dout, dy;            // gradients of out and y; either may be absent, not both
+  Rows x, h, gate, scale;   // x is the normed tensor, that is out where there is a gate
+  const float* mean;
+  const float* rstd;
+  Rows dx, dh, dgate, dshift, dscale;  // written where present
+  float* partial;                      // (B, ceil(N / kRowsPerChunk), 3, D), workspace
+  bool rms;
+  int threads;
+};
+
+constexpr int64_t kRowsPerChunk = 64;  // fixed, so that sums do not depend on the thread count
+
+ETUDE_DECLARE(
+    void adaln_forward(const AdalnForward& a);
+    void adaln_backward(const AdalnBackward& a);
+)
+
+}  // namespace etude
