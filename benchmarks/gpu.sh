@@ -66,7 +66,7 @@ part 150 end-to-end "$python" benchmarks/end_to_end.py --device "$device" "${end
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu\b' --include='test_*.py' tests | sort)
 part 150 tests "$python" -P -m pytest -q -m gpu "${gpu_tests[@]}"
 if [ "$device" = cuda ]; then
-  part 150 operators "$python" benchmarks/gpu_operators.py
+  part 150 operators "$python" -m benchmarks.gpu_operators --seconds 135
 fi
 
 echo "== rows are in $ETUDE_RESULTS; $SECONDS s in all; failed: ${failed[*]:-none}"

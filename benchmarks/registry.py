@@ -1,111 +1,115 @@
-"""What is measured: one case per operator, its inputs, and the bytes it cannot avoid moving.
+"""All cases, their providers and the gate that a number must pass before it is taken.
 
-Used by `bench_operators.py` (pytest-benchmark, CPU) and `gpu_operators.py` (CUDA events).
+Used by `bench_operators.py` (pytest-benchmark, CPU) and `gpu_operators.py` (CUDA events), which
+`make bench`, `etude kernels bench` and `make gpu` run, and by `etude kernels tune`.
 """
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.case import Case, Inputs, Run
 from etude import kernels
+from etude.kernels import backends, catalogue
 
-ROOT = Path(__file__).resolve().parent.parent
-Inputs = dict[str, Tensor]
-ADALN_SOURCES = ("kernels/adaln.py", "kernels/adaln_triton.py", "csrc/cpu/adaln.cpp")
-OPTIMIZER_SOURCES = ("kernels/optimizer.py", "csrc/cpu/optimizer.cpp")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operator. `run` does one call (backward included where `backward`) on made inputs."""
-
-    name: str
-    backward: bool
-    run: Callable[[Inputs], object]
-    sources: tuple[str, ...]
-    tensors_moved: int  # (B, N, D) tensors read or written at least once
-
-    def bytes_moved(self, inputs: Inputs) -> int:
-        x = inputs["x"]
-        return self.tensors_moved * x.numel() * x.element_size()
-
-    def source_hash(self) -> str:
-        """A row is stale when this differs from the tree's."""
-        digest = hashlib.sha256()
-        for name in self.sources:
-            digest.update((ROOT / name).read_bytes())
-        return digest.hexdigest()[:16]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest accepted difference from the float64 reference, over its largest value.
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
-def activations(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Random x, h, their upstream gradients and a modulation whose chunks are strided views."""
-    batch, rows, width = shape
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g).to(device, dtype)
-
-    names = ("x", "h", "dout", "dy")
-    made = {name: normal(batch, rows, width) for name in names} | {"mod": normal(batch, 3 * width)}
-    for name in ("x", "h", "mod"):
-        made[name].requires_grad_()
-    return made
+def cases(*operators: str) -> list[Case]:
+    """Every case, or those of the operators named. Errors: ValueError for an unknown operator."""
+    files = sorted(Path(__file__).parent.glob("cases/[a-z]*.py"))
+    every = [c for f in files for c in import_module(f"benchmarks.cases.{f.stem}").CASES]
+    unknown = sorted(set(operators) - {case.op for case in every})
+    if unknown:
+        known = ", ".join(dict.fromkeys(case.op for case in every))
+        raise ValueError(f"no benchmark of {', '.join(unknown)}: there are {known}")
+    return [case for case in every if not operators or case.op in operators]
 
 
-def modulate(inputs: Inputs) -> Tensor:
-    _, shift, scale = inputs["mod"].chunk(3, 1)
-    return kernels.adaln_modulate(inputs["x"], shift, scale)
+def twins(op: str) -> tuple[str, ...]:
+    """The twins an operator has beside its reference."""
+    listed = (o for family in catalogue.operators().values() for o in family)
+    return next((o.twins for o in listed if o.name == op), ())
 
 
-def gate(inputs: Inputs) -> Tensor:
-    return kernels.gate_residual(inputs["x"], inputs["h"], inputs["mod"].chunk(3, 1)[0])
+def providers(case: Case, device: str) -> list[str]:
+    """Names of what can run a case on "cpu" or "cuda", weakest first; rivals that import last."""
+    names = ["eager"] + ["compiled"] * case.compiled
+    has = twins(case.op)
+    if device == "cpu" and backends.HAS_CPP and "cpp" in has:
+        names += [f"cpp {level}" for level in backends.cpp().levels() if level != "base"] or ["cpp"]
+    if device == "cuda":
+        names += ["triton"] * (backends.HAS_TRITON and "triton" in has)
+        names += ["cuda"] * (backends.HAS_CUDA and "cuda" in has)
+    for name, factory in case.rivals.items():
+        try:
+            factory()
+        except ImportError:
+            continue
+        names.append(name)
+    return names
 
 
-def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    g, shift, scale = inputs["mod"].chunk(3, 1)
-    return kernels.gate_residual_adaln(inputs["x"], inputs["h"], g, shift, scale)
+@contextmanager
+def provided(case: Case, provider: str) -> Iterator[Run]:
+    """The case's `run` by one provider; inside the context its backend is in force."""
+    backend, _, level = provider.partition(" ")
+    if provider in case.rivals:
+        yield case.rivals[provider]()
+    elif provider == "compiled":
+        torch._dynamo.reset()
+        with kernels.use_backend("reference"):
+            yield torch.compile(case.run)
+    elif backend == "cpp":
+        before = backends.cpp().set_level(level) if level else ""
+        try:
+            with kernels.use_backend("cpp"):
+                yield case.run
+        finally:
+            if before:
+                backends.cpp().set_level(before)
+    else:
+        with kernels.use_backend("reference" if provider == "eager" else provider):
+            yield case.run
 
 
-def with_backward(forward: Callable, names: tuple[str, ...]) -> Callable[[Inputs], object]:
-    def run(inputs: Inputs) -> object:
-        outputs = forward(inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        upstream = [inputs["dy"]] if len(outputs) == 1 else [inputs["dout"], inputs["dy"]]
-        return torch.autograd.grad(outputs, [inputs[n] for n in names], upstream)
-
-    return run
-
-
-CASES = (
-    Case("adaln_modulate", False, modulate, ADALN_SOURCES, 2),
-    Case("adaln_modulate", True, with_backward(modulate, ("x", "mod")), ADALN_SOURCES, 5),
-    Case("gate_residual", False, gate, ADALN_SOURCES, 3),
-    Case("gate_residual", True, with_backward(gate, ("x", "h", "mod")), ADALN_SOURCES, 6),
-    Case("gate_residual_adaln", False, both, ADALN_SOURCES, 4),
-    Case("gate_residual_adaln", True, with_backward(both, ("x", "h", "mod")), ADALN_SOURCES, 10),
-)
-SHAPES = {"demo": (256, 16, 144), "DiT-B": (8, 256, 768), "DiT-XL": (8, 256, 1152)}
+def widened(value: Any) -> Any:
+    """Inputs with every floating tensor in float64, leaves and their requires_grad kept."""
+    if isinstance(value, Tensor):
+        wide = value.detach().double() if value.is_floating_point() else value.detach().clone()
+        return wide.requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: widened(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(widened(one) for one in value)
+    return value
 
 
-def optimizer_state(numel: int, profiles: int, device: str = "cpu") -> dict:
-    """Ten tensors, float32, and `profiles` averages, as keyword arguments of `adamw_ema`."""
-    g = torch.Generator().manual_seed(0)
-    params = [torch.randn(numel // 10, generator=g).to(device) for _ in range(10)]
-    like = [torch.randn(numel // 10, generator=g).to(device) for _ in range(10)]
-    return {
-        "params": params,
-        "grads": like,
-        "exp_avgs": [torch.zeros_like(p) for p in params],
-        "exp_avg_sqs": [torch.zeros_like(p) for p in params],
-        "emas": [[p.clone() for p in params] for _ in range(profiles)],
-        "steps": [torch.zeros((), device=device) for _ in params],
-    }
+def exact(case: Case, inputs: Inputs) -> list[Tensor]:
+    """What the reference gives in float64."""
+    with kernels.use_backend("reference"):
+        return tensors(case.run(widened(inputs)))
 
 
-ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-ADAMW["ema_decays"] = (0.999, 0.9999)
-EMPTY = Case("adamw_ema", False, lambda inputs: None, OPTIMIZER_SOURCES, 0)
+def tensors(outputs: object) -> list[Tensor]:
+    made = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return [t.detach().double() for t in made if isinstance(t, Tensor)]
+
+
+def error(got: object, want: list[Tensor]) -> float:
+    """Largest difference over the largest value, per output; infinite where one is missing."""
+    found = tensors(got)
+    if len(found) != len(want):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, want, strict=True):
+        if b.numel():
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+    return worst

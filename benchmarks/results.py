@@ -6,6 +6,7 @@ Called by the benchmarks. A row whose `source_hash` is not that of the tree is s
 import json
 import os
 import platform
+import statistics
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -73,3 +74,25 @@ def append(name: str, rows: list[dict]) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of one case's times, in seconds."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20_s": cuts[1], "p50_s": cuts[4], "p80_s": cuts[7], "rounds": len(times)}
+
+
+def table(rows: list[dict]) -> str:
+    """Providers side by side: p50 in ms and, against eager torch, how many times faster."""
+    groups: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        key = (f"{row['op']} {row['variant']}", row["shape"], row["dtype"])
+        groups.setdefault(key, {})[row["provider"]] = row["p50_s"]
+    lines = []
+    for (op, shape, dtype), times in groups.items():
+        cells = [
+            f"{name} {1e3 * t:.3g} ms ({times.get('eager', t) / t:.2f}x)"
+            for name, t in times.items()
+        ]
+        lines.append(f"{op:42} {shape:18} {dtype:9} " + "  ".join(cells))
+    return "\n".join(lines)

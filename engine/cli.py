@@ -7,6 +7,7 @@ Verbs run recipes (`demo start train sample practice extract evaluate`); nouns l
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -445,6 +446,51 @@ def kernels_status() -> None:
     from etude import kernels
 
     _table("kernels", *_status_table(kernels.status()))
+
+
+@kernels_app.command("list")
+def kernels_list() -> None:
+    """Every op: what it computes, its backends, dtypes, Triton budget and tests.
+
+    Example: etude kernels list
+    """
+    from etude.kernels import catalogue
+
+    _table("ops", *_status_table(catalogue.rows()))
+
+
+@kernels_app.command("bench")
+def kernels_bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to time; none: all.")] = None,
+) -> None:
+    """Time ops on this CPU beside eager torch, torch.compile and others (in a checkout).
+
+    Example: etude kernels bench gate_residual_adaln
+    """
+    _in_checkout("run", *(ops or []))
+
+
+@kernels_app.command("tune")
+def kernels_tune(
+    file: Annotated[str, typer.Argument(help="File to write, for ETUDE_KERNELS=@FILE.")],
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to tune; none: all.")] = None,
+) -> None:
+    """Measure each op's backends on this machine and write the faster choices (in a checkout).
+
+    Example: etude kernels tune kernels.txt
+    """
+    _in_checkout("tune", str(Path(file).absolute()), *(ops or []))
+
+
+def _in_checkout(module: str, *arguments: str) -> None:
+    """Run benchmarks/<module>.py, which is part of a checkout and not of an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / f"{module}.py").exists():
+        raise UserError(
+            "benchmarks are not installed with the package: clone the repository and type it there"
+        )
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    raise typer.Exit(subprocess.run(command, cwd=root).returncode)
 
 
 def _status_table(status: list[dict]) -> tuple[list[str], list[list[str]]]:

@@ -4,11 +4,12 @@ Called by every operator's file (`pick`), by the engine's log (`announce`), by `
 `etude doctor` (`status`), and by tests (`use_backend`).
 
 `ETUDE_KERNELS` = `auto` (default) | `reference` | `cpp` | `triton` | `cuda`, for all operators, and
-`operator=backend` for one: `ETUDE_KERNELS=auto,attention=reference`. `auto` takes C++ for CPU
-tensors and Triton, else CUDA, for CUDA tensors where the operator has such a twin and it is
-available, the reference otherwise. A backend asked for by name that cannot run is an error, never a
-silent fallback; an operator without such a twin, and dtypes that a twin does not know (float64
-everywhere, float16 in C++), run the reference.
+`operator=backend` for one: `ETUDE_KERNELS=auto,attention=reference`; `@FILE` reads the same text
+from a file, such as the one that `etude kernels tune` writes. `auto` takes C++ for CPU tensors and
+Triton, else CUDA, for CUDA tensors where the operator has such a twin and it is available, the
+reference otherwise. A backend asked for by name that cannot run is an error, never a silent
+fallback; an operator without such a twin, and dtypes that a twin does not know (float64 everywhere,
+float16 in C++), run the reference.
 
 `ETUDE_VERIFY=1` also runs the reference after each eager call of a twin, forward and backward, and
 raises at the first element that differs by more than the dtype's tolerance.
@@ -39,9 +40,20 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def _parse(text: str) -> dict[str, str]:
-    """`auto,attention=reference` as {"": "auto", "attention": "reference"}."""
+    """`auto,attention=reference` as {"": "auto", "attention": "reference"}; `@FILE` is read."""
+    given = text
+    if text.startswith("@"):
+        try:
+            with open(text[1:]) as file:
+                lines = [line for line in file if not line.startswith("#")]
+        except OSError as error:
+            raise ValueError(
+                f"ETUDE_KERNELS={text} cannot be read ({error.strerror}): `etude kernels tune` "
+                "writes such a file"
+            ) from None
+        given = ",".join(lines)
     chosen = {"": "auto"}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, (p.strip() for p in given.split(","))):
         op, _, name = part.rpartition("=")
         if name.lower() not in CHOICES:
             raise ValueError(

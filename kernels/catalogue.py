@@ -7,6 +7,9 @@ tests/kernels/test_<family>.py.
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+
+from .backends import DTYPES
 
 FAMILIES = ("adaln", "optimizer")
 
@@ -23,3 +26,48 @@ class Operator:
 def operators() -> dict[str, list[Operator]]:
     """{family: its operators}; loads every family."""
     return {f: list(import_module(f".{f}", __package__).OPERATORS) for f in FAMILIES}
+
+
+def tests(family: str) -> list[Path]:
+    """The family's test files, in a checkout; empty where Etude is installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    return sorted(p.relative_to(root) for p in root.glob(f"tests/kernels/test_{family}*.py"))
+
+
+def resources(family: str) -> str:
+    """The committed budget on Hopper in words: the largest kernel, and bytes spilled by all."""
+    from .compiling import budget
+
+    rows = [
+        row
+        for toolchain, kernels in budget(family).items()
+        if toolchain.endswith("sm_90")
+        for row in kernels.values()
+    ]
+    if not rows:
+        return ""
+    largest = max(row["registers"] for row in rows)
+    spills = sum(row["spills"] for row in rows)
+    return f"{len(rows)} kernels, at most {largest} registers, {spills} B spilled"
+
+
+def rows() -> list[dict[str, str]]:
+    """One row per operator: name, what it computes, twins, dtypes, Triton budget, tests."""
+    listed = []
+    for family, known in operators().items():
+        files = " ".join(file.name for file in tests(family))
+        for operator in known:
+            compiled = "triton" in operator.twins
+            kinds = [DTYPES[twin] for twin in operator.twins if twin in DTYPES]
+            dtypes = dict.fromkeys(str(d).removeprefix("torch.") for ds in kinds for d in ds)
+            listed.append(
+                {
+                    "op": operator.name,
+                    "computes": operator.summary,
+                    "backends": ", ".join(("reference", *operator.twins)),
+                    "dtypes": ", ".join((*dtypes, "float64 (reference)")),
+                    "Triton budget (sm_90)": resources(family) if compiled else "",
+                    "tests": files,
+                }
+            )
+    return listed

@@ -22,7 +22,7 @@ NOUNS = {
     "data": {"fetch", "list"},
     "recipes": {"list", "show", "diff", "copy", "schema"},
     "runs": {"list", "replay", "diff"},
-    "kernels": {"status"},
+    "kernels": {"status", "list", "bench", "tune"},
     "doctor": set(),
 }
 
@@ -182,8 +182,23 @@ def test_recipes_are_listed_shown_compared_copied_and_described(etude, tmp_path)
 def test_kernels_and_doctor_say_what_is_here(etude, tiny) -> None:
     status, out, _ = etude("kernels", "status")
     assert status == 0 and "reference" in out and "triton" in out
+    status, out, _ = etude("kernels", "list")
+    assert status == 0 and "gate_residual_adaln" in out and "0 B spilled" in out
     status, out, err = etude("doctor", tiny.ldm)
     assert "torch" in out + err and status in (0, 1)
+
+
+def test_kernels_are_tuned_into_a_file_that_the_environment_can_name(tmp_path) -> None:
+    command = [sys.executable, "-m", "etude", "kernels"]
+    made = tmp_path / "kernels.txt"
+    run = subprocess.run([*command, "tune", made, "gate_residual"], capture_output=True, text=True)
+    assert run.returncode == 0 and "gate_residual forward+backward DiT-XL" in run.stdout
+    lines = made.read_text().splitlines()
+    assert lines[0].startswith("# ") and lines[1] == "auto"
+    environment = os.environ | {"ETUDE_KERNELS": f"@{made}"}
+    assert subprocess.run([*command, "status"], env=environment).returncode == 0
+    run = subprocess.run([*command, "bench", "flash"], capture_output=True, text=True)
+    assert run.returncode == 2 and "no benchmark of flash: there are" in run.stderr
 
 
 def test_a_judge_and_an_evaluation_stop_with_85_and_go_on(tiny, tmp_path) -> None:

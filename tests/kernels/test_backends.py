@@ -82,6 +82,15 @@ def test_one_operator_can_have_a_choice_of_its_own() -> None:
             assert backends.pick("a", "cpu", torch.float32, twins=("triton",)) == "reference"
 
 
+def test_choices_can_come_from_a_file(tmp_path) -> None:
+    file = tmp_path / "kernels.txt"
+    file.write_text("# measured somewhere\nauto\ngate_residual=reference\n")
+    code = "from etude.kernels import backends as b; print(b.choice(), b.choice('gate_residual'))"
+    assert python(code, ETUDE_KERNELS=f"@{file}").stdout == "auto reference\n"
+    missing = python(code, ETUDE_KERNELS=f"@{tmp_path}/none.txt").stderr
+    assert "cannot be read (No such file or directory): `etude kernels tune`" in missing
+
+
 @needs_cpp
 def test_verification_names_the_first_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, shift, scale = INPUTS

@@ -1,0 +1,81 @@
+"""Adaptive LayerNorm and gated residuals, with a modulation whose chunks are strided views."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.case import Case, Inputs, Run, with_gradients
+from etude import kernels
+
+SOURCES = ("kernels/adaln.py", "kernels/adaln_triton.py", "csrc/cpu/adaln.cpp")
+CPU = {"demo": (256, 16, 144), "DiT-XL": (8, 256, 1152)}
+BACKWARD = "forward+backward"
+GPU = {"DiT-B": (64, 256, 768), "DiT-XL": (64, 256, 1152), "DiT-XL B=256": (256, 256, 1152)}
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
+    batch, rows, width = shape
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g).to(device, dtype)
+
+    made = {name: normal(batch, rows, width) for name in ("x", "h", "dout", "dy")}
+    made["mod"] = normal(batch, 3 * width)
+    for name in ("x", "h", "mod"):
+        made[name].requires_grad_()
+    return made
+
+
+def modulate(inputs: Inputs) -> Tensor:
+    _, shift, scale = inputs["mod"].chunk(3, 1)
+    return kernels.adaln_modulate(inputs["x"], shift, scale)
+
+
+def gate(inputs: Inputs) -> Tensor:
+    return kernels.gate_residual(inputs["x"], inputs["h"], inputs["mod"].chunk(3, 1)[0])
+
+
+def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    g, shift, scale = inputs["mod"].chunk(3, 1)
+    return kernels.gate_residual_adaln(inputs["x"], inputs["h"], g, shift, scale)
+
+
+def plain(op: str) -> Run:
+    """The operator as the published DiT writes it: in the tensors' own dtype."""
+
+    def run(inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+        g, shift, scale = (t.unsqueeze(1) for t in inputs["mod"].chunk(3, 1))
+        x = inputs["x"]
+        out = x + g * inputs["h"] if "gate" in op else x
+        if op == "gate_residual":
+            return out
+        y = F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return (out, y) if "gate" in op else y
+
+    return run
+
+
+def case(op: str, variant: str, run: Run, tensors: int) -> Case:
+    """tensors: (B, N, D) tensors read or written at least once."""
+    names = ("x", "mod") if op == "adaln_modulate" else ("x", "h", "mod")
+    upstream = ("dout", "dy") if op == "gate_residual_adaln" else ("dy",)
+    rival = plain(op)
+    if variant == BACKWARD:
+        run, rival = (with_gradients(r, names, upstream) for r in (run, rival))
+
+    def moved(inputs: Inputs) -> int:
+        return tensors * inputs["x"].numel() * inputs["x"].element_size()
+
+    rivals = {"DiT's lines": lambda: rival}
+    return Case(op, variant, make, run, CPU, GPU, moved, sources=SOURCES, rivals=rivals)
+
+
+CASES = (
+    case("adaln_modulate", "forward", modulate, 2),
+    case("adaln_modulate", BACKWARD, modulate, 5),
+    case("gate_residual", "forward", gate, 3),
+    case("gate_residual", BACKWARD, gate, 6),
+    case("gate_residual_adaln", "forward", both, 4),
+    case("gate_residual_adaln", BACKWARD, both, 10),
+)
