@@ -113,6 +113,24 @@ def budget(family: str) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def differences(rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with measured rows: spills, or other numbers than the committed budget.
+
+    A toolchain that the budget does not know is held to spilling nothing.
+    """
+    wrong = []
+    for row in rows:
+        known = budget(row["family"]).get(row["toolchain"])
+        now = {name: row[name] for name in ("registers", "spills", "shared")}
+        allowed = (known or {}).get(row["kernel"])
+        where = f"{row['family']}: {row['kernel']} ({row['toolchain']})"
+        if known is None and now["spills"]:
+            wrong.append(f"{where} spills {now['spills']} bytes")
+        elif known is not None and now != allowed:
+            wrong.append(f"{where} is {now}, the budget says {allowed}")
+    return wrong
+
+
 def write(rows: list[dict[str, Any]]) -> None:
     """Replace the rows of the toolchains in use; rows of other versions of Triton stay."""
     for family in {row["family"] for row in rows}:
@@ -139,6 +157,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Compile Triton kernels for absent GPUs.")
     parser.add_argument("families", nargs="*", help="such as adaln; none: all")
     parser.add_argument("--write", action="store_true", help="store the rows in budgets/")
+    parser.add_argument("--check", action="store_true", help="fail where budgets/ says otherwise")
     asked = parser.parse_args(arguments)
     rows = []
     for family in asked.families or families():
@@ -147,6 +166,8 @@ def main(arguments: list[str]) -> None:
             print(json.dumps(row), flush=True)
     if asked.write:
         write(rows)
+    if asked.check and differences(rows):
+        raise SystemExit("\n".join(differences(rows)))
 
 
 if __name__ == "__main__":
