@@ -14,6 +14,14 @@ Inputs = dict[str, Any]
 Run = Callable[[Inputs], object]
 
 
+def hash_of(*files: Path) -> str:
+    """Sixteen hexadecimal digits that change when a file does."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator in one use.
@@ -46,10 +54,7 @@ class Case:
 
     def source_hash(self) -> str:
         """A row is stale when this differs from the tree's."""
-        digest = hashlib.sha256()
-        for name in self.sources:
-            digest.update((ROOT / name).read_bytes())
-        return digest.hexdigest()[:16]
+        return hash_of(*(ROOT / name for name in self.sources))
 
 
 def with_gradients(forward: Run, names: tuple[str, ...], upstream: tuple[str, ...]) -> Run:

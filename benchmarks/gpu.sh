@@ -61,7 +61,7 @@ elif [ -n "${WHEELS:-}" ]; then
 fi
 part 90 build "$python" -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target "$site" .
 part 40 kernels "$python" -P -c 'import sys; from etude.kernels import announce; print(announce(sys.argv[1]))' "$device"
-part 150 end-to-end "$python" benchmarks/end_to_end.py --device "$device" "${end_to_end[@]}"
+part 150 end-to-end "$python" -m benchmarks.end_to_end --device "$device" "${end_to_end[@]}"
 # Only files with such tests: others import libraries that this machine lacks.
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu\b' --include='test_*.py' tests | sort)
 part 150 tests "$python" -P -m pytest -q -m gpu "${gpu_tests[@]}"
