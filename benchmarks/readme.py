@@ -1,6 +1,6 @@
 """The README's table of operators, made from the catalogue, the budgets and the newest results.
 
-`python -m benchmarks.readme` rewrites what stands between the two `<!-- operators -->` marks; a test
+`python -m benchmarks.readme` rewrites what is between the two `<!-- operators -->` marks; a test
 compares the columns that come from the catalogue. A cell stays empty where no row of the present
 sources exists: a number is measured or absent.
 """
