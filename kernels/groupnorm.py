@@ -18,8 +18,9 @@ float32 (float64 for float64 inputs), sums are taken in fixed stages. y has the 
 autocast the autocast dtype (what the next convolution takes), and the memory layout of x.
 
 Layouts. Channels last (NHWC strides, slices along the channels included) is what convolutions on
-tensor cores take and what every twin is written for. Contiguous NCHW has its own loops in C++; on a
-GPU it runs the reference. Other strides are copied to NCHW first.
+tensor cores take and what every twin is written for. Contiguous NCHW has its own loops in C++
+(the reference below 256 positions in float32, where torch is faster); on a GPU it runs the
+reference. Other strides are copied to NCHW first.
 """
 
 import torch
@@ -168,13 +169,15 @@ def _backward_cpu(
     size = B, S, C, _ = _size(x, mean.shape[1], channels_last)
     chunks = -(-S // backends.cpp().GROUPNORM_POSITIONS)
     partial = x.new_empty((B, chunks + 1, 2, C), dtype=torch.float32)
+    wide = silu and x.dtype != torch.float32
+    kept = x.new_empty(x.shape, dtype=torch.float32) if wide else made[0]
     given = (dense(dy), dense(x), weight.contiguous(), bias.contiguous())
     backends.cpp().groupnorm_backward(
         size,
         *map(_rows, given),
         mean.data_ptr(),
         rstd.data_ptr(),
-        *map(_rows, made),
+        *map(_rows, (*made, kept)),
         partial.data_ptr(),
         silu,
         channels_last,
@@ -296,6 +299,8 @@ def groupnorm_silu(
     dtypes = (x.dtype, weight.dtype, bias.dtype, to or x.dtype)
     backend = backends.pick("groupnorm_silu", x.device.type, *dtypes)
     last = is_channels_last(x)
+    if backend == "cpp" and not last and x.dtype == torch.float32 and x.shape[2] * x.shape[3] < 256:
+        backend = "reference"
     if backend == "reference" or (backend == "triton" and not last):
         return groupnorm_silu_reference(x, num_groups, weight, bias, eps, silu, out_dtype=to)
     if backend == "triton":

@@ -166,7 +166,7 @@ void apply_unit(const GroupNormForward& a, int64_t b, int64_t unit, const float*
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) {
         const float v = (x[c] - centre[c]) * rstd[c] * w[c] + shift[c];
-        y[c] = kSilu ? silu(v) : v;
+        y[c] = kSilu ? quick_silu(v) : v;
       }
       store(a.y, b, n, 0, C, y);
     }
@@ -180,7 +180,7 @@ void apply_unit(const GroupNormForward& a, int64_t b, int64_t unit, const float*
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const float v = (x[i] - mean) * slope + offset;
-      y[i] = kSilu ? silu(v) : v;
+      y[i] = kSilu ? quick_silu(v) : v;
     }
     store(a.y, b, unit, at, count, y);
   }
@@ -208,11 +208,11 @@ void apply(const GroupNormForward& a, int64_t b, int64_t unit, const float* cons
 template <bool kSilu>
 ETUDE_INLINE float before_silu(float dy, float normed, float w, float shift) {
   if (!kSilu) return dy;
-  float value;
-  return dy * silu_slope(normed * w + shift, &value);
+  return dy * quick_silu_slope(normed * w + shift);
 }
 
-// Per channel, over one unit: sums of d and of d * normed, with d the gradient before the SiLU.
+// Per channel, over one unit: sums of d and of d * normed, with d the gradient before the SiLU, which
+// is kept for the second pass: it then needs no exponential.
 template <bool kSilu>
 void sum_unit(const GroupNormBackward& a, int64_t b, int64_t unit, const float* constants,
               float* partial, float* buffers) {
@@ -227,12 +227,14 @@ void sum_unit(const GroupNormBackward& a, int64_t b, int64_t unit, const float* 
     for (int64_t n = unit * kPositions; n < last; ++n) {
       const float* const x = load(a.x, b, n, 0, C, buffers);
       const float* const dy = load(a.dy, b, n, 0, C, buffers + C);
+      float* const kept = kSilu ? target(a.kept, b, n, 0, nullptr) : nullptr;
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) {
         const float normed = (x[c] - centre[c]) * rstd[c];
         const float d = before_silu<kSilu>(dy[c], normed, w[c], shift[c]);
         plain[c] += d;
         dot[c] += d * normed;
+        if (kSilu) kept[c] = d;
       }
     }
     return;
@@ -243,6 +245,7 @@ void sum_unit(const GroupNormBackward& a, int64_t b, int64_t unit, const float* 
     const int64_t count = min64(kBlock, a.S - at);
     const float* const x = load(a.x, b, unit, at, count, buffers);
     const float* const dy = load(a.dy, b, unit, at, count, buffers + kBlock);
+    float* const kept = kSilu ? target(a.kept, b, unit, at, nullptr) : nullptr;
     float plain = 0.0f, dot = 0.0f;
 #pragma omp simd reduction(+ : plain, dot)
     for (int64_t i = 0; i < count; ++i) {
@@ -250,6 +253,7 @@ void sum_unit(const GroupNormBackward& a, int64_t b, int64_t unit, const float* 
       const float d = before_silu<kSilu>(dy[i], normed, slope, offset);
       plain += d;
       dot += d * normed;
+      if (kSilu) kept[i] = d;
     }
     all_plain += plain;
     all_dot += dot;
@@ -260,40 +264,37 @@ void sum_unit(const GroupNormBackward& a, int64_t b, int64_t unit, const float* 
 
 // dx = rstd (w d - mean(w d) - normed mean(w d normed)), means over the group; `means` holds both per
 // channel.
-template <bool kSilu>
-void gradient_unit(const GroupNormBackward& a, int64_t b, int64_t unit, const float* constants,
-                   const float* means, float* buffers) {
+void gradient_unit(const GroupNormBackward& a, const Rows& from, int64_t b, int64_t unit,
+                   const float* constants, const float* means, float* buffers) {
   const int64_t C = a.C;
   const float *centre = constants, *rstd = constants + C, *w = constants + 2 * C,
-              *shift = constants + 3 * C, *average = means, *slope = means + C;
+              *average = means, *slope = means + C;
   if (a.channels_last) {
     const int64_t last = min64((unit + 1) * kPositions, a.S);
     for (int64_t n = unit * kPositions; n < last; ++n) {
       const float* const x = load(a.x, b, n, 0, C, buffers);
-      const float* const dy = load(a.dy, b, n, 0, C, buffers + C);
+      const float* const d = load(from, b, n, 0, C, buffers + C);
       float* const dx = target(a.dx, b, n, 0, buffers + 2 * C);
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) {
         const float normed = (x[c] - centre[c]) * rstd[c];
-        const float d = before_silu<kSilu>(dy[c], normed, w[c], shift[c]);
-        dx[c] = rstd[c] * (d * w[c] - average[c] - normed * slope[c]);
+        dx[c] = rstd[c] * (d[c] * w[c] - average[c] - normed * slope[c]);
       }
       store(a.dx, b, n, 0, C, dx);
     }
     return;
   }
-  const float mean = centre[unit], scale = rstd[unit], weight = w[unit], offset = shift[unit];
+  const float mean = centre[unit], scale = rstd[unit], weight = w[unit];
   const float first = average[unit], second = slope[unit];
   for (int64_t at = 0; at < a.S; at += kBlock) {
     const int64_t count = min64(kBlock, a.S - at);
     const float* const x = load(a.x, b, unit, at, count, buffers);
-    const float* const dy = load(a.dy, b, unit, at, count, buffers + kBlock);
+    const float* const d = load(from, b, unit, at, count, buffers + kBlock);
     float* const dx = target(a.dx, b, unit, at, buffers + 2 * kBlock);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const float normed = (x[i] - mean) * scale;
-      const float d = before_silu<kSilu>(dy[i], normed, weight, offset);
-      dx[i] = scale * (d * weight - first - normed * second);
+      dx[i] = scale * (d[i] * weight - first - normed * second);
     }
     store(a.dx, b, unit, at, count, dx);
   }
@@ -309,10 +310,7 @@ void sum(const GroupNormBackward& a, int64_t b, int64_t unit, const float* const
 
 void gradient(const GroupNormBackward& a, int64_t b, int64_t unit, const float* constants,
               const float* means, float* buffers) {
-  if (a.silu)
-    gradient_unit<true>(a, b, unit, constants, means, buffers);
-  else
-    gradient_unit<false>(a, b, unit, constants, means, buffers);
+  gradient_unit(a, a.silu ? a.kept : a.dy, b, unit, constants, means, buffers);
 }
 
 // Units to channels, into the picture's last slot.

@@ -24,6 +24,7 @@ struct GroupNormBackward {
   const float* mean;
   const float* rstd;
   Rows dx, dweight, dbias;  // written
+  Rows kept;                // float32 of x's shape, workspace with SiLU; may be dx
   float* partial;           // (B, ceil(S / kPositions) + 1, 2, C), workspace
   bool silu, channels_last;
   int threads;

@@ -20,12 +20,12 @@ void groupnorm_forward(Size size, const Tensor& x, const Tensor& weight, const T
 
 void groupnorm_backward(Size size, const Tensor& dy, const Tensor& x, const Tensor& weight,
                         const Tensor& bias, Address mean, Address rstd, const Tensor& dx,
-                        const Tensor& dweight, const Tensor& dbias, Address partial, bool silu,
-                        bool channels_last, int threads) {
+                        const Tensor& dweight, const Tensor& dbias, const Tensor& kept,
+                        Address partial, bool silu, bool channels_last, int threads) {
   const auto [B, S, C, groups] = size;
   ETUDE_CALL(groupnorm_backward)({B, S, C, groups, rows(dy), rows(x), rows(weight), rows(bias),
                                   floats(mean), floats(rstd), rows(dx), rows(dweight), rows(dbias),
-                                  floats(partial), silu, channels_last, threads});
+                                  rows(kept), floats(partial), silu, channels_last, threads});
 }
 
 const Binding groupnorm([](py::module_& m) {

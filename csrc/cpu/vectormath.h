@@ -84,6 +84,45 @@ ETUDE_INLINE float silu_slope(float x, float* value) {
   return s * (1.0f + x * rest);
 }
 
+// sigmoid(x) where only absolute accuracy counts (after a GroupNorm), at half the cost: no division,
+// which takes 16 cycles for 16 lanes, and one power of two, put into the exponent bits of p. Below
+// -69 it stays at e^-69. *rest = 1 - sigmoid(x), without cancellation.
+ETUDE_INLINE float quick_sigmoid(float x, float* rest) {
+  float t = x < -69.0f ? 69.0f : -x;
+  t = t < -69.0f ? -69.0f : t;
+  const float rounded = t * 1.44269504f + kRounder;
+  const float n = rounded - kRounder;
+  const float p = exp_reduced((t - n * 0.693359375f) + n * 2.12194440e-4f);
+  int32_t power, bits;
+  __builtin_memcpy(&power, &rounded, 4);
+  __builtin_memcpy(&bits, &p, 4);
+  bits += static_cast<int32_t>(static_cast<uint32_t>(power) << 23);
+  float e;
+  __builtin_memcpy(&e, &bits, 4);
+  // 1 / (1 + e): 6% off by the exponent's and mantissa's bits alone, then squared three times.
+  const float bottom = 1.0f + e;
+  __builtin_memcpy(&bits, &bottom, 4);
+  bits = 0x7ef311c7 - bits;
+  float s;
+  __builtin_memcpy(&s, &bits, 4);
+  s = s + s * (1.0f - bottom * s);
+  s = s + s * (1.0f - bottom * s);
+  s = s + s * (1.0f - bottom * s);
+  *rest = e * s;
+  return s;
+}
+
+ETUDE_INLINE float quick_silu(float x) {
+  float rest;
+  return x * quick_sigmoid(x, &rest);
+}
+
+ETUDE_INLINE float quick_silu_slope(float x) {
+  float rest;
+  const float s = quick_sigmoid(x, &rest);
+  return s + s * x * rest;
+}
+
 // 0.5 z (1 + tanh(u)) = z sigmoid(2 u), u = sqrt(2/pi) (z + 0.044715 z^3): no tanh, and no
 // cancellation of 1 + tanh(u) for negative z.
 constexpr double kTanhLinear = 1.5957691216057308;     // 2 sqrt(2/pi)
