@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .backends import DTYPES
 
-FAMILIES = ("adaln", "optimizer")
+FAMILIES = ("activation", "adaln", "groupnorm", "optimizer")
 
 
 @dataclass(frozen=True)
