@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .backends import DTYPES
 
-FAMILIES = ("adaln", "optimizer")
+FAMILIES = ("adaln", "attention", "optimizer")
 
 
 @dataclass(frozen=True)
