@@ -92,7 +92,7 @@ def attention_reference(
     qk_norm: QKNorm | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """`dot_product_attention` in plain torch, differentiated by autograd; every score lies in memory."""
+    """`dot_product_attention` in plain torch, differentiated by autograd; it stores all scores."""
     options = Options(key_lengths, key_offsets, max_keys, bias, qk_norm, rope)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype, wide = q.dtype, _wide(q)
@@ -330,7 +330,7 @@ def attention_packed(
     qk_norm: QKNorm | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """`dot_product_attention` of qkv (B, N, 3, H, d), the output of one linear map, without a permutation.
+    """Self-attention of qkv (B, N, 3, H, d), the output of one linear map, without a permutation.
 
     Returns (B, N, H, d), contiguous. Options and errors as in `dot_product_attention`.
     """
@@ -574,12 +574,9 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
     return windows.reshape(1, table.shape[1], tokens, tokens)
 
 
+_TWINS = ("triton",)
 OPERATORS = (
-    Operator(
-        "dot_product_attention",
-        "softmax attention, with QK-norm, RoPE, bias and lengths",
-        ("triton",),
-    ),
-    Operator("attention_packed", "the same, from and to a packed q, k, v", ("triton",)),
+    Operator("dot_product_attention", "softmax attention: QK-norm, RoPE, bias, lengths", _TWINS),
+    Operator("attention_packed", "the same, of q, k, v in one tensor", _TWINS),
     Operator("joint_projection", "q, k, v of two streams in one tensor", ()),
 )

@@ -12,7 +12,7 @@ and raises where it cannot.
     etude        Triton, `attention_triton.py`: all options inside the kernel
     flash-attn   the newest working one of flash-attn 4 (CuTe), 3 (Hopper) and 2
     xformers     memory_efficient_attention
-    sdpa         torch: on CUDA cuDNN, then flash, then memory-efficient; on the CPU its fused kernel
+    sdpa         torch: on CUDA cuDNN, flash, memory-efficient in this order; on the CPU its own
     reference    `attention_reference`: scores in memory, float32 inside
 """
 
@@ -55,7 +55,7 @@ class QKNorm:
 
 
 class Options(NamedTuple):
-    """What a call asks for beyond softmax(scale * q k^T) v; see `attention.dot_product_attention`."""
+    """What a call asks for beyond plain attention; see `attention.dot_product_attention`."""
 
     key_lengths: Tensor | None = None
     key_offsets: Tensor | None = None
@@ -343,7 +343,7 @@ def _sentence(error: Exception) -> str:
     first = next((i for i, line in enumerate(lines) if line.endswith("because:")), None)
     if first is not None:
         reasons = [line for line in lines[first:] if not line.endswith("because:")]
-        lines = [lines[0] + ":", "; ".join(dict.fromkeys(reasons))]
+        lines = [lines[0].rstrip(":") + ":", "; ".join(dict.fromkeys(reasons))]
     return f"{type(error).__name__}: {' '.join(lines)}"[:400]
 
 
