@@ -341,35 +341,38 @@ def attention_packed(
     return _dispatch(scale, (qkv,), options)
 
 
-# Two streams, one sequence. Each stream's map writes its rows of the common buffer itself.
+# Two streams, one sequence: q, k and v of both lie in one tensor, which is never taken apart.
 _library = torch.library.Library("etude", "FRAGMENT")
 _library.define(
     "joint_projection(Tensor image, Tensor text, Tensor image_weight, Tensor? image_bias, "
     "Tensor text_weight, Tensor? text_bias) -> Tensor"
 )
 
-# Rows of one picture that a batched product with `out=` takes without waste: whole tiles of the
-# matrix kernels. Fewer (a text of 77 or 154 tokens) are multiplied as one flat matrix and copied.
+# Rows of one picture that a batched product takes without waste: whole tiles of the matrix kernels.
 _TILE_ROWS = 128
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether a stream's product should write into the common buffer itself.
+
+    A batched product has a row stride per picture, so its result may lie in a larger tensor. With a
+    bias, torch writes that first and the product adds to it: a write where a copy of the finished
+    product would be a read and a write. A few rows per picture (a text of 77 or 154 tokens) would
+    leave most of a tile empty, and on the CPU many small products are slower than one and a copy.
+    """
+    return x.device.type == "cuda" and x.shape[1] % _TILE_ROWS == 0
 
 
 def _project_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """out (B, N, E), a slice of the rows of a larger tensor; x (B, N, D); weight (E, D)."""
-    if x.device.type == "cpu":
-        # A picture's rows are contiguous, and a call costs little here.
-        for row, picture in zip(out, x, strict=True):
-            if bias is None:
-                torch.mm(picture, weight.t(), out=row)
-            else:
-                torch.addmm(bias, picture, weight.t(), out=row)
-    elif x.shape[1] % _TILE_ROWS == 0:
-        spread = weight.t().expand(x.shape[0], -1, -1)
-        if bias is None:
-            torch.bmm(x, spread, out=out)
-        else:
-            torch.baddbmm(bias.expand(x.shape[0], 1, -1), x, spread, out=out)
-    else:
+    if not _direct(x):
         out.copy_(linear(x, weight, bias))
+        return
+    spread = weight.t().expand(x.shape[0], -1, -1)
+    if bias is None:
+        torch.bmm(x, spread, out=out)
+    else:
+        torch.baddbmm(bias.expand(x.shape[0], 1, -1), x, spread, out=out)
 
 
 def _joint_projection(
@@ -441,7 +444,9 @@ def joint_projection(
     text_bias: Tensor | None,
     num_heads: int,
 ) -> Tensor:
-    """Queries, keys and values of both streams in one tensor, text first, without concatenation.
+    """Queries, keys and values of both streams in one tensor, text first.
+
+    On CUDA long streams are written there by their own matrix product: nothing is concatenated.
 
     Args:
         image: (B, Ni, D); text: (B, Nt, D), of one floating dtype.

@@ -215,9 +215,11 @@ def joint_plain(image, text, image_weight, image_bias, text_weight, text_bias, n
     return torch.cat(made, 1).unflatten(-1, (3, num_heads, -1))
 
 
+@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_joint_projection_is_two_maps_in_one_tensor(bias: bool, dtype: torch.dtype) -> None:
+def test_joint_projection_is_two_maps_in_one_tensor(direct, bias, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_direct", lambda x: direct)
     data = joint(dtype, bias) | {"num_heads": 2}
     got = run(kernels.joint_projection, data)
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in data.items()}
