@@ -27,6 +27,19 @@ import torch
 from torch import Tensor
 
 CHOICES = ("auto", "reference", "cpp", "triton", "cuda")
+# Attention has rivals in other libraries: names that `attention=` takes besides.
+OWN_CHOICES = {
+    "attention": (
+        "etude",
+        "flash-attn",
+        "flash-attn-4",
+        "flash-attn-3",
+        "flash-attn-2",
+        "xformers",
+        "sdpa",
+        "reference",
+    )
+}
 _ALL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     "cpp": (torch.float32, torch.bfloat16),
@@ -37,6 +50,11 @@ DTYPES = {
 # Largest accepted difference, relative to the largest magnitude of the tensor (plus one): float32
 # sums in another order, and one rounding to the 16-bit type.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def _names(op: str) -> tuple[str, ...]:
+    """What one operator, or with the empty string all, may be set to."""
+    return tuple(dict.fromkeys((*CHOICES, *OWN_CHOICES.get(op, ()))))
 
 
 def _parse(text: str) -> dict[str, str]:
@@ -55,10 +73,10 @@ def _parse(text: str) -> dict[str, str]:
     chosen = {"": "auto"}
     for part in filter(None, (p.strip() for p in given.split(","))):
         op, _, name = part.rpartition("=")
-        if name.lower() not in CHOICES:
+        if name.lower() not in _names(op):
             raise ValueError(
                 f"ETUDE_KERNELS={text}: backend {name} is unknown: set it to one of "
-                f"{', '.join(CHOICES)}"
+                f"{', '.join(_names(op))}"
             )
         chosen[op] = name.lower()
     return chosen
@@ -69,7 +87,7 @@ _verify = os.environ.get("ETUDE_VERIFY", "0") not in ("", "0")
 
 
 def choice(op: str = "") -> str:
-    """The backend asked for, for one operator or for all: one of `CHOICES`."""
+    """The backend asked for, for one operator or for all: of `CHOICES` and `OWN_CHOICES`."""
     return _choice.get(op, _choice[""])
 
 
@@ -89,11 +107,11 @@ def use_backend(name: str, verify: bool | None = None, *, op: str = "") -> Itera
 
     `op` names one operator; the empty string means all, those with a choice of their own included.
 
-    Errors: ValueError for a name that is not in `CHOICES`.
+    Errors: ValueError for a name that is not in `CHOICES` (nor the operator's `OWN_CHOICES`).
     """
     global _choice, _verify
-    if name not in CHOICES:
-        raise ValueError(f"unknown kernel backend {name!r}: use one of {', '.join(CHOICES)}")
+    if name not in _names(op):
+        raise ValueError(f"unknown kernel backend {name!r}: use one of {', '.join(_names(op))}")
     before = _choice, _verify
     _choice = {**_choice, op: name} if op else {"": name}
     _verify = _verify if verify is None else verify
@@ -224,6 +242,7 @@ def announce(device: str) -> str:
     why += "".join(f", {op}={name}" for op, name in overrides().items())
     absent = "; ".join(f"{n}: {r['detail']}" for n, r in rows.items() if r["available"] == "no")
     line = f"kernels on {device}: {backend} ({rows[backend]['detail']}; {why})"
+    line += "; " + import_module(".attention_backends", __package__).announce(device)
     return line + (f"; not available: {absent}" if absent else "")
 
 

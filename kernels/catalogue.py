@@ -11,7 +11,13 @@ from pathlib import Path
 
 from .backends import DTYPES
 
-FAMILIES = ("activation", "adaln", "groupnorm", "optimizer")
+FAMILIES = (
+    "adaln",
+    "attention",
+    "activation",
+    "groupnorm",
+    "optimizer",
+)
 
 
 @dataclass(frozen=True)
