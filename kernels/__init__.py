@@ -28,6 +28,8 @@ _OWNERS = {
     "solver_step": "solver",
     "solver_step_reference": "solver",
     "solver_coefficients": "solver",
+    "to_uint8": "solver",
+    "to_uint8_reference": "solver",
     "announce": "backends",
     "status": "backends",
     "use_backend": "backends",

@@ -282,7 +282,9 @@ def loss_backward_kernel(
         slope *= mean * 1.4426950408889634
         tl.store(dvariance_ptr + to, slope.to(dvariance_ptr.dtype.element_ty), mask=mask)
     if ZERO:
-        tl.store(dvariance_ptr + to, tl.zeros_like(eps).to(dvariance_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            dvariance_ptr + to, tl.zeros_like(eps).to(dvariance_ptr.dtype.element_ty), mask=mask
+        )
 
 
 def _key(seed: int, stream: int) -> int:

@@ -67,9 +67,7 @@ def uniform_pairs_reference(
     return u, second.to(torch.float32) * (2.0 * math.pi * 2.0**-24)
 
 
-def uniform_pairs(
-    seed: int, stream: int, positions: Tensor, blocks: int
-) -> tuple[Tensor, Tensor]:
+def uniform_pairs(seed: int, stream: int, positions: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """`uniform_pairs_reference`, by the C++ twin for CPU tensors: the same bits."""
     if backends.pick("uniform_pairs", positions.device.type, twins=("cpp",)) == "reference":
         return uniform_pairs_reference(seed, stream, positions, blocks)
@@ -100,6 +98,4 @@ def normals(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -
     u, angle = uniform_pairs(seed, stream, positions, -(-size // 4))
     radius = torch.sqrt(-2.0 * torch.log(u))
     lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return lanes.reshape(len(positions), lanes[0].numel() if len(positions) else 0)[
-        :, :size
-    ].reshape(-1, *shape)
+    return lanes.flatten(1)[:, :size].reshape(len(positions), *shape)

@@ -1,16 +1,8 @@
 // Arguments of the noising kernels (noising.cpp); filled in by noising_bindings.cpp.
 #pragma once
-#include "common.h"
+#include "latents.h"
 
 namespace etude {
-
-// A (B, C, ...) tensor whose pixels are evenly spaced: strides in elements. NCHW, NHWC and views of
-// them by chunk() all fit. An absent one has data == nullptr.
-struct Latents {
-  void* data;
-  int dtype;
-  int64_t batch_stride, channel_stride, pixel_stride;
-};
 
 // Which noise: one position per sample, and Philox's key.
 struct Draw {

@@ -2,19 +2,13 @@
 // kernels/philox.py alone, which check shapes and allocate outputs.
 #include "noising.h"
 
-#include "bindings.h"
+#include "latents_bindings.h"
 
 namespace etude {
 namespace {
 
-using Field = std::tuple<Address, int, int64_t, int64_t, int64_t>;  // batch, channel, pixel stride
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;           // B, C, S, threads
 using Key = std::tuple<Address, uint32_t, uint32_t>;                // positions, seed, stream
-
-Latents latents(const Field& t) {
-  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t),
-          std::get<4>(t)};
-}
 
 NoisingSizes sizes(const Sizes& s) {
   return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
