@@ -31,6 +31,7 @@ from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
 from etude.diffusion.objectives import Objective
 from etude.diffusion.samplers import SamplerConfig, sample
 from etude.external.diffusers import WEIGHTS, Autoencoder
+from etude.kernels import solver
 from etude.models.dit import DiT
 
 from .pictures import picture_grid, png
@@ -40,8 +41,7 @@ BLOCK = 64
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Pictures (B, C, H, W) in [-1, 1] to (B, H, W, C) uint8, rounded half to even and clamped."""
-    levels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).cpu().numpy()
+    return solver.to_uint8(images).cpu().numpy()
 
 
 def denoiser(model: Callable) -> Callable[[Tensor, Tensor, dict], Tensor]:

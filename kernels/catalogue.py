@@ -17,6 +17,8 @@ FAMILIES = (
     "activation",
     "groupnorm",
     "optimizer",
+    "noising",
+    "solver",
 )
 
 

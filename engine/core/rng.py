@@ -3,20 +3,16 @@
 Bits come from Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
 with key (seed, stream) and counter (position mod 2^32, position div 2^32, block, 0). Nothing is
 drawn from a hidden state, so the value of a position never depends on rank, world size, worker,
-micro batch, decoder or resume. Integer bits are identical in numpy and torch; normals come from one
-Box-Muller form and agree within 2e-6 between backends.
+micro batch, decoder or resume. Integer bits are identical in numpy, torch and every kernel; normals
+come from one Box-Muller form and agree within 2e-6 between backends (`etude.kernels.philox`).
 """
 
-import math
 from enum import IntEnum
 
 import numpy as np
 import torch
 
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
-_ROUNDS = 10
+from etude.kernels.philox import MASK, normals, philox_rounds
 
 
 class Stream(IntEnum):
@@ -42,42 +38,18 @@ class Stream(IntEnum):
     INITIAL = 18  # weight initialisation
 
 
-def philox(key: tuple[int, int], counter: tuple) -> tuple:
-    """Ten Philox-4x32 rounds.
-
-    Args:
-        key: two integers below 2^32.
-        counter: four equal-shaped arrays of uint32 values, all numpy uint64 or all torch int64.
-
-    Returns:
-        Four arrays of the same kind with values in [0, 2^32).
-    """
-    key_0, key_1 = key
-    c0, c1, c2, c3 = counter
-    for _ in range(_ROUNDS):
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1  # wraps modulo 2^64
-        c0, c1, c2, c3 = (
-            ((product_1 >> 32) & _MASK) ^ c1 ^ key_0,
-            product_1 & _MASK,
-            ((product_0 >> 32) & _MASK) ^ c3 ^ key_1,
-            product_0 & _MASK,
-        )
-        key_0, key_1 = (key_0 + _WEYL_0) & _MASK, (key_1 + _WEYL_1) & _MASK
-    return c0, c1, c2, c3
-
-
 def bits(seed: int, stream: int, positions: np.ndarray, count: int) -> np.ndarray:
     """Random 32-bit words, (B, count) uint32, for positions (B,) int64."""
     position = np.asarray(positions, dtype=np.int64).astype(np.uint64)[:, None]
     blocks = np.arange(-(-count // 4), dtype=np.uint64)[None, :]
     shape = np.broadcast_shapes(position.shape, blocks.shape)
     counter = (
-        np.broadcast_to(position & np.uint64(_MASK), shape),
+        np.broadcast_to(position & np.uint64(MASK), shape),
         np.broadcast_to(position >> np.uint64(32), shape),
         np.broadcast_to(blocks, shape),
         np.zeros(shape, dtype=np.uint64),
     )
-    words = philox((seed & _MASK, int(stream) & _MASK), counter)
+    words = philox_rounds((seed & MASK, int(stream) & MASK), counter)
     return np.stack(words, axis=-1).reshape(len(position), -1)[:, :count].astype(np.uint32)
 
 
@@ -108,20 +80,8 @@ def normal(
     Element i of a position's flattened field is lane i mod 4 of Philox block i div 4; lanes (0, 1)
     and (2, 3) are the cosine and sine of one Box-Muller pair each. The largest magnitude is 5.77.
     """
-    position = torch.as_tensor(positions, dtype=torch.int64, device=device)[:, None]
-    size = math.prod(shape)
-    blocks = torch.arange(-(-size // 4), dtype=torch.int64, device=device)[None, :]
-    zero = torch.zeros_like(position + blocks)
-    counter = (zero + (position & _MASK), zero + (position >> 32), zero + blocks, zero)
-    w0, w1, w2, w3 = philox((seed & _MASK, int(stream) & _MASK), counter)
-    lanes = (*_box_muller(w0, w1), *_box_muller(w2, w3))
-    return torch.stack(lanes, dim=-1).reshape(len(position), -1)[:, :size].reshape(-1, *shape)
-
-
-def _box_muller(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    radius = torch.sqrt(-2.0 * torch.log(((first >> 8) + 1).to(torch.float32) * 2.0**-24))
-    angle = (second >> 8).to(torch.float32) * (2.0 * math.pi * 2.0**-24)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    where = torch.as_tensor(positions, dtype=torch.int64, device=device)
+    return normals(int(seed), int(stream), where, tuple(shape))
 
 
 def permute(index: np.ndarray, size: int, seed: int, stream: int, turn: int) -> np.ndarray:

@@ -31,23 +31,18 @@ from .objectives import Denoiser, Objective
 Predictor = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def classifier_free(
+def stacked_predictor(
     denoiser: Denoiser,
     condition: dict[str, Any],
     null_condition: dict[str, Any] | None,
     *,
     weight: float,
     interval: tuple[float, float] = (0.0, 1.0),
-    channels: int | None = None,
 ) -> Predictor:
-    """A predictor (x, t (B,), time) -> raw output that extrapolates away from no condition.
+    """A predictor (x, t (B,), time) -> raw output of what classifier-free guidance needs.
 
-    cond + weight * (cond - uncond), both from one call on a doubled batch. Outside `interval`, and
-    for weight 0, the conditional prediction is computed alone.
-
-    Args:
-        channels: guide only the first channels of the prediction; the others, and a learned
-            variance, are the conditional ones.
+    The predictions with and without the condition, (2 B, ...) of one call on a doubled batch.
+    Outside `interval`, and for weight 0, the conditional one alone, (B, ...).
     """
     if weight == 0.0:
         return lambda x, t, time: denoiser(x, t, condition)
@@ -59,14 +54,27 @@ def classifier_free(
     def predict(x: Tensor, t: Tensor, time: float) -> Tensor:
         if not low <= time <= high:
             return denoiser(x, t, condition)
-        output = denoiser(torch.cat((x, x)), torch.cat((t, t)), both)
-        conditional, unconditional = output.chunk(2)
-        count = x.shape[1] if channels is None else min(channels, x.shape[1])
-        first = conditional[:, :count]
-        guided = first + weight * (first - unconditional[:, :count])
-        return torch.cat((guided, conditional[:, count:]), dim=1)
+        return denoiser(torch.cat((x, x)), torch.cat((t, t)), both)
 
     return predict
+
+
+def classifier_free(
+    output: Tensor, x: Tensor, *, weight: float, channels: int | None = None
+) -> Tensor:
+    """cond + weight * (cond - uncond) of a `stacked_predictor`'s output at x: (B, ...).
+
+    Args:
+        channels: guide only the first channels of the prediction; the others, and a learned
+            variance, are the conditional ones.
+    """
+    if len(output) == len(x):
+        return output
+    conditional, unconditional = output.chunk(2)
+    count = x.shape[1] if channels is None else min(channels, x.shape[1])
+    first = conditional[:, :count]
+    guided = first + weight * (first - unconditional[:, :count])
+    return torch.cat((guided, conditional[:, count:]), dim=1)
 
 
 def _concatenate(first: Any, second: Any) -> Any:

@@ -13,6 +13,7 @@ condition) -> raw output (B, C, H, W), or (B, 2 C, H, W) whose second half is a 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,10 +22,27 @@ from torch import Tensor
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
+from etude.kernels.noising import diffuse, diffusion_loss
 
 from .schedules import Schedule, ScheduleName
 
 Denoiser = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
+NO_VARIANCE = (
+    "objective.variance 'learned_range' needs a network that returns one:"
+    " set model.learn_sigma to true, or objective.variance to fixed"
+)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise by position, drawn where it is used: what `core.rng.normal` would give, never stored.
+
+    positions: (B,) int64 on the latents' device; seed and stream: the key of `core.rng`.
+    """
+
+    positions: Tensor
+    seed: int
+    stream: int
 
 
 class ObjectiveConfig(Config):
@@ -141,17 +159,25 @@ class Objective:
         )
 
     def losses(
-        self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: dict[str, Any]
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        eps: Tensor | Noise,
+        t: Tensor,
+        condition: dict[str, Any],
     ) -> Tensor:
         """Mean squared error of each sample, (B,) float32; plus the bound of a learned variance.
 
         Args:
             denoiser: called once, at the noisy x.
             x0: (B, C, H, W) clean latents, scaled to unit variance.
-            eps: (B, C, H, W) standard normal noise.
+            eps: (B, C, H, W) standard normal noise, or where it comes from: then noising, loss and
+                gradient are one pass each (`kernels.noising`).
             t: (B,) times from `times`.
             condition: handed to the denoiser.
         """
+        if isinstance(eps, Noise):
+            return self._losses_by_position(denoiser, x0, eps, t, condition)
         x0, eps = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (x0, eps))
         x = self.noise(x0, eps, t)
         prediction, variance = self.split(denoiser(x, t, condition), x)
@@ -159,11 +185,33 @@ class Objective:
         if self.config.variance == "fixed":
             return losses
         if variance is None:
-            raise UserError(
-                "objective.variance 'learned_range' needs a network that returns one:"
-                " set model.learn_sigma to true, or objective.variance to fixed"
-            )
+            raise UserError(NO_VARIANCE)
         return losses + self._bound(x0, x, t, prediction.detach(), variance)
+
+    def _losses_by_position(
+        self, denoiser: Denoiser, x0: Tensor, noise: Noise, t: Tensor, condition: dict[str, Any]
+    ) -> Tensor:
+        alpha, sigma = self.schedule.coefficients(t)
+        drawn = (x0, noise.positions, alpha, sigma)
+        key = {"seed": noise.seed, "stream": noise.stream}
+        wide = torch.promote_types(x0.dtype, torch.float32)
+        output = denoiser(diffuse(*drawn, **key, dtype=wide), t, condition)
+        bound = None
+        if self.config.variance == "learned_range":
+            if output.shape[1] != 2 * x0.shape[1]:
+                raise UserError(NO_VARIANCE)
+            bound = self._bound_rows(t)
+        return diffusion_loss(output, *drawn, **key, target=self.config.prediction, bound=bound)
+
+    def _bound_rows(self, t: Tensor) -> Tensor:
+        """The bound's numbers of `diffusion_loss` at times t (B,): (B, 4) float64."""
+        alpha, sigma = self.schedule.coefficients(t.double())
+        index = self.schedule.index(t)
+        step = self.schedule.posterior(index)
+        smallest = self.schedule.posterior(index.clamp(min=1)).variance
+        first = (index == 0).to(alpha.dtype)
+        logs = smallest.log(), step.largest.log()
+        return torch.stack((step.from_x0 * sigma / alpha, *logs, first), dim=1)
 
     def _bound(
         self, x0: Tensor, x: Tensor, t: Tensor, prediction: Tensor, variance: Tensor

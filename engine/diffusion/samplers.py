@@ -2,12 +2,16 @@
 
 Every step estimates (x0_hat, eps_hat) and moves to the next point of a decreasing grid of times:
 
-    ddim   x' = alpha' x0_hat + sigma' eps_hat      first order; on the flow schedule this is Euler
-    heun   the trapezoidal rule in s = sigma / (alpha + sigma), where x / (alpha + sigma) moves
-           with velocity eps - x0 whatever the schedule; second order; the last step is Euler's
-    ddpm   a draw of the posterior q(x' | x, x0_hat); its noise comes from the caller, step by step
+    ddim      x' = alpha' x0_hat + sigma' eps_hat   first order; on the flow schedule this is Euler
+    dpmpp_2m  DPM-Solver++(2M) (Lu et al. 2022): x0_hat is extrapolated from the two last steps in
+              log(alpha / sigma); the first and the last step are of first order
+    heun      the trapezoidal rule in s = sigma / (alpha + sigma), where x / (alpha + sigma) moves
+              with velocity eps - x0 whatever the schedule; second order; the last step is Euler's
+    ddpm      a draw of the posterior q(x' | x, x0_hat); its noise comes from the caller
 
-The last point is always the clean one (alpha' = 1, sigma' = 0), so the result is x0_hat.
+The last point is always the clean one (alpha' = 1, sigma' = 0), so the result is x0_hat. Steps that
+are linear in x, the prediction and one more tensor (all but heun's and a learned variance's) are
+rows of numbers for `solver_step`, which guides, estimates and moves in one pass.
 """
 
 from collections.abc import Callable
@@ -20,8 +24,9 @@ from torch import Tensor
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
+from etude.kernels.solver import solver_coefficients, solver_step
 
-from .guidance import EntropyGuidance, classifier_free
+from .guidance import EntropyGuidance, classifier_free, stacked_predictor
 from .objectives import Denoiser, Objective, learned_log_variance
 from .schedules import posterior
 
@@ -29,7 +34,7 @@ from .schedules import posterior
 class SamplerConfig(Config):
     """How pictures are drawn; part of an evaluation's protocol."""
 
-    method: Literal["ddim", "heun", "ddpm"] = option("ddim", "rule of one step")
+    method: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = option("ddim", "rule of one step")
     steps: int = option(50, "steps from noise to a clean sample", unit="steps", gt=0)
     spacing: Literal["linspace", "leading", "trailing"] = option(
         "linspace", "which entries of a table are visited; continuous schedules take linspace"
@@ -131,23 +136,28 @@ def sample(
     if config.method == "ddpm" and step_noise is None:
         raise ValueError("method 'ddpm' needs step_noise, a callable from step to noise")
     times = time_grid(objective, config) if times is None else times
-    points = _points(objective, times)
-    predict = classifier_free(
-        denoiser,
-        condition,
-        null_condition,
-        weight=config.guidance_weight,
-        interval=config.guidance_interval,
-        channels=config.guidance_channels,
+    points, weight = _points(objective, times), config.guidance_weight
+    predict = stacked_predictor(
+        denoiser, condition, null_condition, weight=weight, interval=config.guidance_interval
     )
+    rows = _rows(objective, config.method, points).to(noise.device, noise.dtype)
+    scale = torch.full((1,), weight, dtype=noise.dtype, device=noise.device)
     if guide is not None:
         guide.start(len(noise), noise.device)
 
-    def estimate(x: Tensor, step: int, *, corrector: bool = False) -> tuple[Any, ...]:
-        time = times[step + corrector]
+    def guides(step: int) -> bool:
+        return guide is not None and guide.acts(step, times[step])
+
+    def raw(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
         t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
-        prediction, variance = objective.split(predict(x, t, time), x)
-        if guide is not None and guide.acts(step, times[step]):
+        return predict(x, t, time), t
+
+    def estimate(
+        output: Tensor, x: Tensor, t: Tensor, step: int, *, corrector: bool = False
+    ) -> tuple[Any, ...]:
+        output = classifier_free(output, x, weight=weight, channels=config.guidance_channels)
+        prediction, variance = objective.split(output, x)
+        if guide is not None and guides(step):
             x, x0, eps = guide.push(
                 denoiser, objective, x, prediction, t, condition, corrector=corrector
             )
@@ -155,31 +165,76 @@ def sample(
             x0, eps = objective.clean(prediction, x, t)
         return x, x0, eps, variance
 
-    x = noise
+    x, previous = noise, None
     for step in range(len(times) - 1):
-        (alpha, sigma), (alpha_next, sigma_next) = points[step], points[step + 1]
-        x, x0, eps, variance = estimate(x, step)
-        last = step == len(times) - 2
-        if last:
-            x = x0
-        elif config.method == "ddpm":
+        last, extra = step == len(times) - 2, None
+        if config.method == "dpmpp_2m":
+            extra = previous
+        elif config.method == "ddpm" and not last:
             assert step_noise is not None
-            noise_now = step_noise(step).to(x.dtype)
-            x = _ancestral(points[step], points[step + 1], x, x0, variance, noise_now)
-        elif config.method == "heun":
-            total, total_next = alpha + sigma, alpha_next + sigma_next
-            width = sigma_next / total_next - sigma / total
-            euler = alpha_next * x0 + sigma_next * eps
-            _, x0_next, eps_next, _ = estimate(euler, step, corrector=True)
-            velocity = 0.5 * ((eps - x0) + (eps_next - x0_next))
-            x = (x / total + width * velocity) * total_next
+            extra = step_noise(step).to(x.dtype)
+        output, t = raw(x, times[step])
+        whole = last or config.method != "heun"
+        if whole and not guides(step) and not _varies(objective, config, output, x):
+            guided = len(output) != len(x)
+            x, x0 = solver_step(
+                x,
+                output,
+                rows[step],
+                guidance=scale if guided else None,
+                guided_channels=config.guidance_channels if guided else None,
+                extra=extra,
+            )
         else:
-            x = alpha_next * x0 + sigma_next * eps
+            x, x0, eps, variance = estimate(output, x, t, step)
+            if last:
+                x = x0
+            elif config.method == "ddpm":
+                x = _ancestral(points[step], points[step + 1], x, x0, variance, extra)
+            elif config.method == "heun":
+                (alpha, sigma), (alpha_next, sigma_next) = points[step], points[step + 1]
+                total, total_next = alpha + sigma, alpha_next + sigma_next
+                width = sigma_next / total_next - sigma / total
+                euler = alpha_next * x0 + sigma_next * eps
+                corrected = raw(euler, times[step + 1])
+                _, x0_next, eps_next, _ = estimate(
+                    corrected[0], euler, corrected[1], step, corrector=True
+                )
+                velocity = 0.5 * ((eps - x0) + (eps_next - x0_next))
+                x = (x / total + width * velocity) * total_next
+            else:
+                from_x, from_x0, from_eps, from_extra = rows[step, 4:]
+                x = from_x * x + (from_x0 * x0 + from_eps * eps)
+                x = x if extra is None else x + from_extra * extra
+        previous = x0
         if progress is not None:
             progress(step + 1, x, x0)
     if guide is not None:
         guide.finish(x, condition)
     return x
+
+
+def _varies(objective: Objective, config: SamplerConfig, output: Tensor, x: Tensor) -> bool:
+    """Whether a step draws with a variance of the network's."""
+    learned = objective.config.variance == "learned_range" and output.shape[1] != x.shape[1]
+    return config.method == "ddpm" and learned
+
+
+def _rows(objective: Objective, method: str, points: list[tuple[float, float]]) -> Tensor:
+    """`solver_step`'s numbers for every step of a grid, (steps, 8) float64; heun's are Euler's."""
+    alpha, sigma = torch.tensor(points, dtype=torch.float64).unbind(1)
+    ways = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    rule = "ddim" if method == "heun" else method
+    rows = solver_coefficients(rule, objective.config.prediction, *ways)
+    if method == "dpmpp_2m" and len(points) > 2:
+        rows[1:] = solver_coefficients(
+            rule,
+            objective.config.prediction,
+            *(way[1:] for way in ways),
+            alpha_previous=alpha[:-2],
+            sigma_previous=sigma[:-2],
+        )
+    return rows
 
 
 def _points(objective: Objective, times: list[float]) -> list[tuple[float, float]]:

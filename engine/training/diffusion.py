@@ -15,7 +15,7 @@ from etude.core.signals import Stopper, StopRequested
 from etude.core.strategy import Strategy
 from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch
-from etude.diffusion.objectives import Objective
+from etude.diffusion.objectives import Noise, Objective
 from etude.metrics.prdc import distances
 from etude.models.dit import DiT
 from etude.pictures import picture_grid, terminal_picture
@@ -145,7 +145,8 @@ class DiffusionJob(Job):
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         seed, positions, device = self.recipe.seed, batch.positions, self.world.device
         x0 = self.clean(batch)
-        noise = rng.normal(seed, rng.Stream.NOISE, positions, tuple(x0.shape[1:]), device)
+        where = torch.as_tensor(positions, dtype=torch.int64, device=device)
+        noise = Noise(where, seed, int(rng.Stream.NOISE))
         times = self.objective.times(self._uniform(rng.Stream.TIMESTEP, positions))
         dropped = self._uniform(rng.Stream.DROP_SEMANTIC, positions) < self.recipe.drop_label
         condition = {"labels": torch.where(dropped, self.null_label, self._labels(batch))}
