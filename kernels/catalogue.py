@@ -8,7 +8,7 @@ tests/kernels/test_<family>.py.
 from dataclasses import dataclass
 from importlib import import_module
 
-FAMILIES = ("adaln", "optimizer")
+FAMILIES = ("adaln", "knn", "optimizer", "resizing", "statistics")
 
 
 @dataclass(frozen=True)
