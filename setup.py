@@ -31,7 +31,8 @@ X86_LEVELS = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-v
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # No fused multiply-add here: the bits are then the same at every level, and the reference's.
-SOURCE_FLAGS = {name: ["-ffp-contract=off"] for name in ("optimizer.cpp", "resizing.cpp")}
+_NO_FMA = ("knn.cpp", "optimizer.cpp", "resizing.cpp")
+SOURCE_FLAGS = {name: ["-ffp-contract=off"] for name in _NO_FMA}
 
 
 def packages() -> list[str]:

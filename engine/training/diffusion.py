@@ -16,7 +16,7 @@ from etude.core.strategy import Strategy
 from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch
 from etude.diffusion.objectives import Objective
-from etude.metrics.prdc import distances
+from etude.kernels import nearest_neighbours
 from etude.models.dit import DiT
 from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
@@ -249,8 +249,8 @@ class DiffusionJob(Job):
         )
         first = samples[:columns]
         train = self.training_pictures()
-        sides = [torch.from_numpy(side).flatten(1).double() for side in (first, train)]
-        distance, row = distances(*sides).min(1)
+        sides = [torch.from_numpy(side).flatten(1).float() for side in (first, train)]
+        distance, row = (found[:, 0] for found in nearest_neighbours(*sides))
         self.look.page.pairs(
             self.look.id("nearest"),
             "Samples and their nearest training pictures",
