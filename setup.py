@@ -30,8 +30,9 @@ DATA_FILES = [f"**/*.{end}" for end in ("html", "css", "js", "json", "yaml", "tx
 X86_LEVELS = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
-# No fused multiply-add in the optimizer: its bits are then the same at every level.
-SOURCE_FLAGS = {"optimizer.cpp": ["-ffp-contract=off"]}
+# No fused multiply-add here: the bits are then the same at every level, and the reference's.
+_NO_FMA = ("knn.cpp", "optimizer.cpp", "resizing.cpp")
+SOURCE_FLAGS = {name: ["-ffp-contract=off"] for name in _NO_FMA}
 
 
 def packages() -> list[str]:

@@ -19,6 +19,9 @@ FAMILIES = (
     "optimizer",
     "noising",
     "solver",
+    "resizing",
+    "statistics",
+    "knn",
 )
 
 

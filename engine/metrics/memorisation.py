@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .prdc import distances
+from etude.kernels import nearest_neighbours
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,10 @@ class NearestPictures:
         }
 
 
-def nearest_pictures(
-    generated: torch.Tensor, train: torch.Tensor, block: int = 1024
-) -> NearestPictures:
-    """Nearest training pictures of features (M, D) among (N, D), in blocks of rows."""
-    centre = train.to(torch.float64).mean(0)
-    y, x = (side.to(torch.float64) - centre for side in (generated, train))
-    near = [distances(rows, x).min(1) for rows in y.split(block)]
-    own = []
-    for start in range(0, len(x), block):
-        gap = distances(x[start : start + block], x)
-        rows = torch.arange(len(gap), device=gap.device)
-        gap[rows, rows + start] = torch.inf
-        own.append(gap.min(1).values)
-    return NearestPictures(
-        torch.cat([n.values for n in near]), torch.cat([n.indices for n in near]), torch.cat(own)
-    )
+def nearest_pictures(generated: torch.Tensor, train: torch.Tensor) -> NearestPictures:
+    """Nearest training pictures of features (M, D) among (N, D); of equals, the first."""
+    distance, row = nearest_neighbours(generated, train)
+    return NearestPictures(distance[:, 0], row[:, 0], nearest_neighbours(train)[0][:, 0])
 
 
 def label_agreement(

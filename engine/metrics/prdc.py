@@ -8,8 +8,8 @@ With r_i the distance of real i to its k-th nearest other real, s_j the same for
     coverage  = share of real i with a generated picture in its ball
 
 (Kynkaanniemi et al. 2019; Naeem et al. 2020.) Comparisons are strict, as in the authors' `prdc`
-package. Distances are computed in float64 after centring and kept as float32, so that a distance
-computed twice in different blocks compares equal.
+package. Distances come from `etude.kernels`: right to float64 and kept as float32, so that a
+distance computed twice compares equal.
 
 Only the nearest pairs are kept, never N x M: `Neighbourhoods` holds, for every row, its `keep`
 nearest in its own set and the pairs that fall inside the `keep`-th radius. From these the four
@@ -19,6 +19,8 @@ values of any subset follow in time linear in N, which makes replicates for an i
 from dataclasses import dataclass
 
 import torch
+
+from etude.kernels import nearest_neighbours, neighbour_pairs
 
 METRICS = ("precision", "recall", "density", "coverage")
 
@@ -67,7 +69,6 @@ class Neighbourhoods:
         generated: torch.Tensor,
         k: int = 5,
         kept_share: float = 1.0,
-        block: int = 1024,
     ) -> "Neighbourhoods":
         """Neighbourhoods of features (N, D) and (M, D) for subsets that keep `kept_share` of rows.
 
@@ -76,11 +77,13 @@ class Neighbourhoods:
         """
         if min(len(real), len(generated)) <= k:
             raise ValueError(f"k={k} neighbours need more than {k} pictures on each side")
-        centre = real.to(torch.float64).mean(0)
-        x, y = (side.to(torch.float64) - centre for side in (real, generated))
-        own_x, own_y = (_own(side, enough(k, kept_share, len(side)), block) for side in (x, y))
-        near_real, near_generated = _cross(
-            x, y, own_x.distance[:, -1], own_y.distance[:, -1], block
+        own_x, own_y = (
+            Neighbours(*nearest_neighbours(side, k=enough(k, kept_share, len(side))))
+            for side in (real, generated)
+        )
+        reaches = own_x.distance[:, -1], own_y.distance[:, -1]
+        near_real, near_generated = (
+            Pairs(*pairs) for pairs in neighbour_pairs(real, generated, *reaches)
         )
         return cls(k, own_x, own_y, near_real, near_generated)
 
@@ -115,11 +118,9 @@ class Neighbourhoods:
         return pairs.real[hit], pairs.generated[hit]
 
 
-def prdc(
-    real: torch.Tensor, generated: torch.Tensor, k: int = 5, block: int = 1024
-) -> dict[str, float]:
+def prdc(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> dict[str, float]:
     """Precision, recall, density and coverage of features (N, D) and (M, D)."""
-    return Neighbourhoods.of(real, generated, k, block=block).values()
+    return Neighbourhoods.of(real, generated, k).values()
 
 
 def enough(k: int, kept_share: float, count: int) -> int:
@@ -133,36 +134,3 @@ def enough(k: int, kept_share: float, count: int) -> int:
             break
         listed += 1
     return min(listed, count - 1)
-
-
-def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances (N, M) float32 of float64 rows."""
-    scale = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
-    squared = scale - 2.0 * (x @ y.T)
-    squared[squared < 1e-13 * scale] = 0.0  # equal rows: what is left is rounding
-    return squared.sqrt_().to(torch.float32)
-
-
-def _own(x: torch.Tensor, keep: int, block: int) -> Neighbours:
-    found = []
-    for start in range(0, len(x), block):
-        gap = distances(x[start : start + block], x)
-        rows = torch.arange(len(gap), device=gap.device)
-        gap[rows, rows + start] = torch.inf
-        found.append(torch.topk(gap, keep, dim=1, largest=False, sorted=True))
-    return Neighbours(torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]))
-
-
-def _cross(
-    x: torch.Tensor, y: torch.Tensor, reach_x: torch.Tensor, reach_y: torch.Tensor, block: int
-) -> tuple[Pairs, Pairs]:
-    parts: tuple[list, list] = ([], [])
-    for start in range(0, len(x), block):
-        gap = distances(x[start : start + block], y)
-        for into, reach in zip(
-            parts, (reach_x[start : start + block, None], reach_y[None, :]), strict=True
-        ):
-            real, generated = torch.nonzero(gap < reach, as_tuple=True)
-            into.append((real + start, generated, gap[real, generated]))
-    first, second = (Pairs(*map(torch.cat, zip(*part, strict=True))) for part in parts)
-    return first, second

@@ -14,7 +14,6 @@ from etude.metrics.extractors import (
     Extractor,
     load_extractor,
     resize_antialiased,
-    resize_tf1,
     to_channels,
 )
 from etude.metrics.extractors.classifier import ClassifierExtractor, save_classifier
@@ -28,24 +27,6 @@ INCEPTION = Path(os.environ.get("ETUDE_INCEPTION", "data/inception"))
 def pictures(rows: int, side: int, channels: int) -> torch.Tensor:
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.integers(0, 256, (rows, side, side, channels), dtype=np.uint8))
-
-
-@pytest.mark.parametrize(("side", "size"), [(8, 20), (20, 8), (7, 7), (5, 299)])
-def test_tf1_resize_is_the_rule_written_out(side: int, size: int) -> None:
-    x = pictures(1, side, 1)[0, :, :, 0].numpy().astype(np.float64)
-    expected = np.zeros((size, size))
-    for i in range(0, size, max(1, size // 20)):
-        for j in range(0, size, max(1, size // 20)):
-            top, left = i * side / size, j * side / size
-            y0, x0 = int(top), int(left)
-            y1, x1 = min(y0 + 1, side - 1), min(x0 + 1, side - 1)
-            a, b = top - y0, left - x0
-            upper = x[y0, x0] * (1 - b) + x[y0, x1] * b
-            lower = x[y1, x0] * (1 - b) + x[y1, x1] * b
-            expected[i, j] = upper * (1 - a) + lower * a
-    found = resize_tf1(torch.from_numpy(x)[None, None].float(), size)[0, 0].numpy()
-    checked = np.ix_(*[range(0, size, max(1, size // 20))] * 2)
-    np.testing.assert_allclose(found[checked], expected[checked], atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [16, 100])

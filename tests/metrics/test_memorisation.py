@@ -9,17 +9,16 @@ import torch
 from etude.metrics.memorisation import label_agreement, nearest_pictures
 
 
-@pytest.mark.parametrize("block", [2, 100])
-def test_nearest_is_found_and_copies_stand_out(block: int) -> None:
+def test_nearest_is_found_and_copies_stand_out() -> None:
     train = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 6)))
     fresh = torch.from_numpy(np.random.default_rng(1).normal(size=(30, 6)))
-    near = nearest_pictures(fresh, train, block)
+    near = nearest_pictures(fresh, train)
     exact = torch.cdist(fresh, train, compute_mode="donot_use_mm_for_euclid_dist")
     torch.testing.assert_close(near.distance.double(), exact.min(1).values, rtol=1e-6, atol=0)
     assert torch.equal(near.row, exact.argmin(1))
     assert near.figures()["median nearest distance"] > near.figures()["train-train quantile"]
 
-    copied = nearest_pictures(train[5:25] + 1e-4, train, block)
+    copied = nearest_pictures(train[5:25] + 1e-4, train)
     assert torch.equal(copied.row, torch.arange(5, 25))
     assert copied.figures()["median nearest distance"] < copied.figures()["train-train quantile"]
     assert copied.figures()["share below the quantile"] == 1.0

@@ -47,7 +47,7 @@ def prdc_by_definition(real: np.ndarray, generated: np.ndarray, k: int) -> dict[
 @pytest.mark.parametrize(("rows", "k"), [((300, 260), 5), ((120, 400), 3), ((50, 50), 1)])
 def test_prdc_is_the_definition(rows: tuple[int, int], k: int) -> None:
     real, generated = features(rows[0], 16, 2), features(rows[1], 16, 3, 0.3)
-    found = prdc(torch.from_numpy(real), torch.from_numpy(generated), k, block=64)
+    found = prdc(torch.from_numpy(real), torch.from_numpy(generated), k)
     assert found == pytest.approx(prdc_by_definition(real, generated, k), abs=1e-12)
 
 

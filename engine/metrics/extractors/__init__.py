@@ -92,23 +92,3 @@ def resize_antialiased(x: torch.Tensor, size: int) -> torch.Tensor:
     if x.shape[-2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
-def resize_tf1(x: torch.Tensor, size: int) -> torch.Tensor:
-    """TensorFlow 1's bilinear rule without antialiasing; (B, C, H, W) -> (B, C, size, size).
-
-    Output index i reads the input at i * (input / size), the rule behind all published FIDs.
-    """
-    return _lerp_tf1(_lerp_tf1(x, size, -2), size, -1)
-
-
-def _lerp_tf1(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    length = x.shape[dim]
-    if length == size:
-        return x
-    place = torch.arange(size, dtype=torch.float32, device=x.device) * (length / size)
-    low = place.floor().long().clamp_max(length - 1)
-    high = (low + 1).clamp_max(length - 1)
-    share = (place - low).reshape([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)])
-    first, second = x.index_select(dim, low), x.index_select(dim, high)
-    return first + (second - first) * share

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from etude.core.errors import UserError
-
-from . import resize_tf1, to_channels
+from etude.kernels import resize
 
 TENSORS_SHA256 = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"
 FILES = ("inception.safetensors", "default_1.pt")
+_MIDDLE = (128 / 255,)  # as mean and as deviation: (v / 255 - mean) / std = (v - 128) / 128
 
 
 class InceptionExtractor:
@@ -59,8 +59,16 @@ class InceptionExtractor:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, 2048) float32 of images (B, H, W, C) uint8."""
-        x = resize_tf1(to_channels(images, 3), 299)
-        x = ((x - 128.0) / 128.0).contiguous(memory_format=torch.channels_last)
+        images = images.expand(-1, -1, -1, 3)
+        x = resize(
+            images,
+            (299, 299),
+            filter="tf1",
+            mean=_MIDDLE,
+            std=_MIDDLE,
+            dtype=torch.float32,
+            out_layout="channels_last",
+        )
         return self.network(x)
 
     def to(self, device: torch.device | str) -> "InceptionExtractor":

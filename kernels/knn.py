@@ -1,0 +1,409 @@
+"""Nearest neighbours and membership in balls, without a matrix of all distances.
+
+Called by precision, recall, density and coverage (Kynkaanniemi et al. 2019; Naeem et al. 2020) and
+by the search for copies. For rows x_i of (N, D) and y_j of (M, D):
+
+    nearest_neighbours: the k smallest d_ij = |x_i - y_j| of every i, ascending, ties by smaller j
+    knn_radii:          r_i, the distance of x_i to the k-th nearest other row of x
+    membership_counts:  per i, how many j have d_ij < r_j; per j, how many i
+    neighbour_pairs:    the (i, j, d_ij) with d_ij < r_i, and those with d_ij < s_j
+
+A row is not its own neighbour, by index: an equal row elsewhere is one, at distance 0. Distances
+are float32, rounded from float64, and all comparisons are of these, strictly.
+
+How to get float64 answers at float32's cost (the C++ twin): rows are centred, a = float32(x - m)
+with m the mean of y, and a block of a . b is one float32 matrix product. Whatever its order of
+summation (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), with unit
+roundoff u = 2^-24 and s = |a|^2 + |b|^2,
+
+    |a.b computed - a.b| <= D u / (1 - D u) |a||b|       so 2 a.b is off by at most about D u s
+    |d_ij^2 - |a - b|^2| <= 4 u s                        rounding of the centred rows
+    4 u s                                                rounding of |a|^2, |b|^2 and their sums
+
+Hence | |a|^2 + |b|^2 - 2 a.b - d_ij^2 | <= c s with c = 1.01 (D + 16) u. Pairs that this bound
+decides are decided; of the others (the k nearest, and about one pair in a thousand near a radius)
+the distance is computed again from the rows as given, by differences in float64. The results do
+not depend on how the product was rounded, blocked or threaded; equal rows have distance 0.
+
+The reference works in float64 throughout: centred rows, |a|^2 + |b|^2 - 2 a.b, of which less than
+1e-13 s counts as 0 (what rounding leaves of equal rows). It differs from exact distances by
+1e-16 s / d_ij^2 before the rounding to float32.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .catalogue import Operator
+
+_ROWS, _COLUMNS = 1024, 2048  # of a block: 8 MiB of products in float32
+_KEY = 1 << 32
+MOST = 1024  # neighbours
+_LARGEST = 1e37  # squared norms beyond it leave float32 no room
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+
+
+def _centred(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both sets in float64 around the mean of the second (of the first without a second)."""
+    centre = (x if y is None else y).to(torch.float64).mean(0)
+    x = x.to(torch.float64) - centre
+    return x, x if y is None else y.to(torch.float64) - centre
+
+
+def distances_reference(x: Tensor, y: Tensor) -> Tensor:
+    """Distances (N, M) float32 of centred float64 rows (N, D) and (M, D)."""
+    scale = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
+    squared = scale - 2.0 * (x @ y.T)
+    squared[squared < 1e-13 * scale] = 0.0  # equal rows: what is left is rounding
+    return squared.sqrt_().to(torch.float32)
+
+
+def nearest_neighbours_reference(
+    x: Tensor, y: Tensor | None, k: int, block: int = _ROWS
+) -> tuple[Tensor, Tensor]:
+    """`nearest_neighbours` in plain torch and float64, `block` x `2 block` distances at a time.
+
+    A distance and its index make one whole number, the bits of a non-negative float32 being in
+    the order of their values; the k smallest of these are the answer, ties included.
+    """
+    own, (a, b) = y is None, _centred(x, y)
+    found = []
+    for first in range(0, len(a), block):
+        rows = a[first : first + block]
+        best = torch.empty((len(rows), 0), dtype=torch.int64, device=x.device)
+        for start in range(0, len(b), 2 * block):
+            gap = distances_reference(rows, b[start : start + 2 * block])
+            index = torch.arange(start, start + gap.shape[1], device=x.device)
+            if own:
+                here = torch.arange(first, first + len(rows), device=x.device)
+                gap.masked_fill_(here[:, None] == index, torch.inf)
+            keys = gap.view(torch.int32).long() * _KEY + index
+            best = torch.cat([best, keys], 1)
+            best = best.topk(min(k, best.shape[1]), dim=1, largest=False, sorted=True).values
+        found.append(best)
+    keys = torch.cat(found) if found else torch.empty((0, k), dtype=torch.int64, device=x.device)
+    return (keys // _KEY).to(torch.int32).view(torch.float32), keys % _KEY
+
+
+def membership_counts_reference(
+    query: Tensor, reference: Tensor, radii: Tensor, block: int = _ROWS
+) -> tuple[Tensor, Tensor]:
+    """`membership_counts` in plain torch and float64."""
+    a, b = _centred(query, reference)
+    per_query = torch.zeros(len(a), dtype=torch.int64, device=query.device)
+    per_reference = torch.zeros(len(b), dtype=torch.int64, device=query.device)
+    for first in range(0, len(a), block):
+        for start in range(0, len(b), 2 * block):
+            columns = slice(start, start + 2 * block)
+            gap = distances_reference(a[first : first + block], b[columns])
+            inside = gap < radii[columns]
+            per_query[first : first + block] += inside.sum(1)
+            per_reference[columns] += inside.sum(0)
+    return per_query, per_reference
+
+
+def neighbour_pairs_reference(
+    x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor, block: int = _ROWS
+) -> tuple[Pairs, Pairs]:
+    """`neighbour_pairs` in plain torch and float64."""
+    a, b = _centred(x, y)
+    parts: tuple[list, list] = ([], [])
+    for first in range(0, len(a), block):
+        gap = distances_reference(a[first : first + block], b)
+        reaches = reach_x[first : first + block, None], reach_y[None, :]
+        for into, reach in zip(parts, reaches, strict=True):
+            i, j = torch.nonzero(gap < reach, as_tuple=True)
+            into.append((i + first, j, gap[i, j]))
+    none = torch.empty(0, dtype=torch.int64, device=x.device)
+    nothing = (none, none, none.to(torch.float32))
+    one, two = (
+        tuple(map(torch.cat, zip(*part, strict=True))) if part else nothing for part in parts
+    )
+    return one, two
+
+
+class _Screen:
+    """Both sets as the C++ kernels take them: rows as given, centred rows, norms, error bounds."""
+
+    def __init__(self, x: Tensor, y: Tensor | None) -> None:
+        self.x = x.to(torch.float32).contiguous()
+        self.y = self.x if y is None else y.to(torch.float32).contiguous()
+        self.width = x.shape[1]
+        centre = torch.zeros(self.width, dtype=torch.float64)
+        for rows in self.y.split(4 * _ROWS):
+            centre += rows.sum(0, dtype=torch.float64) / max(1, len(self.y))
+        self.a, self.row_norms = self._around(self.x, centre)
+        same = self.y is self.x
+        self.b, self.column_norms = (
+            (self.a, self.row_norms) if same else self._around(self.y, centre)
+        )
+        self.relative = 1.01 * (self.width + 16) * 2.0**-24
+        self.absolute = 1e-36  # below it float32 is no longer spaced relatively
+        norms = (self.row_norms, self.column_norms)
+        # Also wrong where a number is not finite.
+        self.fits = self.relative < 0.1 and all(bool((n <= _LARGEST).all()) for n in norms)
+        self.gram = torch.empty(min(_ROWS, len(self.x)) * min(_COLUMNS, len(self.y)))
+
+    @staticmethod
+    def _around(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """(float32 rows around the centre, their squared norms from float64)."""
+        moved, norms = torch.empty_like(x), x.new_empty(len(x))
+        for first in range(0, len(x), _ROWS):
+            rows = slice(first, first + _ROWS)
+            moved[rows] = x[rows].to(torch.float64) - centre
+            norms[rows] = moved[rows].to(torch.float64).square().sum(1)
+        return moved, norms
+
+    def row_blocks(self) -> Iterator[slice]:
+        for first in range(0, len(self.x), _ROWS):
+            yield slice(first, min(first + _ROWS, len(self.x)))
+
+    def column_blocks(self) -> Iterator[slice]:
+        for first in range(0, len(self.y), _COLUMNS):
+            yield slice(first, min(first + _COLUMNS, len(self.y)))
+
+    def block(self, rows: slice, columns: slice) -> tuple:
+        """One block's products, and the addresses of what they were made from."""
+        a, b = self.a[rows], self.b[columns]
+        gram = self.gram[: len(a) * len(b)].view(len(a), len(b))
+        torch.mm(a, b.T, out=gram)
+        norms = self.row_norms[rows].data_ptr(), self.column_norms[columns].data_ptr()
+        given = self.x[rows].data_ptr(), self.y[columns].data_ptr()
+        shape = (len(a), len(b), self.width)
+        return shape, (gram.data_ptr(), *norms, *given), self.relative, self.absolute
+
+
+class _FullProducts:
+    """Matrix products in float32 proper, whatever the process allows elsewhere."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        if self.before != "highest":
+            torch.set_float32_matmul_precision("highest")
+        self.cast = torch.autocast("cpu", enabled=False)
+        self.cast.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.cast.__exit__(*error)
+        if self.before != "highest":
+            torch.set_float32_matmul_precision(self.before)
+
+
+_library = torch.library.Library("etude", "FRAGMENT")
+_library.define("nearest_neighbours(Tensor x, Tensor? y, int k) -> (Tensor, Tensor)")
+_library.define(
+    "membership_counts(Tensor query, Tensor reference, Tensor radii) -> (Tensor, Tensor)"
+)
+ops = torch.ops.etude
+
+
+def _nearest_cpu(x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    distance = x.new_empty((len(x), k), dtype=torch.float32)
+    index = x.new_empty((len(x), k), dtype=torch.int64)
+    screen = _Screen(x, y)
+    if not screen.fits:
+        return nearest_neighbours_reference(x, y, k)
+    cpp, threads = backends.cpp(), torch.get_num_threads()
+    with _FullProducts():
+        for rows in screen.row_blocks():
+            lists = cpp.open_lists(rows.stop - rows.start, k)
+            itself = rows.start if y is None else -(1 << 62)
+            for columns in screen.column_blocks():
+                block = screen.block(rows, columns)
+                cpp.nearest_scan(block, lists, k, columns.start, itself, threads)
+            cpp.nearest_finish(
+                lists,
+                rows.stop - rows.start,
+                k,
+                screen.width,
+                screen.x[rows].data_ptr(),
+                screen.y.data_ptr(),
+                distance[rows].data_ptr(),
+                index[rows].data_ptr(),
+                threads,
+            )
+    if backends.verifying():
+        want = nearest_neighbours_reference(x, y, k)[0]
+        backends.verify("C++ nearest_neighbours", ("distance",), (distance,), (want,))
+    return distance, index
+
+
+def _counts_cpu(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    screen = _Screen(query, reference)
+    if not screen.fits:
+        return membership_counts_reference(query, reference, radii)
+    per_query = torch.zeros(len(query), dtype=torch.int64)
+    per_reference = torch.zeros(len(reference), dtype=torch.int64)
+    radii = radii.contiguous()
+    # A distance is rounded to float32 before it is compared: a margin of a few units around.
+    squares = radii.double().square()
+    inside = (squares * (1 - 2.0**-20)).float()
+    outside = (squares * (1 + 2.0**-20)).float()
+    cpp, threads = backends.cpp(), torch.get_num_threads()
+    with _FullProducts():
+        for rows in screen.row_blocks():
+            for columns in screen.column_blocks():
+                bounds = (t[columns].data_ptr() for t in (radii, inside, outside))
+                made = per_query[rows].data_ptr(), per_reference[columns].data_ptr()
+                cpp.count_scan(screen.block(rows, columns), *bounds, *made, threads)
+    if backends.verifying():
+        want = membership_counts_reference(query, reference, radii)
+        got = (per_query.float(), per_reference.float())
+        names = ("per_query", "per_reference")
+        backends.verify("C++ membership_counts", names, got, [w.float() for w in want])
+    return per_query, per_reference
+
+
+_library.impl("nearest_neighbours", _nearest_cpu, "CPU")
+_library.impl("membership_counts", _counts_cpu, "CPU")
+
+
+@torch.library.register_fake("etude::nearest_neighbours", lib=_library)
+def _(x, y, k):
+    return x.new_empty((x.shape[0], k), dtype=torch.float32), x.new_empty(
+        (x.shape[0], k), dtype=torch.int64
+    )
+
+
+@torch.library.register_fake("etude::membership_counts", lib=_library)
+def _(query, reference, radii):
+    counts = [t.new_empty((t.shape[0],), dtype=torch.int64) for t in (query, reference)]
+    return counts[0], counts[1]
+
+
+def _pairs_cpu(x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor) -> tuple[Pairs, Pairs]:
+    screen = _Screen(x, y)
+    if not screen.fits:
+        return neighbour_pairs_reference(x, y, reach_x, reach_y)
+    cpp, threads = backends.cpp(), torch.get_num_threads()
+    reach_x, reach_y = reach_x.contiguous(), reach_y.contiguous()
+    kinds = (torch.int64, torch.int64, torch.float32, torch.uint8)
+    room = [torch.empty(64 * _ROWS, dtype=kind) for kind in kinds]
+    parts = []
+    with _FullProducts():
+        for rows in screen.row_blocks():
+            for columns in screen.column_blocks():
+                block = screen.block(rows, columns)
+                reaches = reach_x[rows].data_ptr(), reach_y[columns].data_ptr()
+                while True:
+                    to = (t.data_ptr() for t in room)
+                    count = cpp.pair_scan(block, *reaches, len(room[0]), *to, threads)
+                    if count <= len(room[0]):
+                        break
+                    room = [torch.empty(2 * count, dtype=kind) for kind in kinds]
+                i, j, d, whose = (t[:count].clone() for t in room)
+                parts.append((i + rows.start, j + columns.start, d, whose))
+    i, j, d, whose = (torch.cat(part) for part in zip(*parts, strict=True))
+    # Blocks of columns come one after another: put the pairs in the order of rows, then columns.
+    order = torch.argsort(i * len(y) + j)
+    i, j, d, whose = (t[order] for t in (i, j, d, whose))
+    first, second = (whose & 1).bool(), (whose & 2).bool()
+    return (i[first], j[first], d[first]), (i[second], j[second], d[second])
+
+
+def _check(op: str, **rows: Tensor | None) -> None:
+    """Sets of rows (N, D) of one width and one device; ValueError with one sentence."""
+    lead = next(iter(rows.values()))
+    for name, t in rows.items():
+        if t is None:
+            continue
+        if t.dim() != 2 or t.shape[1] != lead.shape[1]:
+            shape = "(N, D)" if t is lead else f"(M, {lead.shape[1]})"
+            raise ValueError(f"{op}: {name} must be {shape}, got {tuple(t.shape)}")
+        if t.dtype not in _FLOATS or t.device != lead.device:
+            raise ValueError(
+                f"{op}: {name} is {t.dtype} on {t.device}; floats on {lead.device} are needed"
+            )
+
+
+def _check_radii(op: str, name: str, radii: Tensor, rows: Tensor) -> None:
+    if tuple(radii.shape) != (len(rows),) or radii.dtype != torch.float32:
+        shape = tuple(radii.shape)
+        raise ValueError(f"{op}: {name} must be ({len(rows)},) float32, got {shape} {radii.dtype}")
+    if radii.device != rows.device:
+        raise ValueError(f"{op}: {name} is on {radii.device}, the rows are on {rows.device}")
+
+
+def _pick(op: str, *sets: Tensor | None, twins: tuple[str, ...] = ("cpp", "triton")) -> str:
+    """16-bit floats are widened exactly, so what counts is whether there is a float64."""
+    wide = [t for t in sets if t is not None and t.dtype == torch.float64]
+    kind = torch.float64 if wide else torch.float32
+    return backends.pick(op, sets[0].device.type, kind, twins=twins)
+
+
+@torch.no_grad()
+def nearest_neighbours(x: Tensor, y: Tensor | None = None, *, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Distances (N, k) float32, ascending, and rows (N, k) int64 of the k nearest of every x_i.
+
+    x: (N, D), y: (M, D), any float type and strides; without y the neighbours are the other rows
+    of x. float64 rows run the reference. Has no gradient. Errors: ValueError for shapes, dtypes or
+    devices that do not fit together, and for fewer than k rows to choose from.
+    """
+    _check("nearest_neighbours", x=x, y=y)
+    others = len(x) - 1 if y is None else len(y)
+    if not 1 <= k <= MOST or (len(x) and k > others):
+        raise ValueError(
+            f"nearest_neighbours: k={k} of {max(others, 0)} rows; it may be 1 to {MOST}"
+        )
+    backend = _pick("nearest_neighbours", x, y)
+    if backend == "triton":
+        from . import knn_triton
+
+        return knn_triton.nearest_neighbours(x, y, k)
+    if backend == "cpp" and len(x):
+        return ops.nearest_neighbours(x, y, k)
+    return nearest_neighbours_reference(x, y, k)
+
+
+def knn_radii(x: Tensor, k: int) -> Tensor:
+    """Distance (N,) float32 of every row of x (N, D) to its k-th nearest other row.
+
+    Dtypes, strides and errors as in `nearest_neighbours`.
+    """
+    return nearest_neighbours(x, k=k)[0][:, k - 1]
+
+
+@torch.no_grad()
+def membership_counts(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) and (M,) int64: balls of the reference around each query, and queries in each ball.
+
+    query: (N, D); reference: (M, D); radii: (M,) float32. A query is inside where its distance is
+    smaller than the radius, strictly. Dtypes, strides and errors as in `nearest_neighbours`.
+    """
+    _check("membership_counts", query=query, reference=reference)
+    _check_radii("membership_counts", "radii", radii, reference)
+    backend = _pick("membership_counts", query, reference)
+    if backend == "triton":
+        from . import knn_triton
+
+        return knn_triton.membership_counts(query, reference, radii)
+    if backend == "cpp" and len(query) and len(reference):
+        return ops.membership_counts(query, reference, radii)
+    return membership_counts_reference(query, reference, radii)
+
+
+@torch.no_grad()
+def neighbour_pairs(x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor) -> tuple[Pairs, Pairs]:
+    """The pairs (i, j, distance) closer than reach_x[i], and those closer than reach_y[j].
+
+    x: (N, D); y: (M, D); reach_x: (N,), reach_y: (M,) float32. Each list is three tensors (P,) of
+    int64, int64 and float32, ordered by i, then j; its length depends on the data. Dtypes, strides
+    and errors as in `nearest_neighbours`.
+    """
+    _check("neighbour_pairs", x=x, y=y)
+    _check_radii("neighbour_pairs", "reach_x", reach_x, x)
+    _check_radii("neighbour_pairs", "reach_y", reach_y, y)
+    if _pick("neighbour_pairs", x, y, twins=("cpp",)) == "cpp" and len(x) and len(y):
+        return _pairs_cpu(x, y, reach_x, reach_y)
+    return neighbour_pairs_reference(x, y, reach_x, reach_y)
+
+
+OPERATORS = (
+    Operator("nearest_neighbours", "k nearest rows, no N x M matrix", ("cpp", "triton")),
+    Operator("membership_counts", "rows inside k-nearest-neighbour balls", ("cpp", "triton")),
+    Operator("neighbour_pairs", "pairs closer than either row's radius", ("cpp",)),
+)
