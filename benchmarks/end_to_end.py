@@ -156,7 +156,7 @@ def stepping(job: Job, provider: str) -> Iterator[Callable[..., Tensor]]:
     if provider.startswith("etude"):
         yield etude_step(job, compiled)
     else:
-        with kernels.use_backend("reference"):
+        with kernels.use_backend("reference"), kernels.use_backend("sdpa", op="attention"):
             yield torch_step(job, compiled)
 
 

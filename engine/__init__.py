@@ -35,6 +35,7 @@ _OWNERS = {
     "ShardSet": "data.shards",
     "UserError": "core.errors",
     "frechet_distance": "metrics.frechet",
+    "fuse": "models.fuse",
     "load_extractor": "metrics.extractors",
     "load_recipe": "core.recipe",
     "load_run": "core.run",

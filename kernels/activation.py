@@ -451,9 +451,7 @@ def linear_gelu(
     )
     if how == "library" and quiet and bias is not None and approximate == "tanh":
         rows = flat(x.to(to))
-        made = torch.ops.aten._addmm_activation(
-            bias.to(to), rows, weight.to(to).t(), use_gelu=True
-        )
+        made = torch.ops.aten._addmm_activation(bias.to(to), rows, weight.to(to).t(), use_gelu=True)
         return made.view(*x.shape[:-1], weight.shape[0])
     return bias_gelu(F.linear(x, weight), bias, approximate)
 

@@ -145,9 +145,7 @@ def _forward_cpu(
     )
     if backends.verifying():
         first = x.transpose(1, 2) if channels_last else x
-        want = groupnorm_silu_reference(
-            first, groups, weight, bias, eps, silu, out_dtype=out_dtype
-        )
+        want = groupnorm_silu_reference(first, groups, weight, bias, eps, silu, out_dtype=out_dtype)
         want = want.transpose(1, 2) if channels_last else want
         backends.verify("C++ groupnorm_silu", ("y",), (y,), (want,))
     return y, mean, rstd

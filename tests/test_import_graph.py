@@ -28,7 +28,7 @@ OWNERS = {
     "deepspeed": {"core/strategy_zero.py"},
     "nvidia": {"data/decode_dali.py"},
     "webdataset": {"data/shards.py"},
-    "diffusers": {"external/diffusers.py"},
+    "diffusers": {"external/diffusers.py", "external/diffusers_fused.py"},
     "transformers": {"external/transformers.py"},
     "timm": {"external/timm.py"},
     "accelerate": set(),

@@ -36,6 +36,7 @@ PINNED = {
     "ShardSet": "class",
     "UserError": "class",
     "frechet_distance": "function",
+    "fuse": "(model)",
     "load_extractor": "(kind, weights, input_size)",
     "load_recipe": "(name_or_path, overrides)",
     "load_run": "(path, root)",

@@ -15,13 +15,8 @@ from etude.core.signals import Stopper, StopRequested
 from etude.core.strategy import Strategy
 from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch
-<<<<<<< HEAD
 from etude.diffusion.objectives import Noise, Objective
-from etude.metrics.prdc import distances
-=======
-from etude.diffusion.objectives import Objective
 from etude.kernels import nearest_neighbours
->>>>>>> 6cba00395817d746faf7393b5fb769a0fb6ec71d
 from etude.models.dit import DiT
 from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
