@@ -60,7 +60,7 @@ elif [ -n "${WHEELS:-}" ]; then
   exit 1
 fi
 part 90 build "$python" -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target "$site" .
-part 40 kernels "$python" -P -c 'import sys; from etude.kernels import announce; print(announce(sys.argv[1]))' "$device"
+part 40 kernels "$python" -P -c 'import sys; from etude.kernels import announce, attention_status; print(announce(sys.argv[1]), *attention_status(sys.argv[1]), sep="\n")' "$device"
 part 150 end-to-end "$python" -m benchmarks.end_to_end --device "$device" "${end_to_end[@]}"
 # Only files with such tests: others import libraries that this machine lacks.
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu\b' --include='test_*.py' tests | sort)

@@ -446,6 +446,7 @@ def kernels_status() -> None:
     from etude import kernels
 
     _table("kernels", *_status_table(kernels.status()))
+    _table("attention", *_status_table(kernels.attention_status()))
 
 
 @kernels_app.command("list")

@@ -579,9 +579,8 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
     return windows.reshape(1, table.shape[1], tokens, tokens)
 
 
-_TWINS = ("triton",)
+# The first is known by the name of the switch: `dot_product_attention` and `attention_packed`.
 OPERATORS = (
-    Operator("dot_product_attention", "softmax attention: QK-norm, RoPE, bias, lengths", _TWINS),
-    Operator("attention_packed", "the same, of q, k, v in one tensor", _TWINS),
-    Operator("joint_projection", "q, k, v of two streams in one tensor", ()),
+    Operator("attention", "softmax attention with QK-norm, RoPE, bias, lengths", ("triton",)),
+    Operator("joint_projection", "queries, keys and values of two streams in one tensor", ()),
 )

@@ -109,11 +109,16 @@ def _triton_packed(qkv: Tensor, scale: float, options: Options) -> Tensor:
 
 
 def _triton_norm(norm: QKNorm | None) -> tuple[Tensor | None | int | float, ...]:
-    """(q_weight, q_bias, k_weight, k_bias, kind, eps) as the operator takes them."""
+    """(q_weight, q_bias, k_weight, k_bias, kind, eps) as the operator takes them.
+
+    A bias comes with a weight there, so one that has none is given ones.
+    """
     if norm is None:
         return None, None, None, None, 0, 0.0
-    kind = 1 if norm.kind == "rmsnorm" else 2
-    return norm.q_weight, norm.q_bias, norm.k_weight, norm.k_bias, kind, norm.eps
+    weights = []
+    for weight, bias in ((norm.q_weight, norm.q_bias), (norm.k_weight, norm.k_bias)):
+        weights += [torch.ones_like(bias) if weight is None and bias is not None else weight, bias]
+    return *weights, 1 if norm.kind == "rmsnorm" else 2, norm.eps
 
 
 def _query_offsets(q: Tensor) -> Tensor:

@@ -182,6 +182,7 @@ def test_recipes_are_listed_shown_compared_copied_and_described(etude, tmp_path)
 def test_kernels_and_doctor_say_what_is_here(etude, tiny) -> None:
     status, out, _ = etude("kernels", "status")
     assert status == 0 and "reference" in out and "triton" in out
+    assert "xformers" in out and "sdpa" in out
     status, out, _ = etude("kernels", "list")
     assert status == 0 and "gate_residual_adaln" in out and "0 B spilled" in out
     status, out, err = etude("doctor", tiny.ldm)

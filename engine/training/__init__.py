@@ -16,6 +16,7 @@ from etude.core.recipe import fingerprint
 from etude.core.run import Run
 from etude.core.signals import Stopper
 from etude.core.strategy import Strategy, build_strategy
+from etude.kernels import announce
 
 from .autoencoder import AutoencoderJob
 from .diffusion import DiffusionJob
@@ -110,4 +111,5 @@ def _announce(job: Job, strategy: Strategy, log: Log) -> None:
     for note in strategy.notes:
         log.info(note)
     log.info(job.loader_reason)
+    log.info(announce(world.device.type))
     log.info(disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images).sentence)
