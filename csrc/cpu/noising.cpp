@@ -2,14 +2,18 @@
 // is in kernels/noising.py and kernels/philox.py, which are also the only callers.
 //
 // A sample is worked on in chunks of kNoiseChunk elements in logical (c, h, w) order. Every chunk
-// draws its noise into a buffer of the first-level cache, four counters' lanes at a time, and uses it
-// at once: the noise never goes to memory. Logarithm, sine, cosine and exponential are polynomials
+// draws its noise into a buffer of the first-level cache and uses it at once: the noise never goes to
+// memory. Logarithm, sine, cosine and exponential are polynomials
 // without branches, because calls into libm would keep the compiler from using vectors.
 #include "noising.h"
 
 #include <math.h>
 
 #include "walk.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace etude {
 namespace ETUDE_LEVEL {
@@ -60,25 +64,91 @@ inline float exp_of(float x) {
   return y * of_bits((bits_of(shifted) - 0x4b400000u + 127u) << 23);
 }
 
-// Ten rounds of Philox on counter (position, position >> 32, block, 0).
-inline void philox(uint32_t low, uint32_t high, uint32_t block, uint32_t seed, uint32_t stream,
-                   uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
-  uint32_t c0 = low, c1 = high, c2 = block, c3 = 0;
+constexpr int64_t kCounters = kNoiseChunk / 4;
+
+// A counter's words, each in the low half of a 64-bit lane: the multiplication of low halves to whole
+// lanes is then all that a round needs beside shifts and exclusive ors, and what the high halves hold
+// does not matter. (From plain C++ the compiler makes shuffles to widen and narrow in every round.)
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 8;
+using Lanes = __m512i;
+inline Lanes fill(uint32_t x) { return _mm512_set1_epi64(x); }
+inline Lanes steps() { return _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7); }
+inline Lanes add(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
+inline Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
+inline Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
+inline Lanes mix(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline void narrow(Lanes a, uint32_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(a));
+}
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 4;
+using Lanes = __m256i;
+inline Lanes fill(uint32_t x) { return _mm256_set1_epi64x(x); }
+inline Lanes steps() { return _mm256_setr_epi64x(0, 1, 2, 3); }
+inline Lanes add(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
+inline Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
+inline Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
+inline Lanes mix(Lanes a, Lanes b, Lanes c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+}
+inline void narrow(Lanes a, uint32_t* to) {
+  const __m256i low = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(low));
+}
+#elif defined(__SSE2__)
+constexpr int64_t kLanes = 2;
+using Lanes = __m128i;
+inline Lanes fill(uint32_t x) { return _mm_set1_epi64x(x); }
+inline Lanes steps() { return _mm_set_epi64x(1, 0); }
+inline Lanes add(Lanes a, Lanes b) { return _mm_add_epi64(a, b); }
+inline Lanes multiply(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
+inline Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }
+inline Lanes mix(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(a, b), c); }
+inline void narrow(Lanes a, uint32_t* to) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi32(a, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+#else
+constexpr int64_t kLanes = 1;
+using Lanes = uint64_t;
+inline Lanes fill(uint32_t x) { return x; }
+inline Lanes steps() { return 0; }
+inline Lanes add(Lanes a, Lanes b) { return a + b; }
+inline Lanes multiply(Lanes a, Lanes b) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(a)) * static_cast<uint32_t>(b);
+}
+inline Lanes high(Lanes a) { return a >> 32; }
+inline Lanes mix(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
+inline void narrow(Lanes a, uint32_t* to) { *to = static_cast<uint32_t>(a); }
+#endif
+
+// Ten rounds of Philox on the counters (position, position >> 32, first + j, 0), j below count; up to
+// kLanes - 1 words beyond them are written too.
+void philox(const Draw& draw, int64_t b, uint32_t first, int64_t count,
+            uint32_t words[4][kCounters]) {
+  const uint64_t position = static_cast<uint64_t>(draw.positions[b]);
+  const Lanes low = fill(static_cast<uint32_t>(position));
+  const Lanes top = fill(static_cast<uint32_t>(position >> 32));
+  const Lanes first_factor = fill(0xD2511F53u), second_factor = fill(0xCD9E8D57u);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    Lanes c0 = low, c1 = top, c2 = add(fill(first + static_cast<uint32_t>(j)), steps());
+    Lanes c3 = fill(0);
+    uint32_t seed = draw.seed, stream = draw.stream;
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t second = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ seed;
-    c1 = static_cast<uint32_t>(second);
-    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ stream;
-    c3 = static_cast<uint32_t>(first);
-    seed += 0x9E3779B9u;
-    stream += 0xBB67AE85u;
+    for (int round = 0; round < 10; ++round) {
+      const Lanes one = multiply(c0, first_factor), two = multiply(c2, second_factor);
+      c0 = mix(high(two), c1, fill(seed));
+      c1 = two;
+      c2 = mix(high(one), c3, fill(stream));
+      c3 = one;
+      seed += 0x9E3779B9u;
+      stream += 0xBB67AE85u;
+    }
+    narrow(c0, words[0] + j);
+    narrow(c1, words[1] + j);
+    narrow(c2, words[2] + j);
+    narrow(c3, words[3] + j);
   }
-  *w0 = c0;
-  *w1 = c1;
-  *w2 = c2;
-  *w3 = c3;
 }
 
 // 24 bits pass through int32: signed conversions have vector instructions at every level.
@@ -113,19 +183,10 @@ inline void box_muller(uint32_t first, uint32_t second, float* cosine, float* si
 
 // The noise of logical elements [first, first + 4 * blocks) of one position; first is 4 block0.
 void draw_noise(const Draw& draw, int64_t b, int64_t block0, int64_t blocks, float* to) {
-  const uint64_t position = static_cast<uint64_t>(draw.positions[b]);
-  const uint32_t low = static_cast<uint32_t>(position);
-  const uint32_t high = static_cast<uint32_t>(position >> 32);
-  const uint32_t start = static_cast<uint32_t>(block0), seed = draw.seed, stream = draw.stream;
   const int32_t count = static_cast<int32_t>(blocks);
-  // Words first, in planes: the integer and the float loop both vectorise, and the last loop only
-  // has to interleave.
-  uint32_t words[4][kNoiseChunk / 4];
-  float lanes[4][kNoiseChunk / 4];
-#pragma omp simd
-  for (int32_t j = 0; j < count; ++j)
-    philox(low, high, start + static_cast<uint32_t>(j), seed, stream, &words[0][j], &words[1][j],
-           &words[2][j], &words[3][j]);
+  uint32_t words[4][kCounters];
+  float lanes[4][kCounters];
+  philox(draw, b, static_cast<uint32_t>(block0), count, words);
 #pragma omp simd
   for (int32_t j = 0; j < count; ++j) {
     box_muller(words[0][j], words[1][j], &lanes[0][j], &lanes[1][j]);
@@ -311,21 +372,19 @@ void chunks(const NoisingSizes& sizes, Run run) {
 // Here C is 1 and S the number of counters per position.
 void uniform_pairs(const NoisingSizes& sizes, const Draw& draw, float* u, float* angle) {
   chunks(sizes, [&](int64_t b, int64_t first, int64_t count, int64_t) {
-    const uint64_t position = static_cast<uint64_t>(draw.positions[b]);
-    const uint32_t low = static_cast<uint32_t>(position);
-    const uint32_t high = static_cast<uint32_t>(position >> 32);
-    const uint32_t seed = draw.seed, stream = draw.stream;
-    float* const to_u = u + 2 * (b * sizes.S + first);
-    float* const to_angle = angle + 2 * (b * sizes.S + first);
+    for (int64_t done = 0; done < count; done += kCounters) {
+      const int32_t now = static_cast<int32_t>(min64(kCounters, count - done));
+      uint32_t words[4][kCounters];
+      philox(draw, b, static_cast<uint32_t>(first + done), now, words);
+      float* const to_u = u + 2 * (b * sizes.S + first + done);
+      float* const to_angle = angle + 2 * (b * sizes.S + first + done);
 #pragma omp simd
-    for (int32_t j = 0; j < static_cast<int32_t>(count); ++j) {
-      uint32_t w0, w1, w2, w3;
-      philox(low, high, static_cast<uint32_t>(first) + static_cast<uint32_t>(j), seed, stream, &w0,
-             &w1, &w2, &w3);
-      to_u[2 * j] = uniform(w0);
-      to_u[2 * j + 1] = uniform(w2);
-      to_angle[2 * j] = angle_of(w1);
-      to_angle[2 * j + 1] = angle_of(w3);
+      for (int32_t j = 0; j < now; ++j) {
+        to_u[2 * j] = uniform(words[0][j]);
+        to_u[2 * j + 1] = uniform(words[2][j]);
+        to_angle[2 * j] = angle_of(words[1][j]);
+        to_angle[2 * j + 1] = angle_of(words[3][j]);
+      }
     }
   });
 }

@@ -7,8 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch.distributions import Normal, kl_divergence
 
+from etude.core import rng
 from etude.core.errors import UserError
-from etude.diffusion.objectives import Objective, ObjectiveConfig, learned_log_variance
+from etude.diffusion.objectives import Noise, Objective, ObjectiveConfig, learned_log_variance
 
 SETTINGS = [
     {"prediction": "flow"},
@@ -125,6 +126,49 @@ def test_learned_variance_is_trained_by_the_variational_bound() -> None:
         expected = term.mean() / math.log(2) + (output[b, :2] - eps[b]).square().mean()
         # The published likelihood uses an approximate normal distribution function.
         torch.testing.assert_close(losses[b], expected, rtol=1e-9 if i else 2e-3, atol=1e-12)
+
+
+LEARNED = {"prediction": "eps", "schedule": "linear", "variance": "learned_range"}
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, LEARNED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_noise_by_position_gives_the_losses_of_noise_in_memory(setting: dict, dtype) -> None:
+    """Values and gradients; float32 rounding, and one of the gradient in a 16-bit prediction."""
+    objective = Objective(ObjectiveConfig(**setting))
+    x0 = (draw(4, 2, 4, 6) * 0.3).float()
+    positions = torch.tensor([3, 0, 1 << 40, 77])
+    eps = rng.normal(5, 8, positions, (2, 4, 6))
+    t = objective.times(torch.tensor([0.0, 0.3, 0.7, 0.99]))
+    double = 2 if "variance" in setting else 1
+    weight = (0.3 * draw(4, 2 * double, 4, 6, seed=2)).float()
+
+    def losses(noise) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf, seen = weight.clone().requires_grad_(), []
+
+        def denoiser(x, time, condition):
+            seen.append(x.detach())
+            return (torch.cat((x.detach(),) * double, 1) * 0.1 + leaf).to(dtype)
+
+        values = objective.losses(denoiser, x0, noise, t, {})
+        (values * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+        return seen[0], values.detach(), leaf.grad
+
+    stored, drawn = losses(eps), losses(Noise(positions, 5, 8))
+    for a, b in zip(drawn[:2], stored[:2], strict=True):
+        assert a.dtype == torch.float32
+        # Where alpha is small a rounding of x is a large one of the clean estimate.
+        torch.testing.assert_close(a, b, rtol=2e-4 if dtype == torch.bfloat16 else 2e-5, atol=2e-6)
+    error = (drawn[2] - stored[2]).square().mean().sqrt() / stored[2].square().mean().sqrt()
+    assert error < (8e-3 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_noise_by_position_also_needs_the_variance_it_is_to_train() -> None:
+    where = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(UserError, match="set model.learn_sigma to true"):
+        Objective(ObjectiveConfig(**LEARNED)).losses(
+            lambda x, *_: x, draw(2, 1, 2, 2), Noise(where, 1, 8), torch.tensor([0.1, 0.7]), {}
+        )
 
 
 def test_the_bound_trains_the_variance_alone() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
+from etude.kernels import solver
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -71,6 +72,63 @@ def test_ddim(prediction: str, zero: bool, spacing: str, table: str) -> None:
         theirs.append(x)
     fields = {"prediction": prediction, "schedule": table, "zero_terminal_snr": zero}
     assert_equal(ours(fields, noise(), method="ddim", steps=20, spacing=spacing), theirs)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 20), ("trailing", 20), ("trailing", 8)])
+@pytest.mark.parametrize("table", list(TABLES))
+def test_dpmpp_2m(prediction: str, spacing: str, steps: int, table: str) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **TABLES[table], prediction_type=NAMES[prediction], timestep_spacing=spacing,
+        algorithm_type="dpmsolver++", solver_order=2,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    # Its grids differ from DDIM's by an entry: both are given the same times.
+    times = [*(float(t) / 1000 for t in scheduler.timesteps), 0.0]
+    x, theirs = noise(), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t / 1000), t, x).prev_sample
+        theirs.append(x)
+    fields = {"prediction": prediction, "schedule": table}
+    assert_equal(ours(fields, noise(), method="dpmpp_2m", times=times), theirs)
+
+
+def guided_outputs(x: Tensor, t: Tensor) -> Tensor:
+    """Predictions with and without a condition, stacked on the batch."""
+    return torch.cat((network(x, t), 0.7 * network(x, t) + 0.1 * torch.cos(x)))
+
+
+def test_guided_step_of_ddim() -> None:
+    """One `solver_step` is guidance in diffusers' convention and then the scheduler's step."""
+    scheduler = diffusers.DDIMScheduler(**TABLES["scaled_linear"], clip_sample=False)
+    scheduler.set_timesteps(20)
+    bar = scheduler.alphas_cumprod.double()
+    x = theirs = noise()
+    for step, t in enumerate(scheduler.timesteps):
+        before = int(t) - 50
+        following = bar[before] if before >= 0 else scheduler.final_alpha_cumprod.double()
+        points = bar[t].sqrt(), (1 - bar[t]).sqrt(), following.sqrt(), (1 - following).sqrt()
+        row = solver.solver_coefficients("ddim", "eps", *points)
+        x, _ = solver.solver_step(x, guided_outputs(x, t / 1000), row, guidance=torch.tensor([2.5]))
+        conditional, unconditional = guided_outputs(theirs, t / 1000).chunk(2)
+        output = unconditional + 3.5 * (conditional - unconditional)
+        theirs = scheduler.step(output, t, theirs).prev_sample
+        assert float((x - theirs).norm() / theirs.norm()) < 1e-5, step
+
+
+def test_euler_in_sigma_is_ddim_where_alpha_is_one() -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(**TABLES["scaled_linear"])
+    scheduler.set_timesteps(20)
+    sigmas, one = scheduler.sigmas.double(), torch.ones((), dtype=torch.float64)
+    x = theirs = noise() * float(sigmas[0])
+    for step, t in enumerate(scheduler.timesteps):
+        points = one, sigmas[step], one, sigmas[step + 1]
+        row = solver.solver_coefficients("ddim", "eps", *points)
+        scale = float((sigmas[step] ** 2 + 1).sqrt())
+        x, _ = solver.solver_step(x, network(x / scale, t / 1000), row)
+        scaled = scheduler.scale_model_input(theirs, t)
+        theirs = scheduler.step(network(scaled, t / 1000), t, theirs).prev_sample
+        assert float((x - theirs).norm() / theirs.norm()) < 1e-5, step
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
