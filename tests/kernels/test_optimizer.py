@@ -145,7 +145,7 @@ def test_device_guard_equals_the_host_guard() -> None:
         with kernels.use_backend("reference"):
             take(want, grads, found_inf=torch.tensor(float(flag)))
         for i, param in enumerate(ours["params"]):
-            settings = {**SETTINGS, "ema_decays": DECAYS, "grad_scale": None}
+            settings = {**SETTINGS, "ema_decays": DECAYS, "grad_scale": 1.0, "copy": None}
             optimizer._reference_one(
                 param,
                 grads[i],
