@@ -36,6 +36,7 @@ Scalar = float | Tensor
 Tensors = Sequence[Tensor]
 _TWINS = ("cpp", "triton")
 _LOW = (torch.bfloat16, torch.float16)
+_MOST_PROFILES = {"cpp": math.inf, "triton": 4}
 
 
 def _check(params: Tensors, lists: dict[str, Tensors], steps: Tensors) -> None:
@@ -168,15 +169,22 @@ def _dense(t: Tensor) -> bool:
 
 
 def _fits(
-    backend: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], copies: Tensors
+    backend: str,
+    params: Tensors,
+    grads: Tensors,
+    states: Sequence[Tensors],
+    steps: Tensors,
+    copies: Tensors,
 ) -> bool:
     """Whether a twin takes these tensors.
 
-    Params and states are float32; gradients and copies have a dtype that the twin knows; all are on
-    one device; each is dense, in the memory order of its param.
+    Params, states and steps are float32; gradients and copies have a dtype that the twin knows; all
+    are on one device; each is dense, in the memory order of its param.
     """
     wide = [*params, *(t for s in states for t in s)]
-    if any(t.dtype != torch.float32 for t in wide) or len({p.device for p in params}) > 1:
+    if any(t.dtype != torch.float32 for t in (*wide, *steps)):
+        return False
+    if len({t.device for t in (*params, *steps)}) > 1 or len(states) > 2 + _MOST_PROFILES[backend]:
         return False
     others = [*grads, *copies]
     if any(t.dtype not in backends.DTYPES[backend] for t in others):
@@ -384,7 +392,7 @@ def adamw_ema(
     states = [exp_avgs, exp_avg_sqs, *emas]
     device = params[0].device
     backend = backends.pick("adamw_ema", device.type, params[0].dtype, twins=_TWINS)
-    if backend == "reference" or not _fits(backend, params, grads, states, copies or ()):
+    if backend == "reference" or not _fits(backend, params, grads, states, steps, copies or ()):
         return by_reference()
     check = backends.verifying() and not torch.compiler.is_compiling()
     state = [*params, *(t for s in states for t in s), *steps, *(copies or ())] if check else []
