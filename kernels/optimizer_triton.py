@@ -92,11 +92,12 @@ def _scaled(high, low, y_high, y_low):
 
 
 @triton.jit
-def _average(ema, p, decay_high, decay_low, rest_high, rest_low):
+def _average(ema, p, pairs):
     """decay * ema + (1 - decay) * p, rounded once or little more (Kahan's a * b + c * d)."""
-    high, low = _product(p, rest_high)
+    decay, decay_low, rest, rest_low = pairs
+    high, low = _product(p, rest)
     low = tl.fma(ema, decay_low, tl.fma(p, rest_low, low))
-    return tl.fma(ema, decay_high, high) + low
+    return tl.fma(ema, decay, high) + low
 
 
 @triton.jit
@@ -180,22 +181,18 @@ def corrections_kernel(
 
 
 @triton.jit
-def _adamw(p, g, m, v, at):
-    """(new p, m, v) of a block, from the coefficients at `at`."""
-    beta1 = tl.load(at)
-    beta1_low = tl.load(at + 1)
-    rest1 = tl.load(at + 2)
-    rest1_low = tl.load(at + 3)
-    beta2 = tl.load(at + 4)
-    beta2_low = tl.load(at + 5)
-    rest2 = tl.load(at + 6)
-    rest2_low = tl.load(at + 7)
-    eps = tl.load(at + 8)
-    eps_low = tl.load(at + 9)
-    size = tl.load(at + 10)
-    size_low = tl.load(at + 11)
-    shrink = tl.load(at + 12)
-    shrink_low = tl.load(at + 13)
+def _four(at):
+    """Four coefficients, loaded once per program: stores in its loops forbid to move loads out."""
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def _adamw(p, g, m, v, first, second, rate, shrinking):
+    """(new p, m, v) of a block."""
+    beta1, beta1_low, rest1, rest1_low = first
+    beta2, beta2_low, rest2, rest2_low = second
+    eps, eps_low, size, size_low = rate
+    shrink, shrink_low = shrinking
     # m = beta1 * m + rest1 * g
     kept, kept_low = _product(m, beta1)
     kept_low = tl.fma(m, beta1_low, kept_low)
@@ -232,8 +229,10 @@ def _adamw(p, g, m, v, at):
 
 @triton.jit
 def _block(
-    param, grad, exp_avg, exp_avg_sq, copy, ema0, ema1, ema2, ema3, at, first, live, cols,
-    PROFILES: tl.constexpr, COPIED: tl.constexpr, MASKED: tl.constexpr, DECAYS: tl.constexpr,
+    param, grad, exp_avg, exp_avg_sq, copy, ema0, ema1, ema2, ema3,
+    first_moment, second_moment, rate, shrinking, decay0, decay1, decay2, decay3,
+    first, live, cols,
+    PROFILES: tl.constexpr, COPIED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of a tensor: elements first + cols below live (all of them unless MASKED)."""
     offsets = first + cols
@@ -254,28 +253,20 @@ def _block(
         average2 = tl.load(ema2 + offsets, mask=mask)
     if PROFILES > 3:
         average3 = tl.load(ema3 + offsets, mask=mask)
-    p, m, v = _adamw(p, g, m, v, at)
+    p, m, v = _adamw(p, g, m, v, first_moment, second_moment, rate, shrinking)
     tl.store(param + offsets, p, mask=mask)
     tl.store(exp_avg + offsets, m, mask=mask)
     tl.store(exp_avg_sq + offsets, v, mask=mask)
     if COPIED:
         tl.store(copy + offsets, p.to(copy.dtype.element_ty), mask=mask)
-    d = at + DECAYS
     if PROFILES > 0:
-        made = _average(average0, p, tl.load(d), tl.load(d + 1), tl.load(d + 2), tl.load(d + 3))
-        tl.store(ema0 + offsets, made, mask=mask)
+        tl.store(ema0 + offsets, _average(average0, p, decay0), mask=mask)
     if PROFILES > 1:
-        d = d + 4
-        made = _average(average1, p, tl.load(d), tl.load(d + 1), tl.load(d + 2), tl.load(d + 3))
-        tl.store(ema1 + offsets, made, mask=mask)
+        tl.store(ema1 + offsets, _average(average1, p, decay1), mask=mask)
     if PROFILES > 2:
-        d = d + 4
-        made = _average(average2, p, tl.load(d), tl.load(d + 1), tl.load(d + 2), tl.load(d + 3))
-        tl.store(ema2 + offsets, made, mask=mask)
+        tl.store(ema2 + offsets, _average(average2, p, decay2), mask=mask)
     if PROFILES > 3:
-        d = d + 4
-        made = _average(average3, p, tl.load(d), tl.load(d + 1), tl.load(d + 2), tl.load(d + 3))
-        tl.store(ema3 + offsets, made, mask=mask)
+        tl.store(ema3 + offsets, _average(average3, p, decay3), mask=mask)
 
 
 @triton.jit
@@ -304,18 +295,30 @@ def adamw_ema_kernel(
         copy = param
         if COPIED:
             copy = tl.load(row + 7).to(tl.pointer_type(COPY)) + start
+        first_moment = _four(at)
+        second_moment = _four(at + 4)
+        rate = _four(at + 8)
+        shrinking = tl.load(at + 12), tl.load(at + 13)
         ema0 = param
         ema1 = param
         ema2 = param
         ema3 = param
+        decay0 = first_moment
+        decay1 = first_moment
+        decay2 = first_moment
+        decay3 = first_moment
         if PROFILES > 0:
             ema0 = tl.load(row + 8).to(tl.pointer_type(tl.float32)) + start
+            decay0 = _four(at + 14)
         if PROFILES > 1:
             ema1 = tl.load(row + 9).to(tl.pointer_type(tl.float32)) + start
+            decay1 = _four(at + 18)
         if PROFILES > 2:
             ema2 = tl.load(row + 10).to(tl.pointer_type(tl.float32)) + start
+            decay2 = _four(at + 22)
         if PROFILES > 3:
             ema3 = tl.load(row + 11).to(tl.pointer_type(tl.float32)) + start
+            decay3 = _four(at + 26)
         param += start
         grad += start
         exp_avg += start
@@ -329,14 +332,16 @@ def adamw_ema_kernel(
                 tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(exp_avg, 16),
                 tl.multiple_of(exp_avg_sq, 16), tl.multiple_of(copy, 16),
                 tl.multiple_of(ema0, 16), tl.multiple_of(ema1, 16), tl.multiple_of(ema2, 16),
-                tl.multiple_of(ema3, 16), at, i * BLOCK, live, cols,
-                PROFILES, COPIED, False, WIDTH - 4 * PROFILES,
+                tl.multiple_of(ema3, 16),
+                first_moment, second_moment, rate, shrinking, decay0, decay1, decay2, decay3,
+                i * BLOCK, live, cols, PROFILES, COPIED, False,
             )  # fmt: skip
         # The end of a tensor, and all of one that is not aligned.
         for i in range(whole, tl.cdiv(live, BLOCK)):
             _block(
-                param, grad, exp_avg, exp_avg_sq, copy, ema0, ema1, ema2, ema3, at,
-                i * BLOCK, live, cols, PROFILES, COPIED, True, WIDTH - 4 * PROFILES,
+                param, grad, exp_avg, exp_avg_sq, copy, ema0, ema1, ema2, ema3,
+                first_moment, second_moment, rate, shrinking, decay0, decay1, decay2, decay3,
+                i * BLOCK, live, cols, PROFILES, COPIED, True,
             )  # fmt: skip
 
 
