@@ -163,8 +163,15 @@ def tables() -> dict:
         take(ours)
         take(want, "reference")
         worst = max(worst, difference(mine, theirs))
+    aligned = []
+    for shift in (0, 1):
+        optimizer_triton._tables.clear()
+        take(lists(6, 1, shift, (8,), torch.float16)[0])
+        table = next(iter(optimizer_triton._tables.values()))
+        aligned.append(int(table[0, optimizer_triton._ALIGNED]))
     return {
         "check": "tables",
+        "aligned": aligned,
         "first": first,
         "second": second,
         "error": worst,

@@ -44,6 +44,7 @@ def test_tables_are_found_again_and_are_bounded(rows) -> None:
     (row,) = rows["tables"]
     assert row["first"] == row["second"] == 3  # addresses, chunks, settings
     assert row["kept"] <= 16 and row["error"] <= 2, row
+    assert row["aligned"] == [1, 0]  # 16-byte accesses: of a tensor at a multiple of 16 alone
 
 
 def test_the_operator_is_one_step_for_torch_compile(rows) -> None:
