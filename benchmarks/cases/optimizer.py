@@ -1,4 +1,11 @@
-"""The optimizer's pass: AdamW and weight averages, beside torch's fused AdamW and foreach lerps."""
+"""The optimizer's pass: AdamW, averages and copies, beside what torch has for the same end.
+
+A shape is (numbers in all, tensors, averages). Under ZeRO each rank has one flat float32 partition
+per group, DeepSpeed scales the gradients and writes the 16-bit weights itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -6,18 +13,19 @@ from torch import Tensor
 from benchmarks.case import Case, Inputs, Run
 from etude import kernels
 
-SOURCES = ("kernels/optimizer.py", "csrc/cpu/optimizer.cpp")
+SOURCES = ("kernels/optimizer.py", "kernels/optimizer_triton.py", "csrc/cpu/optimizer.cpp")
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DECAYS = (0.999, 0.9999)
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
-    """Ten tensors of shape[0] numbers in all; shape[1] averages."""
-    numel, profiles = shape
+def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, copied: bool) -> Inputs:
+    """State of `shape[0]` weights, and bfloat16 copies of them where asked for."""
+    numel, tensors, profiles = shape
     g = torch.Generator().manual_seed(0)
-    params = [torch.randn(numel // 10, generator=g).to(device, dtype) for _ in range(10)]
-    grads = [torch.randn(numel // 10, generator=g).to(device, dtype) for _ in range(10)]
-    return {
+    each = numel // tensors
+    params = [torch.randn(each, generator=g).to(device, dtype) for _ in range(tensors)]
+    grads = [torch.randn(each, generator=g).to(device, dtype) for _ in range(tensors)]
+    made = {
         "params": params,
         "grads": grads,
         "exp_avgs": [torch.zeros_like(p) for p in params],
@@ -25,50 +33,98 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
         "emas": [[p.clone() for p in params] for _ in range(profiles)],
         "steps": [torch.zeros((), device=device) for _ in params],
     }
+    return made | ({"copies": [p.bfloat16() for p in params]} if copied else {})
 
 
 def step(inputs: Inputs) -> tuple[Tensor, ...]:
     decays = DECAYS[: len(inputs["emas"])]
+    if inputs["params"][0].dtype == torch.float64:  # the gate's reference: no copy is rounded there
+        given = {name: value for name, value in inputs.items() if name != "copies"}
+        kernels.adamw_ema(**given, **SETTINGS, ema_decays=decays)
+        return changed(given) + tuple(given["params"] if "copies" in inputs else ())
     kernels.adamw_ema(**inputs, **SETTINGS, ema_decays=decays)
-    return *inputs["params"], *(t for profile in inputs["emas"] for t in profile)
+    return changed(inputs)
 
 
-def by_torch() -> Run:
-    """Fused AdamW, then one foreach lerp per average."""
-    made: dict[int, torch.optim.Optimizer] = {}
+def changed(inputs: Inputs) -> tuple[Tensor, ...]:
+    averages = [t for profile in inputs["emas"] for t in profile]
+    return *inputs["params"], *averages, *inputs.get("copies", ())
 
-    def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        params = inputs["params"]
-        if id(params) not in made:
-            for p, g in zip(params, inputs["grads"], strict=True):
-                p.grad = g
-            made[id(params)] = torch.optim.AdamW(params, fused=True, **SETTINGS)
-        made[id(params)].step()
-        with torch.no_grad():
-            for decay, averages in zip(DECAYS, inputs["emas"], strict=False):
-                torch._foreach_lerp_(averages, params, 1 - decay)
-        return *params, *(t for profile in inputs["emas"] for t in profile)
 
-    return run
+def by_torch(how: dict[str, bool]) -> Callable[[], Run]:
+    """torch's AdamW in one of its forms, one foreach lerp per average, one foreach copy."""
+
+    def factory() -> Run:
+        made: dict[int, torch.optim.Optimizer] = {}
+
+        def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            params = inputs["params"]
+            if id(params) not in made:
+                for p, g in zip(params, inputs["grads"], strict=True):
+                    p.grad = g
+                made[id(params)] = torch.optim.AdamW(params, **how, **SETTINGS)
+            made[id(params)].step()
+            with torch.no_grad():
+                for decay, averages in zip(DECAYS, inputs["emas"], strict=False):
+                    torch._foreach_lerp_(averages, params, 1 - decay)
+                if "copies" in inputs:
+                    torch._foreach_copy_(inputs["copies"], params)
+            return changed(inputs)
+
+        return run
+
+    return factory
 
 
 def moved(inputs: Inputs) -> int:
+    """4 reads and 3 writes of float32, 2 more per average, 2 bytes per copy."""
     numel = sum(p.numel() for p in inputs["params"])
-    return 4 * numel * (4 + 3 + 2 * len(inputs["emas"]))
+    return numel * (28 + 8 * len(inputs["emas"]) + 2 * ("copies" in inputs))
 
 
-CASES = (
-    Case(
+def case(variant: str, copied: bool, cpu: dict[str, tuple], gpu: dict[str, tuple]) -> Case:
+    copying = " + foreach copy" * copied
+    return Case(
         "adamw_ema",
-        "step",
-        make,
+        variant,
+        partial(make, copied=copied),
         step,
-        {"4M, one average": (4_000_000, 1), "4M, two averages": (4_000_000, 2)},
-        {"DiT-XL/2, one average": (675_000_000, 1)},
+        cpu,
+        gpu,
         moved,
         dtypes=("float32",),
         sources=SOURCES,
-        rivals={"torch fused AdamW + foreach lerp": by_torch},
+        rivals={
+            f"torch fused AdamW + foreach lerp{copying}": by_torch({"fused": True}),
+            f"torch foreach AdamW + foreach lerp{copying}": by_torch({"foreach": True}),
+        },
         compiled=False,
+    )
+
+
+CASES = (
+    case(
+        "step",
+        False,
+        {"4M, one average": (4_000_000, 10, 1), "4M, two averages": (4_000_000, 10, 2)},
+        {
+            "DiT-XL/2, one average": (675_000_000, 300, 1),
+            "DiT-XL/2, two averages": (675_000_000, 300, 2),
+        },
+    ),
+    case(
+        "step with bf16 copies",
+        True,
+        {"4M, one average": (4_000_000, 10, 1)},
+        {
+            "DiT-XL/2, one average": (675_000_000, 300, 1),
+            "DiT-XL/2, two averages": (675_000_000, 300, 2),
+        },
+    ),
+    case(
+        "step as under ZeRO",
+        False,
+        {"4M flat, one average": (4_000_000, 1, 1)},
+        {"DiT-XL/2 over 8 ranks, one average": (84_375_000, 1, 1)},
     ),
 )

@@ -1,8 +1,8 @@
-// AdamW and any number of weight averages in one pass over each tensor. The equations and the only
-// caller are in kernels/optimizer.py.
+// AdamW, any number of weight averages and a bfloat16 copy of the weights in one pass over each
+// tensor. The equations and the only caller are in kernels/optimizer.py.
 //
-// Compiled without fused multiply-add, in the reference's order of operations: the same bits at every
-// processor level, for every thread count and however a tensor is cut.
+// Sums and products are computed in float64 and rounded once, when they are stored. Compiled without fused multiply-add, so the bits
+// are the same at every processor level, for every thread count and however a tensor is cut.
 #include <math.h>
 
 #include "optimizer.h"
@@ -11,44 +11,72 @@ namespace etude {
 namespace ETUDE_LEVEL {
 namespace {
 
-constexpr int64_t kBlock = 16384;  // elements per task: the block's state fits the second-level cache
+constexpr int64_t kBlock = 16384;  // elements per task
+constexpr int64_t kPiece = 128;    // elements at a time
+constexpr int64_t kAhead = 512;    // elements that memory is asked for before their turn
 
-void update_block(const Adamw& a, const AdamwTensor& t, int64_t first, int64_t last) {
-  float* const param = t.param;
-  float* const m = t.exp_avg;
-  float* const v = t.exp_avg_sq;
-  const float* const g32 = static_cast<const float*>(t.grad);
-  const uint16_t* const g16 = static_cast<const uint16_t*>(t.grad);
-  const bool wide = t.grad_dtype == kFloat32;
-  const float grad_scale = a.scaled ? a.grad_scale : 1.0f;
-  const float beta1 = a.beta1, rest1 = a.one_minus_beta1;
-  const float beta2 = a.beta2, rest2 = a.one_minus_beta2;
-  const float shrink = a.shrink, eps = a.eps;
-  const float step_size = t.step_size, correction = t.correction2_sqrt;
-  float grad[256];
-  for (int64_t base = first; base < last; base += 256) {
-    const int64_t count = last - base < 256 ? last - base : 256;
-    if (wide) {
+// Root, quotient and conversions leave the processor little room to run ahead of its loads, and
+// five and more streams are more than its own prefetching keeps up with.
+inline void prefetch(const void* data, int64_t first_byte, int64_t bytes) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data) + first_byte;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<void*>(start + i), 1);
+}
+
+inline void update_piece(const Adamw& a, const AdamwTensor& t, int64_t first, int64_t count) {
+  float* const param = t.param + first;
+  float* const m = t.exp_avg + first;
+  float* const v = t.exp_avg_sq + first;
+  const double scale = a.grad_scale, shrink = a.shrink;
+  const double beta1 = a.beta1, rest1 = (1.0 - a.beta1) * scale;
+  const double beta2 = a.beta2, rest2 = (1.0 - a.beta2) * scale * scale;
+  const double step_size = t.step_size, eps = t.eps;
+  float widened[kPiece];
+  const float* grad = static_cast<const float*>(t.grad) + first;
+  const int64_t ahead = (first + kAhead) * 4;
+  const int64_t width = t.grad_dtype == kFloat32 ? 4 : 2;
+  prefetch(t.param, ahead, kPiece * 4);
+  prefetch(t.grad, (first + kAhead) * width, kPiece * width);
+  prefetch(t.exp_avg, ahead, kPiece * 4);
+  prefetch(t.exp_avg_sq, ahead, kPiece * 4);
+  for (int k = 0; k < a.profiles; ++k) prefetch(t.emas[k], ahead, kPiece * 4);
+  if (t.grad_dtype != kFloat32) {
+    const uint16_t* const narrow = static_cast<const uint16_t*>(t.grad) + first;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) grad[i] = g32[base + i] * grad_scale;
-    } else {
+    for (int64_t i = 0; i < count; ++i) widened[i] = from_bf16(narrow[i]);
+    grad = widened;
+  }
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) grad[i] = from_bf16(g16[base + i]) * grad_scale;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t j = base + i;
-      m[j] = m[j] * beta1 + grad[i] * rest1;
-      v[j] = v[j] * beta2 + (grad[i] * grad[i]) * rest2;
-      const float bottom = sqrtf(v[j]) / correction + eps;
-      param[j] = param[j] * shrink - (m[j] * step_size) / bottom;
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    const double g = grad[i];
+    const double first_moment = m[i] * beta1 + g * rest1;
+    const double second_moment = v[i] * beta2 + (g * g) * rest2;
+    // first_moment * step_size / (sqrt(second_moment) + eps): root and quotient in float32, each
+    // corrected once by its remainder, which squares its relative error of 2^-23. 1e-23 is below
+    // the root of every float32 number and keeps a root of 0 from dividing 0 by 0.
+    const float root = sqrtf(static_cast<float>(second_moment));
+    const float slope = 0.5f / (root + 1e-23f);
+    const float inverse = 1.0f / (root + static_cast<float>(eps));
+    const double r = root, q = inverse;
+    const double bottom = (r + eps) + (second_moment - r * r) * slope;
+    const double top = first_moment * step_size;
+    const double quotient = top * q;
+    const double update = quotient + (top - quotient * bottom) * q;
+    m[i] = static_cast<float>(first_moment);
+    v[i] = static_cast<float>(second_moment);
+    param[i] = static_cast<float>(param[i] * shrink - update);
   }
   for (int k = 0; k < a.profiles; ++k) {
-    float* const ema = t.emas[k];
-    const float decay = a.decays[k], rest = a.one_minus[k];
+    float* const ema = t.emas[k] + first;
+    const double decay = a.decays[k], rest = 1.0 - a.decays[k];
 #pragma omp simd
-    for (int64_t i = first; i < last; ++i) ema[i] = ema[i] * decay + param[i] * rest;
+    for (int64_t i = 0; i < count; ++i) {
+      ema[i] = static_cast<float>(ema[i] * decay + param[i] * rest);
+    }
+  }
+  if (t.copy != nullptr) {
+    uint16_t* const copy = t.copy + first;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) copy[i] = to_bf16(param[i]);
   }
 }
 
@@ -60,9 +88,10 @@ void adamw_ema(const Adamw& a) {
     const int64_t blocks = (t.numel + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1 && blocks > 3)
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * kBlock;
-      const int64_t last = first + kBlock < t.numel ? first + kBlock : t.numel;
-      update_block(a, t, first, last);
+      const int64_t end = (block + 1) * kBlock < t.numel ? (block + 1) * kBlock : t.numel;
+      for (int64_t first = block * kBlock; first < end; first += kPiece) {
+        update_piece(a, t, first, end - first < kPiece ? end - first : kPiece);
+      }
     }
   }
 }

@@ -11,21 +11,20 @@ struct AdamwTensor {
   float* exp_avg;
   float* exp_avg_sq;
   float* const* emas;  // one pointer per profile
+  uint16_t* copy;      // bfloat16 copy of the new weights, or nullptr
   int64_t numel;
-  float step_size;         // lr / (1 - beta1^step)
-  float correction2_sqrt;  // sqrt(1 - beta2^step)
+  double step_size;  // lr / (1 - beta1^t) * sqrt(1 - beta2^t)
+  double eps;        // eps * sqrt(1 - beta2^t)
 };
 
 struct Adamw {
   const AdamwTensor* tensors;
   int64_t count;
   int profiles;
-  const float* decays;      // per profile
-  const float* one_minus;   // 1 - decay, rounded from double
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
-  float shrink;       // 1 - lr * weight_decay
-  float grad_scale;
-  bool scaled;
+  const double* decays;  // per profile
+  double beta1, beta2;
+  double shrink;  // 1 - lr * weight_decay
+  double grad_scale;
   int threads;
 };
 

@@ -119,6 +119,8 @@ class AdamWEMA(torch.optim.Optimizer):
     Attributes:
         found_inf: 0-d float32 tensor or None; when it is not 0 the next steps change nothing.
         grad_scale: 0-d float32 tensor or None; gradients are multiplied by it.
+        copies: parameter -> bfloat16 or float16 tensor of its shape that receives the new weights
+            in the same pass; empty unless the caller fills it.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer.
@@ -138,6 +140,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self.ema_decays = [float(decay) for decay in ema_decays]
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
+        self.copies: dict[nn.Parameter, Tensor] = {}
         self._lots: dict[Tensor, int] = {}
         self._calls = 0
         super().__init__(params, defaults)
@@ -182,7 +185,10 @@ class AdamWEMA(torch.optim.Optimizer):
         self._calls += 1
         for group in self.param_groups:
             for lot in self._equal_steps([p for p in group["params"] if p.grad is not None]):
-                self._update(group, lot)
+                for copied in (True, False):
+                    members = [p for p in lot if (p in self.copies) is copied]
+                    if members:
+                        self._update(group, members)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -212,8 +218,9 @@ class AdamWEMA(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self._state_of(p) for p in parameters]
         lists = {key: [_local(s[key]) for s in states] for key in self.state_names}
-        step = states[0]["step"]
+        step = states[0]["step"].double()  # 1 - 0.9999 in float32 would be off by 1e-4 of itself
         warm = (1 + step) / (10 + step)
+        copied = parameters[0] in self.copies
         adamw_ema(
             [_local(p) for p in parameters],
             [_local(p.grad) for p in parameters],
@@ -221,7 +228,8 @@ class AdamWEMA(torch.optim.Optimizer):
             lists["exp_avg_sq"],
             [lists[f"ema{i}"] for i in range(len(self.ema_decays))],
             [s["step"] for s in states],
-            lr=float(group["lr"]),
+            [_local(self.copies[p]) for p in parameters] if copied else None,
+            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],

@@ -44,6 +44,8 @@ class LocalStrategy(StrategyBase):
         super().__init__(model, optim, world, accumulation)
         self.optimizer = AdamWEMA.from_config(self._groups, optim)
         self.optimizer.initialize()
+        if self.dtype != torch.float32:  # the optimizer's pass writes the module's weights too
+            self.optimizer.copies = {self._masters[n]: p.detach() for n, p in self._trainable()}
         self._sums: dict[str, Tensor] = {}
 
     def _split(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -106,7 +108,6 @@ class LocalStrategy(StrategyBase):
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
         self._loss_bad = torch.zeros_like(self._loss_bad)
-        self.refresh()
 
     def _gradients(self) -> dict[str, Tensor]:
         """Float32 gradients by name; a parameter that took no part has zeros, as under ZeRO."""
