@@ -43,8 +43,6 @@ from .activation import (
 )
 from .compiling import Build
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -94,8 +92,8 @@ class ProductConfig:
 
 @triton.jit
 def _sigmoid_pair(x):
-    """sigmoid(x) and 1 - sigmoid(x), both without overflow or cancellation."""
-    e = tl.exp2(-tl.abs(x) * _LOG2E)
+    """sigmoid(x) and 1 - sigmoid(x), both without overflow or cancellation; e^t = 2^(t log2 e)."""
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
     larger = 1.0 / (1.0 + e)
     smaller = e * larger
     return tl.where(x < 0.0, smaller, larger), tl.where(x < 0.0, larger, smaller)
@@ -119,7 +117,7 @@ def _gelu_slope(z, TANH: tl.constexpr):
         # s (1 - s) vanishes long before z^3 overflows to infinity; their product would be NaN.
         both = s * rest
         return s + tl.where(both > 0.0, both * inner, 0.0)
-    bell = tl.exp2(-0.5 * _LOG2E * z * z) * 0.3989422804014327
+    bell = tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + tl.where(bell > 0.0, z * bell, 0.0)
 
 
