@@ -9,8 +9,9 @@ same bits in every run and on every GPU, because the chunks depend on the shape 
 The product kernel is persistent: two programs per multiprocessor walk over the tiles of the output.
 Where both fit (forward on sm_90 and sm_100: 128 registers, 96 KB), the epilogue of one overlaps the
 loop of the other; flattening the two loops for one program instead costs the backward epilogue
-more registers than there are. It has two epilogues: bias and GELU (forward), and GELU's slope with partial sums of the bias'
-gradient (backward of the second linear layer). It takes 16-bit inputs; sums are in float32.
+more registers than there are. It has two epilogues: bias and GELU (forward), and GELU's slope with
+partial sums of the bias' gradient (backward of the second linear layer). It takes 16-bit inputs;
+sums are in float32.
 
 TRITON_INTERPRET=1 runs the kernels in Python on CPU tensors (tests; float32 and float16 only: the
 interpreter truncates where bfloat16 should round, and multiplies its bits instead of its values).
@@ -320,9 +321,7 @@ def _column_sums(partial: Tensor, out: Tensor) -> None:
 
 
 @triton_op("etude::triton_bias_gelu", mutates_args={})
-def _bias_gelu(
-    x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtype | None
-) -> Tensor:
+def _bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtype | None) -> Tensor:
     y = new_output(x, out_dtype)
     if x.numel() == 0:
         return y
@@ -468,9 +467,7 @@ def _mlp(
 
 
 @triton_op("etude::triton_mlp_hidden_backward", mutates_args={})
-def _mlp_hidden_backward(
-    dy: Tensor, w2: Tensor, z: Tensor, tanh: bool
-) -> tuple[Tensor, Tensor]:
+def _mlp_hidden_backward(dy: Tensor, w2: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """(dz, db1) of the hidden layer: dz = (dy w2) gelu'(z), db1 its sums over rows."""
     dz, db1 = new_output(z), z.new_empty(z.shape[-1])
     if dz.numel() == 0:

@@ -122,7 +122,7 @@ def whole_bwd_kernel(
     S, C, G, width, dy_b, dy_s, x_b, x_s,
     SILU: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One group of one picture: dx, and the picture's share of dweight and dbias, sums (B, 2, C)."""
+    """One group of one picture: dx, and its share of dweight and dbias, sums (B, 2, C)."""
     program = tl.program_id(0).to(tl.int64)
     b = program // G
     first = (program % G) * width
@@ -476,7 +476,9 @@ def builds() -> list[Build]:
                     (apply_kernel, silu | shape, config.warps),
                 ]
             for kernel, constants, warps in listed:
-                made.append(_build(f"{kernel.__name__} C={C} {side}x{side}", kernel, constants, warps))
+                made.append(
+                    _build(f"{kernel.__name__} C={C} {side}x{side}", kernel, constants, warps)
+                )
     return made
 
 
