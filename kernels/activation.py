@@ -166,11 +166,9 @@ def _bias_gelu_cpu(
 ) -> Tensor:
     y = new_output(x, out_dtype)
     if x.numel():
-        rows = flat(x)
-        bias = None if bias is None else bias.contiguous()
-        backends.cpp().gelu_forward(
-            tuple(rows.shape), *map(_rows, (rows, bias, flat(y))), tanh, torch.get_num_threads()
-        )
+        given = flat(x), None if bias is None else bias.contiguous(), flat(y)
+        size = tuple(given[0].shape)
+        backends.cpp().gelu_forward(size, *map(_rows, given), tanh, torch.get_num_threads())
     if backends.verifying():
         want = bias_gelu_reference(x, bias, _FORMS[not tanh], out_dtype=out_dtype)
         backends.verify("C++ bias_gelu", ("y",), (y,), (want,))
@@ -184,12 +182,13 @@ def _bias_gelu_backward_cpu(
     if x.numel() == 0:
         return dx, dbias.zero_()
     rows = flat(x)
-    bias = None if bias is None else bias.contiguous()
     chunks = -(-rows.shape[0] // backends.cpp().ACTIVATION_ROWS)
     partial = x.new_empty((chunks if sums else 0, rows.shape[1]), dtype=torch.float32)
+    # Kept in a variable: C++ sees addresses only, which must outlive the call.
+    given = flat(dy), rows, None if bias is None else bias.contiguous()
     backends.cpp().gelu_backward(
         tuple(rows.shape),
-        *map(_rows, (flat(dy), rows, bias, flat(dx), dbias if sums else None)),
+        *map(_rows, (*given, flat(dx), dbias if sums else None)),
         partial.data_ptr(),
         tanh,
         torch.get_num_threads(),
@@ -204,9 +203,9 @@ def _bias_gelu_backward_cpu(
 def _swiglu_cpu(x: Tensor, value: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
     y = new_swiglu(x, value, out_dtype)
     if y.numel():
-        rows = flat(y)
-        tensors = map(_rows, (*halves(x, value), rows))
-        backends.cpp().swiglu_forward(tuple(rows.shape), *tensors, torch.get_num_threads())
+        given = (*halves(x, value), flat(y))
+        size = tuple(given[0].shape)
+        backends.cpp().swiglu_forward(size, *map(_rows, given), torch.get_num_threads())
     if backends.verifying():
         want = swiglu_reference(x, value, out_dtype=out_dtype)
         backends.verify("C++ swiglu", ("y",), (y,), (want,))
@@ -217,10 +216,10 @@ def _swiglu_backward_cpu(dy: Tensor, x: Tensor, value: Tensor | None) -> tuple[T
     dx = new_output(x)
     dvalue = x.new_empty(0) if value is None else new_output(value)
     if dy.numel():
-        rows = flat(dy)
         made = halves(dx, None if value is None else dvalue)
-        tensors = map(_rows, (rows, *halves(x, value), *made))
-        backends.cpp().swiglu_backward(tuple(rows.shape), *tensors, torch.get_num_threads())
+        given = (flat(dy), *halves(x, value), *made)
+        size = tuple(given[0].shape)
+        backends.cpp().swiglu_backward(size, *map(_rows, given), torch.get_num_threads())
     if backends.verifying():
         want = swiglu_backward_reference(dy, x, value)
         names = ("dx", "dvalue")[: len(want)]

@@ -45,10 +45,19 @@ def groupnorm_silu_reference(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`groupnorm_silu` in plain torch, differentiated by autograd; x: (B, C, ...)."""
+    """`groupnorm_silu` in plain torch, differentiated by autograd; x: (B, C, ...).
+
+    On the CPU torch takes a channels-last tensor's variance as E[x^2] - E[x]^2: it is copied first.
+    """
     wide = _wide(x)
-    v = torch.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
-    return (F.silu(v) if silu else v).to(out_dtype or x.dtype)
+    last = x.dim() == 4 and is_channels_last(x)
+    x, weight, bias, dtype = x.to(wide), weight.to(wide), bias.to(wide), out_dtype or x.dtype
+    if x.numel():
+        v = torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+    else:  # torch leaves the gradients of weight and bias undefined
+        v = x * weight.view(-1, *[1] * (x.dim() - 2)) + bias.view(-1, *[1] * (x.dim() - 2))
+    y = (F.silu(v) if silu else v).to(dtype)
+    return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 def backward_reference(

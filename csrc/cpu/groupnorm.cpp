@@ -47,8 +47,9 @@ void store(const Rows& t, int64_t b, int64_t n, int64_t first, int64_t count, co
 int64_t chunks_of(int64_t S) { return (S + kPositions - 1) / kPositions; }
 
 // Mean and squared deviations of each channel over one run of positions, in one pass: values are
-// taken relative to the run's first one. That one belongs to the run, so the subtraction of the
-// squared mean costs at most a factor kPositions of float32's precision, whatever the mean.
+// taken relative to the run's first one. That one belongs to the run, so that subtracting the squared
+// mean multiplies the rounding errors by kPositions at worst (a lone outlier in the first place),
+// however large the mean is.
 void run_moments(const GroupNormForward& a, int64_t b, int64_t run, float* mean, float* squares,
                  float* origin, float* buffer) {
   const int64_t first = run * kPositions, last = min64(first + kPositions, a.S), C = a.C;
