@@ -461,7 +461,8 @@ def joint_projection(
     _check_joint(image, text, image_weight, image_bias, text_weight, text_bias, num_heads)
     given = (image, text, image_weight, image_bias, text_weight, text_bias)
     kind = image.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+    known = kind in ("cpu", "cuda") and image.dtype != torch.float64
+    if known and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
         given = tuple(None if t is None else t.to(to) for t in given)
     return torch.ops.etude.joint_projection(*given).unflatten(-1, (3, num_heads, -1))
