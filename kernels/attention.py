@@ -237,7 +237,7 @@ def _check_options(q: Tensor, Nk: int, options: Options) -> None:
     if not q.is_floating_point():
         raise ValueError(f"attention: q, k and v must be floating, got {q.dtype}")
     packed = options.key_offsets is not None
-    _check_keys(options, B, packed)
+    _check_keys(options, B, Nk, packed)
     if options.bias is not None:
         _check_bias(options.bias, (B, H, Nq, Nk), packed)
     if options.qk_norm is not None:
@@ -251,7 +251,7 @@ def _check_options(q: Tensor, Nk: int, options: Options) -> None:
                 )
 
 
-def _check_keys(options: Options, batch: int, packed: bool) -> None:
+def _check_keys(options: Options, batch: int, Nk: int, packed: bool) -> None:
     lengths = ("key_lengths", options.key_lengths, batch)
     for name, t, size in (lengths, ("key_offsets", options.key_offsets, batch + 1)):
         if t is not None and (tuple(t.shape) != (size,) or t.dtype != torch.int32):
@@ -260,6 +260,16 @@ def _check_keys(options: Options, batch: int, packed: bool) -> None:
             )
     if packed and options.key_lengths is not None:
         raise ValueError("attention: give key_lengths or key_offsets, not both")
+    offsets = options.key_offsets
+    if offsets is None or offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # values on a device are not looked at: that would wait for it
+    steps = offsets.diff()
+    if int(offsets[0]) or int(offsets[-1]) != Nk or bool((steps < 0).any()):
+        raise ValueError(f"attention: key_offsets must rise from 0 to {Nk}, the number of keys")
+    if options.max_keys is not None and steps.numel() and int(steps.max()) > options.max_keys:
+        raise ValueError(
+            f"attention: max_keys={options.max_keys}, but a picture has {int(steps.max())} keys"
+        )
 
 
 def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], packed: bool) -> None:
@@ -304,8 +314,8 @@ def dot_product_attention(
         key_lengths: (B,) int32; keys at or beyond it are ignored (they must be finite).
         key_offsets: (B + 1,) int32, rising from 0; picture b has the keys from key_offsets[b] up
             to key_offsets[b + 1].
-        max_keys: the largest number of keys of a picture where the caller knows it; without it
-            T stands in with `key_offsets`, which costs time in flash-attn and memory in torch.
+        max_keys: no picture has more keys than this (checked on the CPU alone); without it T stands
+            in with `key_offsets`, which costs time in flash-attn and memory in torch.
         bias: (1 or B, H, Nq, Nk), floating; differentiable.
         qk_norm: see `QKNorm`; applied before rope.
         rope: (cos, sin), each (N, d / 2), with Nq = Nk = N; no gradient is given for them.
@@ -461,7 +471,8 @@ def joint_projection(
     _check_joint(image, text, image_weight, image_bias, text_weight, text_bias, num_heads)
     given = (image, text, image_weight, image_bias, text_weight, text_bias)
     kind = image.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+    known = kind in ("cpu", "cuda") and image.dtype != torch.float64
+    if known and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
         given = tuple(None if t is None else t.to(to) for t in given)
     return torch.ops.etude.joint_projection(*given).unflatten(-1, (3, num_heads, -1))

@@ -454,6 +454,22 @@ def test_bad_input_gets_one_sentence(change: dict, words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "most", "words"),
+    [
+        ([0, 3, 5], 2, "max_keys=2, but a picture has 3 keys"),
+        ([0, 3, 6], None, "must rise from 0 to 5"),
+        ([0, 6, 5], None, "must rise from 0 to 5"),
+        ([1, 3, 5], None, "must rise from 0 to 5"),
+    ],
+)
+def test_keys_that_would_be_lost_are_an_error(offsets, most, words) -> None:
+    q, k = torch.zeros(2, 4, 3, 8), torch.zeros(5, 3, 8)
+    offsets = torch.tensor(offsets, dtype=INT)
+    with pytest.raises(ValueError, match=words):
+        kernels.dot_product_attention(q, k, k, key_offsets=offsets, max_keys=most)
+
+
 def test_packed_and_joint_input_gets_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, d\), got \(2, 4, 2, 3, 8\)"):
         kernels.attention_packed(torch.zeros(2, 4, 2, 3, 8))
