@@ -39,6 +39,14 @@ void store(const Rows& t, int64_t b, int64_t n, int64_t D, const float* row) {
   for (int64_t i = 0; i < D; ++i) to[i] = to_bf16(row[i]);
 }
 
+// A row of float32 into row b of a (B, D) tensor.
+void put(const Rows& t, int64_t b, int64_t D, const float* row) {
+  store(t, b, 0, D, row);
+  if (t.dtype == kFloat32)
+    __builtin_memcpy(static_cast<float*>(t.data) + b * t.batch_stride, row,
+                     static_cast<size_t>(D) * sizeof(float));
+}
+
 // Two passes over the row, so that a large mean does not cancel the variance.
 void moments(const float* x, int64_t D, float eps, bool rms, float* mean, float* rstd) {
   float sum = 0.0f;
@@ -62,13 +70,19 @@ void forward_rows(const AdalnForward& a, int64_t b, int64_t first, int64_t last,
   const float* const gate = a.gate.data ? load(a.gate, b, 0, D, buffers + 3 * D) : nullptr;
   const float* const shift = a.shift.data ? load(a.shift, b, 0, D, buffers + 4 * D) : nullptr;
   const float* const scale = a.scale.data ? load(a.scale, b, 0, D, buffers + 5 * D) : nullptr;
+  const float* const bias = a.bias.data ? load(a.bias, 0, 0, D, buffers + 6 * D) : nullptr;
   for (int64_t n = first; n < last; ++n) {
     const float* x = load(a.x, b, n, D, xb);
     if (gate) {
       const float* const h = load(a.h, b, n, D, hb);
       float* const out = target(a.out, b, n, ob);
+      if (bias) {
 #pragma omp simd
-      for (int64_t i = 0; i < D; ++i) out[i] = x[i] + gate[i] * h[i];
+        for (int64_t i = 0; i < D; ++i) out[i] = x[i] + gate[i] * (h[i] + bias[i]);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < D; ++i) out[i] = x[i] + gate[i] * h[i];
+      }
       store(a.out, b, n, D, out);
       if (!scale) continue;
       // The norm sees the residual as it was stored, so that backward recomputes the same values.
@@ -120,7 +134,8 @@ void backward_rows(const AdalnBackward& a, int64_t b, int64_t first, int64_t las
   float* const dgate = partial;
   float* const dshift = partial + D;
   float* const dscale = partial + 2 * D;
-  for (int64_t i = 0; i < 3 * D; ++i) partial[i] = 0.0f;
+  float* const sum = partial + 3 * D;  // of the rows' dx, where there is a bias
+  for (int64_t i = 0; i < (a.bias.data ? 4 : 3) * D; ++i) partial[i] = 0.0f;
   for (int64_t n = first; n < last; ++n) {
     const float* total = a.dout.data ? load(a.dout, b, n, D, buffers) : nullptr;
     if (scale) {
@@ -141,22 +156,57 @@ void backward_rows(const AdalnBackward& a, int64_t b, int64_t first, int64_t las
         dgate[i] += total[i] * h[i];
       }
       store(a.dh, b, n, D, dh);
+      if (a.bias.data) {
+#pragma omp simd
+        for (int64_t i = 0; i < D; ++i) sum[i] += total[i];
+      }
     }
   }
 }
 
-// Second stage: the chunks of one picture, in order.
-void reduce(const AdalnBackward& a, int64_t b, int64_t chunks, const Rows& to, int64_t which,
-            float* buffer) {
-  if (!to.data) return;
-  float* const sum = target(to, b, 0, buffer);
-  for (int64_t i = 0; i < a.D; ++i) sum[i] = 0.0f;
-  for (int64_t c = 0; c < chunks; ++c) {
-    const float* const from = a.partial + ((b * chunks + c) * 3 + which) * a.D;
+// Second stage: the chunks of one picture, in order, into the first chunk's place.
+float* reduce(const AdalnBackward& a, int64_t b, int64_t chunks, int64_t which) {
+  float* const sum = a.partial + (b * chunks * 4 + which) * a.D;
+  for (int64_t c = 1; c < chunks; ++c) {
+    const float* const from = sum + c * 4 * a.D;
 #pragma omp simd
     for (int64_t i = 0; i < a.D; ++i) sum[i] += from[i];
   }
-  store(to, b, 0, a.D, sum);
+  return sum;
+}
+
+// A gate is constant over a picture's rows: one sum of dx serves dbias and the bias's part of dgate.
+void reduce_picture(const AdalnBackward& a, int64_t b, int64_t chunks, float* buffers) {
+  const int64_t D = a.D;
+  if (a.gate.data) {
+    float* const dgate = reduce(a, b, chunks, 0);
+    if (a.bias.data) {
+      float* const sum = reduce(a, b, chunks, 3);
+      const float* const gate = load(a.gate, b, 0, D, buffers);
+      const float* const bias = load(a.bias, 0, 0, D, buffers + D);
+#pragma omp simd
+      for (int64_t i = 0; i < D; ++i) {
+        dgate[i] += bias[i] * sum[i];
+        sum[i] *= gate[i];
+      }
+    }
+    put(a.dgate, b, D, dgate);
+  }
+  if (a.scale.data) {
+    put(a.dshift, b, D, reduce(a, b, chunks, 1));
+    put(a.dscale, b, D, reduce(a, b, chunks, 2));
+  }
+}
+
+// Third stage, of the bias alone: the pictures, in order.
+void reduce_bias(const AdalnBackward& a, int64_t chunks) {
+  float* const sum = a.partial + 3 * a.D;
+  for (int64_t b = 1; b < a.B; ++b) {
+    const float* const from = sum + b * chunks * 4 * a.D;
+#pragma omp simd
+    for (int64_t i = 0; i < a.D; ++i) sum[i] += from[i];
+  }
+  put(a.dbias, 0, a.D, sum);
 }
 
 float* scratch(int64_t rows, int64_t D) {
@@ -170,7 +220,7 @@ void adaln_forward(const AdalnForward& a) {
   const int64_t chunks = (a.N + rows - 1) / rows;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && a.B * chunks > 1)
   {
-    float* const buffers = scratch(6, a.D);
+    float* const buffers = scratch(7, a.D);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < a.B * chunks; ++task) {
       const int64_t first = task % chunks * rows;
@@ -189,16 +239,13 @@ void adaln_backward(const AdalnBackward& a) {
     for (int64_t task = 0; task < a.B * chunks; ++task) {
       const int64_t first = task % chunks * kRowsPerChunk;
       backward_rows(a, task / chunks, first, min64(first + kRowsPerChunk, a.N),
-                    a.partial + task * 3 * a.D, buffers);
+                    a.partial + task * 4 * a.D, buffers);
     }
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.B; ++b) {
-      reduce(a, b, chunks, a.dgate, 0, buffers);
-      reduce(a, b, chunks, a.dshift, 1, buffers);
-      reduce(a, b, chunks, a.dscale, 2, buffers);
-    }
+    for (int64_t b = 0; b < a.B; ++b) reduce_picture(a, b, chunks, buffers);
     free(buffers);
   }
+  if (a.bias.data) reduce_bias(a, chunks);
 }
 
 }  // namespace ETUDE_LEVEL
