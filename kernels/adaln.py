@@ -172,61 +172,89 @@ def verify_backward(op: str, made: tuple[Tensor | None, ...], *arguments: object
 # a reciprocal deviation per row. The gradients of gate, shift and scale are one (B, 1 to 3, D)
 # tensor; the gradient of an absent bias is empty. `_packed` takes one tensor for all the vectors.
 _library = torch.library.Library("etude", "FRAGMENT")
-_NORM = "float eps, bool rms"
-_END = f"{_NORM}, ScalarType? out_dtype)"
-SCHEMAS = {
-    "adaln_modulate": f"(Tensor x, Tensor shift, Tensor scale, {_END} -> (Tensor, Tensor, Tensor)",
-    "adaln_modulate_packed": f"(Tensor x, Tensor modulation, {_END} -> (Tensor, Tensor, Tensor)",
-    "gate_residual": "(Tensor x, Tensor h, Tensor gate, Tensor? bias) -> Tensor",
-    "gate_residual_adaln": "(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
-    f"Tensor? bias, {_END} -> (Tensor, Tensor, Tensor, Tensor)",
-    "gate_residual_adaln_packed": "(Tensor x, Tensor h, Tensor modulation, Tensor? bias, "
-    f"{_END} -> (Tensor, Tensor, Tensor, Tensor)",
-    "adaln_modulate_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, "
-    f"{_NORM}) -> (Tensor, Tensor)",
-    "gate_residual_backward": "(Tensor dout, Tensor h, Tensor gate, Tensor? bias) "
-    "-> (Tensor, Tensor, Tensor)",
-    "gate_residual_adaln_backward": "(Tensor? dout, Tensor dy, Tensor out, Tensor h, Tensor gate, "
-    f"Tensor scale, Tensor? bias, Tensor mean, Tensor rstd, {_NORM}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-}
 ops = torch.ops.etude
+_Dtype = torch.dtype | None
+_Three, _Four = tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def implementations(forward: Callable, backward: Callable) -> dict[str, Callable]:
-    """The function behind each name of `SCHEMAS`, from a twin's two launches:
+    """The operators' functions by name, from a twin's two launches; annotated as their schemas.
 
     forward(x, h, gate, shift, scale, bias, eps, rms, out_dtype) -> (out, y, mean, rstd) and
     backward(op, dout, dy, x, h, gate, scale, bias, mean, rstd, eps, rms) -> (dx, dh, dmodulation,
     dbias), both with None for what the operator does not have.
     """
 
-    def modulate(x, shift, scale, eps, rms, out_dtype):
+    def adaln_modulate(
+        x: Tensor, shift: Tensor, scale: Tensor, eps: float, rms: bool, out_dtype: _Dtype
+    ) -> _Three:
         return forward(x, None, None, shift, scale, None, eps, rms, out_dtype)[1:]
 
-    def modulate_packed(x, modulation, eps, rms, out_dtype):
-        return modulate(x, *modulation.chunk(2, 1), eps, rms, out_dtype)
+    def adaln_modulate_packed(
+        x: Tensor, modulation: Tensor, eps: float, rms: bool, out_dtype: _Dtype
+    ) -> _Three:
+        return adaln_modulate(x, *modulation.chunk(2, 1), eps, rms, out_dtype)
 
-    def gated(x, h, gate, bias):
+    def gate_residual(x: Tensor, h: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
         return forward(x, h, gate, None, None, bias, 0.0, False, None)[0]
 
-    def both_packed(x, h, modulation, bias, eps, rms, out_dtype):
+    def gate_residual_adaln(
+        x: Tensor,
+        h: Tensor,
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool,
+        out_dtype: _Dtype,
+    ) -> _Four:
+        return forward(x, h, gate, shift, scale, bias, eps, rms, out_dtype)
+
+    def gate_residual_adaln_packed(
+        x: Tensor,
+        h: Tensor,
+        modulation: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool,
+        out_dtype: _Dtype,
+    ) -> _Four:
         return forward(x, h, *modulation.chunk(3, 1), bias, eps, rms, out_dtype)
 
-    def modulate_backward(dy, x, scale, mean, rstd, eps, rms):
+    def adaln_modulate_backward(
+        dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, eps: float, rms: bool
+    ) -> tuple[Tensor, Tensor]:
         op = "adaln_modulate_backward"
         grads = backward(op, None, dy, x, None, None, scale, None, mean, rstd, eps, rms)
         return grads[0], grads[2]
 
-    def gated_backward(dout, h, gate, bias):
+    def gate_residual_backward(
+        dout: Tensor, h: Tensor, gate: Tensor, bias: Tensor | None
+    ) -> _Three:
         op = "gate_residual_backward"
         return backward(op, dout, None, None, h, gate, None, bias, None, None, 0.0, False)[1:]
 
-    def both_backward(*arguments):
-        return backward("gate_residual_adaln_backward", *arguments)
+    def gate_residual_adaln_backward(
+        dout: Tensor | None,
+        dy: Tensor,
+        out: Tensor,
+        h: Tensor,
+        gate: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        rms: bool,
+    ) -> _Four:
+        op = "gate_residual_adaln_backward"
+        return backward(op, dout, dy, out, h, gate, scale, bias, mean, rstd, eps, rms)
 
-    made = (modulate, modulate_packed, gated, forward, both_packed)
-    return dict(zip(SCHEMAS, (*made, modulate_backward, gated_backward, both_backward), strict=True))
+    forwards = (adaln_modulate, adaln_modulate_packed, gate_residual, gate_residual_adaln)
+    backwards = (adaln_modulate_backward, gate_residual_backward, gate_residual_adaln_backward)
+    made = (*forwards, gate_residual_adaln_packed, *backwards)
+    return {function.__name__: function for function in made}
 
 
 def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -246,7 +274,11 @@ def new_outputs(
 
 
 def new_gradients(
-    x: Tensor | None, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, bias: Tensor | None
+    x: Tensor | None,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Uninitialised (dx, dh, dmodulation, dbias) of a backward launch; without a norm no dx."""
     dx = None if scale is None else _like(x)
@@ -302,9 +334,7 @@ def register_gradients(prefix: str) -> None:
         if dy is None:
             dy = torch.zeros_like(out)
         op = getattr(ops, f"{prefix}gate_residual_adaln_backward")
-        dx, dh, dmod, dbias = op(
-            dout, dy, out, h, gate, scale, bias, mean, rstd, ctx.eps, ctx.rms
-        )
+        dx, dh, dmod, dbias = op(dout, dy, out, h, gate, scale, bias, mean, rstd, ctx.eps, ctx.rms)
         mods = (dmod.flatten(1),) if ctx.packed else dmod.unbind(1)
         return dx, dh, *mods, None if bias is None else dbias, None, None, None
 
@@ -314,15 +344,16 @@ def register_gradients(prefix: str) -> None:
         )
 
     register = torch.library.register_autograd
-    for name in SCHEMAS:
-        if name.endswith("_backward"):
-            register(f"etude::{prefix}{name}", once_only)
-        elif name == "gate_residual":
-            register(f"etude::{prefix}{name}", gate_backward, setup_context=gate_context)
-        elif name.startswith("adaln"):
-            register(f"etude::{prefix}{name}", modulate_backward, setup_context=modulate_context)
-        else:
-            register(f"etude::{prefix}{name}", both_backward, setup_context=both_context)
+    for op, backward, context in (
+        ("adaln_modulate", modulate_backward, modulate_context),
+        ("adaln_modulate_packed", modulate_backward, modulate_context),
+        ("gate_residual", gate_backward, gate_context),
+        ("gate_residual_adaln", both_backward, both_context),
+        ("gate_residual_adaln_packed", both_backward, both_context),
+    ):
+        register(f"etude::{prefix}{op}", backward, setup_context=context)
+        if not op.endswith("_packed"):
+            register(f"etude::{prefix}{op}_backward", once_only)
 
 
 def register_twin(prefix: str, device: str, forward: Callable, backward: Callable) -> None:
@@ -332,7 +363,7 @@ def register_twin(prefix: str, device: str, forward: Callable, backward: Callabl
     """
     fakes = implementations(_fake_forward, _fake_backward)
     for name, kernel in implementations(forward, backward).items():
-        _library.define(prefix + name + SCHEMAS[name])
+        _library.define(prefix + name + torch.library.infer_schema(kernel, mutates_args=()))
         _library.impl(prefix + name, kernel, device)
         torch.library.register_fake(f"etude::{prefix}{name}", fakes[name], lib=_library)
     register_gradients(prefix)
