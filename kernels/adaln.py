@@ -168,9 +168,9 @@ def verify_backward(op: str, made: tuple[Tensor | None, ...], *arguments: object
     backends.verify(op, ("dbias",), (dbias if want[5] is not None else None,), want[5:])
 
 
-# The operators of a twin (C++ here, Triton and CUDA in files of their own). Forward keeps a mean and
-# a reciprocal deviation per row. The gradients of gate, shift and scale are one (B, 1 to 3, D)
-# tensor; the gradient of an absent bias is empty. `_packed` takes one tensor for all the vectors.
+# The operators of a twin (C++ here, Triton and CUDA in files of their own). Forward keeps a mean
+# and a reciprocal deviation per row. The gradients of gate, shift and scale are one (B, 1 to 3, D)
+# tensor; the gradient of an absent bias is empty. `_packed` takes one tensor for all vectors.
 _library = torch.library.Library("etude", "FRAGMENT")
 ops = torch.ops.etude
 _Dtype = torch.dtype | None
