@@ -369,13 +369,16 @@ def register_twin(prefix: str, device: str, forward: Callable, backward: Callabl
     register_gradients(prefix)
 
 
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/cpu/common.h
+
+
 def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
     """A tensor as the C++ side takes it; its last dimension must be contiguous."""
     if t is None:
         return _ABSENT
-    kind = backends.cpp().BFLOAT16 if t.dtype == torch.bfloat16 else backends.cpp().FLOAT32
-    strides = (0, 0, *t.stride()[:-1])  # of (B, N, D): both; (B, D): the batch's; (D,): none
-    return t.data_ptr(), kind, *((strides[2], 0) if t.dim() == 2 else strides[-2:])
+    strides = t.stride()
+    batch = strides[0] if len(strides) > 1 else 0
+    return t.data_ptr(), _KINDS[t.dtype], batch, strides[1] if len(strides) == 3 else 0
 
 
 def dense(t: Tensor | None) -> Tensor | None:
@@ -463,6 +466,7 @@ def _check(
     x: Tensor,
     h: Tensor | None,
     vectors: dict[str, Tensor | None],
+    modulation: Tensor | None,
     bias: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; ValueError with one sentence."""
@@ -470,28 +474,27 @@ def _check(
         raise ValueError(f"{op}: norm={norm!r} is unknown: use layernorm or rmsnorm")
     if x.dim() != 3:
         raise ValueError(f"{op}: x must be (B, N, D), got {tuple(x.shape)}")
-    B, _, D = x.shape
-    packed = vectors.get("modulation")
-    separate = [n for n in vectors if n != "modulation"]
-    if packed is not None and any(vectors[n] is not None for n in separate):
-        raise ValueError(f"{op}: modulation takes the place of {', '.join(separate)}")
-    missing = [n for n in separate if packed is None and vectors[n] is None]
-    if missing:
-        raise ValueError(f"{op}: {', '.join(missing)} missing")
-    wanted = {"x": (x, tuple(x.shape)), "h": (h, tuple(x.shape)), "bias": (bias, (D,))}
-    wanted |= {n: (vectors[n], (B, D)) for n in separate}
-    wanted["modulation"] = packed, (B, len(separate) * D)
-    for name, (t, shape) in wanted.items():
+    B, N, D = x.shape
+    wanted = [("x", x, (B, N, D)), ("h", h, (B, N, D)), ("bias", bias, (D,))]
+    if modulation is not None:
+        if any(t is not None for t in vectors.values()):
+            raise ValueError(f"{op}: modulation takes the place of {', '.join(vectors)}")
+        wanted.append(("modulation", modulation, (B, len(vectors) * D)))
+    else:
+        missing = [name for name, t in vectors.items() if t is None]
+        if missing:
+            raise ValueError(f"{op}: {', '.join(missing)} missing")
+        wanted += [(name, t, (B, D)) for name, t in vectors.items()]
+    device = x.device
+    for name, t, shape in wanted:
         if t is None:
             continue
-        if tuple(t.shape) != shape:
+        if t.shape != shape:
             raise ValueError(f"{op}: {name} must be {shape}, got {tuple(t.shape)}")
-        if not t.is_floating_point() or t.device != x.device:
-            raise ValueError(
-                f"{op}: {name} is {t.dtype} on {t.device}; x is {x.dtype} on {x.device}"
-            )
-    if len({vectors[n].dtype for n in separate if packed is None}) > 1:
-        raise ValueError(f"{op}: {', '.join(separate)} must have one dtype")
+        if not t.is_floating_point() or t.device != device:
+            raise ValueError(f"{op}: {name} is {t.dtype} on {t.device}; x is {x.dtype} on {device}")
+    if modulation is None and len({t.dtype for t in vectors.values()}) > 1:
+        raise ValueError(f"{op}: {', '.join(vectors)} must have one dtype")
 
 
 def _output_dtype(x: Tensor) -> torch.dtype | None:
@@ -530,7 +533,7 @@ def adaln_modulate(
     for a backend asked for by name that cannot run.
     """
     op = "adaln_modulate"
-    _check(op, norm, x, None, {"shift": shift, "scale": scale, "modulation": modulation}, None)
+    _check(op, norm, x, None, {"shift": shift, "scale": scale}, modulation, None)
     to = _output_dtype(x)
     vectors = (shift, scale) if modulation is None else (modulation,)
     twin = _twin(op, x, vectors[0], to)
@@ -549,7 +552,7 @@ def gate_residual(x: Tensor, h: Tensor, gate: Tensor, *, bias: Tensor | None = N
     Strides, dtypes and errors as in `adaln_modulate`.
     """
     op = "gate_residual"
-    _check(op, "layernorm", x, h, {"gate": gate}, bias)
+    _check(op, "layernorm", x, h, {"gate": gate}, None, bias)
     twin = _twin(op, x, h, gate, bias)
     if twin is None:
         return gate_residual_reference(x, h, gate, bias=bias)
@@ -575,8 +578,7 @@ def gate_residual_adaln(
     autocast dtype. Strides, dtypes and errors as in `adaln_modulate`.
     """
     op = "gate_residual_adaln"
-    named = {"gate": gate, "shift": shift, "scale": scale, "modulation": modulation}
-    _check(op, norm, x, h, named, bias)
+    _check(op, norm, x, h, {"gate": gate, "shift": shift, "scale": scale}, modulation, bias)
     to = _output_dtype(x)
     vectors = (gate, shift, scale) if modulation is None else (modulation,)
     twin = _twin(op, x, h, vectors[0], bias, to)

@@ -18,7 +18,7 @@ struct AdalnForward {
 
 struct AdalnBackward {
   int64_t B, N, D;
-  Rows dout, dy;            // gradients of out and y; either may be absent, not both
+  Rows dout, dy;            // gradients of out (of x's dtype) and y; not both absent
   Rows x, h, gate, scale;   // x is the normed tensor, that is out where there is a gate
   Rows bias;
   const float* mean;
