@@ -40,7 +40,7 @@ from torch import Tensor
 from . import backends
 from .catalogue import Operator
 
-_NORMS = ("layernorm", "rmsnorm")
+NORMS = ("layernorm", "rmsnorm")
 _ABSENT = (0, 0, 0, 0)
 
 
@@ -114,9 +114,7 @@ def forward_reference(
     y = None
     if scale is not None:
         x = x if out is None else out
-        y = adaln_modulate_reference(
-            x, shift, scale, eps=eps, norm=_NORMS[rms], out_dtype=out_dtype
-        )
+        y = adaln_modulate_reference(x, shift, scale, eps=eps, norm=NORMS[rms], out_dtype=out_dtype)
     return out, y
 
 
@@ -460,7 +458,7 @@ def _backward_cpu(
 register_twin("", "CPU", _forward_cpu, _backward_cpu)
 
 
-def _check(
+def check(
     op: str,
     norm: str,
     x: Tensor,
@@ -470,7 +468,7 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; ValueError with one sentence."""
-    if norm not in _NORMS:
+    if norm not in NORMS:
         raise ValueError(f"{op}: norm={norm!r} is unknown: use layernorm or rmsnorm")
     if x.dim() != 3:
         raise ValueError(f"{op}: x must be (B, N, D), got {tuple(x.shape)}")
@@ -497,7 +495,7 @@ def _check(
         raise ValueError(f"{op}: {', '.join(vectors)} must have one dtype")
 
 
-def _output_dtype(x: Tensor) -> torch.dtype | None:
+def output_dtype(x: Tensor) -> torch.dtype | None:
     """The autocast rule: y is what the next matmul would cast it to."""
     kind = x.device.type
     known = kind in ("cpu", "cuda")  # torch raises for devices without autocast, such as meta
@@ -533,8 +531,8 @@ def adaln_modulate(
     for a backend asked for by name that cannot run.
     """
     op = "adaln_modulate"
-    _check(op, norm, x, None, {"shift": shift, "scale": scale}, modulation, None)
-    to = _output_dtype(x)
+    check(op, norm, x, None, {"shift": shift, "scale": scale}, modulation, None)
+    to = output_dtype(x)
     vectors = (shift, scale) if modulation is None else (modulation,)
     twin = _twin(op, x, vectors[0], to)
     if twin is None:
@@ -552,7 +550,7 @@ def gate_residual(x: Tensor, h: Tensor, gate: Tensor, *, bias: Tensor | None = N
     Strides, dtypes and errors as in `adaln_modulate`.
     """
     op = "gate_residual"
-    _check(op, "layernorm", x, h, {"gate": gate}, None, bias)
+    check(op, "layernorm", x, h, {"gate": gate}, None, bias)
     twin = _twin(op, x, h, gate, bias)
     if twin is None:
         return gate_residual_reference(x, h, gate, bias=bias)
@@ -578,8 +576,8 @@ def gate_residual_adaln(
     autocast dtype. Strides, dtypes and errors as in `adaln_modulate`.
     """
     op = "gate_residual_adaln"
-    _check(op, norm, x, h, {"gate": gate, "shift": shift, "scale": scale}, modulation, bias)
-    to = _output_dtype(x)
+    check(op, norm, x, h, {"gate": gate, "shift": shift, "scale": scale}, modulation, bias)
+    to = output_dtype(x)
     vectors = (gate, shift, scale) if modulation is None else (modulation,)
     twin = _twin(op, x, h, vectors[0], bias, to)
     if twin is None:

@@ -402,11 +402,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _config(x: Tensor) -> LaunchConfig:
+def config_of(x: Tensor) -> LaunchConfig:
     return LaunchConfig.for_shape(*(int(size) for size in x.shape), _multiprocessors(x.device))
 
 
-def _verifying() -> bool:
+def verifying() -> bool:
     """Values are compared in eager calls only: under torch.compile there are none to look at."""
     return backends.verifying() and not torch.compiler.is_compiling()
 
@@ -426,7 +426,7 @@ def _launch_forward(
     made = new_outputs(x, gate, scale, out_dtype)
     B, N, D = x.shape
     if x.numel():
-        config = _config(x)
+        config = config_of(x)
         tiles = triton.cdiv(N, config.tile)
         # Absent tensors are passed as x; the constexpr flags keep the kernel away from them.
         x_, h_, *vectors = (x if t is None else dense(t) for t in (x, h, gate, shift, scale, bias))
@@ -441,7 +441,7 @@ def _launch_forward(
         )  # fmt: skip
     elif scale is not None:
         made[2].zero_(), made[3].zero_()
-    if _verifying():
+    if verifying():
         verify_forward(made[:2], x, h, gate, shift, scale, bias, eps, rms, out_dtype)
     return made
 
@@ -467,7 +467,7 @@ def _launch_backward(
     if lead.numel() == 0:
         return tuple(None if t is None else t.zero_() for t in made)
     B, N, D = lead.shape
-    config = _config(lead)
+    config = config_of(lead)
     chunks = triton.cdiv(N, config.rows)
     partial = lead.new_empty((B, chunks, 4, D), dtype=torch.float32)
     # Absent tensors are passed as `lead`; the constexpr flags keep the kernels away from them.
@@ -491,7 +491,7 @@ def _launch_backward(
         wrap_triton(bias_kernel)[(triton.cdiv(D, 32),)](
             partial, dbias, B, D, chunks, ROWS=16, BLOCK=32, num_warps=4
         )
-    if _verifying():
+    if verifying():
         verify_backward(op, made, dout, dy, x, h, gate, scale, bias, eps, rms)
     return made
 

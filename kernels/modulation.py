@@ -3,9 +3,9 @@
 Called by samplers and models that have a list of adaLN maps. Every block of a DiT (Peebles and Xie,
 2023) computes its shift, scale and gate vectors by a linear map of the same s = SiLU(c), c: (B, D):
 
-    modulation_gemm:     out[:, l] = s @ W_l^T + b_l      for all layers l: one (B, sum_l K_l) tensor
-    modulation_table:    the same for every (timestep, label) of a sampler: s depends on nothing else
-    adaln_single:        vector + table, one vector for all layers and a table per layer (PixArt)
+    modulation_gemm:    out[:, l] = s @ W_l^T + b_l    for all layers l: one (B, sum_l K_l) tensor
+    modulation_table:   the same for every (timestep, label) of a sampler, on which alone s depends
+    adaln_single:       vector + table: one vector for all layers and a table per layer (PixArt)
 
 B rows are few, so such a product is bound by reading W (a third of the parameters of DiT-XL/2) and
 by its launch. `modulation_gemm` makes one of L small products, and its output has the vectors of

@@ -64,7 +64,7 @@ inline float* kept_row(bf16*, float* buffer) { return buffer; }
 
 // out = x + gate * (h + bias); `kept` is out as it was stored, so that backward, which reads it,
 // normalises the same values. An absent bias is a row of zeros.
-template <class X, class H>
+template <bool kNorm, class X, class H>
 float add_branch(const X* x, const H* h, const float* gate, const float* bias, X* out, float* kept,
                  int64_t D) {
   float sum = 0.0f;
@@ -73,8 +73,8 @@ float add_branch(const X* x, const H* h, const float* gate, const float* bias, X
     X stored;
     narrow(widen(x[i]) + gate[i] * (widen(h[i]) + bias[i]), &stored);
     out[i] = stored;
-    kept[i] = widen(stored);
-    sum += kept[i];
+    if (kNorm) kept[i] = widen(stored);
+    if (kNorm) sum += widen(stored);
   }
   return sum;
 }
@@ -88,7 +88,7 @@ inline float copy_row(const float* x, float*, int64_t D) {
 
 inline float copy_row(const bf16* x, float* kept, int64_t D) {
   float sum = 0.0f;
-  ETUDE_SIMD(reduction(+ : sum))
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < D; ++i) {
     kept[i] = widen(x[i]);
     sum += kept[i];
@@ -107,7 +107,7 @@ float deviation(const float* x, int64_t D, float mean, float eps) {
 template <class Y>
 void modulate(const float* x, const float* shift, const float* scale, float mean, float rstd, Y* y,
               int64_t D) {
-  ETUDE_SIMD()
+#pragma omp simd
   for (int64_t i = 0; i < D; ++i)
     narrow((x[i] - mean) * rstd * (1.0f + scale[i]) + shift[i], y + i);
 }
@@ -133,7 +133,13 @@ void forward_rows(const AdalnForward& a, int64_t b, int64_t first, int64_t last,
       if (gated) {
         X* const out = at<X>(a.out, b, n);
         kept = kept_row(out, buffers);
-        ETUDE_TYPED(a.h, H, sum = add_branch(x, at<H>(a.h, b, n), gate, bias, out, kept, D))
+        ETUDE_TYPED(a.h, H, {
+          const H* const h = at<H>(a.h, b, n);
+          if (scale)
+            sum = add_branch<true>(x, h, gate, bias, out, kept, D);
+          else
+            add_branch<false>(x, h, gate, bias, out, kept, D);
+        })
       } else {
         kept = kept_row(x, buffers);
         sum = copy_row(x, kept, D);
