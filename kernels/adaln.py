@@ -24,9 +24,9 @@ order gate, shift, scale (shift, scale where there is no gate), which is how the
 map of a DiT block: six chunks, of which gate_1, shift_2 and scale_2 are neighbours. The backward
 pass writes their gradients side by side into one buffer, which is the gradient of `modulation`
 itself: nothing is concatenated, filled or added. Split the map's output by torch.split with sizes
-(D, D, 3 D, D): the gradient of a split is one concatenation. At N = 256 in bfloat16 it moves 4 bytes
-per element of the map's output, where a block's two sites move some 1,700: not worth a layout of
-its own.
+(D, D, 3 D, D): the gradient of a split is one concatenation. At N = 256 in bfloat16 it moves 4
+bytes per element of the map's output, where a block's two sites move some 1,700: not worth a layout
+of its own.
 
 All arithmetic is in float32 (float64 for float64 inputs); sums over rows are taken in fixed stages,
 so they have the same bits for any number of threads. y has the dtype of x, or under autocast the
