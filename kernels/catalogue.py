@@ -13,6 +13,8 @@ from .backends import DTYPES
 
 FAMILIES = (
     "adaln",
+    "modulation",
+    "fp8",
     "attention",
     "activation",
     "groupnorm",

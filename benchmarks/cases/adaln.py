@@ -21,8 +21,8 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
         return torch.randn(*size, generator=g).to(device, dtype)
 
     made = {name: normal(batch, rows, width) for name in ("x", "h", "dout", "dy")}
-    made["mod"] = normal(batch, 3 * width)
-    for name in ("x", "h", "mod"):
+    made["mod"], made["bias"] = normal(batch, 3 * width), normal(width)
+    for name in ("x", "h", "mod", "bias"):
         made[name].requires_grad_()
     return made
 
@@ -41,13 +41,22 @@ def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return kernels.gate_residual_adaln(inputs["x"], inputs["h"], g, shift, scale)
 
 
-def plain(op: str) -> Run:
+def packed(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return kernels.gate_residual_adaln(inputs["x"], inputs["h"], modulation=inputs["mod"])
+
+
+def packed_bias(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    x, h, bias = inputs["x"], inputs["h"], inputs["bias"]
+    return kernels.gate_residual_adaln(x, h, modulation=inputs["mod"], bias=bias)
+
+
+def plain(op: str, bias: bool) -> Run:
     """The operator as the published DiT writes it: in the tensors' own dtype."""
 
     def run(inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         g, shift, scale = (t.unsqueeze(1) for t in inputs["mod"].chunk(3, 1))
-        x = inputs["x"]
-        out = x + g * inputs["h"] if "gate" in op else x
+        x, h = inputs["x"], inputs["h"] + inputs["bias"] if bias else inputs["h"]
+        out = x + g * h if "gate" in op else x
         if op == "gate_residual":
             return out
         y = F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -59,9 +68,10 @@ def plain(op: str) -> Run:
 def case(op: str, variant: str, run: Run, tensors: int) -> Case:
     """tensors: (B, N, D) tensors read or written at least once."""
     names = ("x", "mod") if op == "adaln_modulate" else ("x", "h", "mod")
+    names += ("bias",) * ("bias" in variant)
     upstream = ("dout", "dy") if op == "gate_residual_adaln" else ("dy",)
-    rival = plain(op)
-    if variant == BACKWARD:
+    rival = plain(op, "bias" in variant)
+    if variant.startswith(BACKWARD):
         run, rival = (with_gradients(r, names, upstream) for r in (run, rival))
 
     def moved(inputs: Inputs) -> int:
@@ -78,4 +88,6 @@ CASES = (
     case("gate_residual", BACKWARD, gate, 6),
     case("gate_residual_adaln", "forward", both, 4),
     case("gate_residual_adaln", BACKWARD, both, 10),
+    case("gate_residual_adaln", f"{BACKWARD} packed", packed, 10),
+    case("gate_residual_adaln", f"{BACKWARD} packed, bias", packed_bias, 10),
 )

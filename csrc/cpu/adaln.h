@@ -7,7 +7,8 @@ namespace etude {
 struct AdalnForward {
   int64_t B, N, D;
   Rows x, h, gate, shift, scale;  // read; h and gate go together, shift and scale too
-  Rows out, y;                    // written: x + gate * h, and the modulated norm
+  Rows bias;                      // (D), read; absent: zero; only where there is a gate
+  Rows out, y;                    // written: x + gate * (h + bias), and the modulated norm
   float* mean;                    // (B, N), written; RMSNorm writes zeros
   float* rstd;                    // (B, N), written
   float eps;
@@ -17,12 +18,14 @@ struct AdalnForward {
 
 struct AdalnBackward {
   int64_t B, N, D;
-  Rows dout, dy;            // gradients of out and y; either may be absent, not both
+  Rows dout, dy;            // gradients of out (of x's dtype) and y; not both absent
   Rows x, h, gate, scale;   // x is the normed tensor, that is out where there is a gate
+  Rows bias;
   const float* mean;
   const float* rstd;
   Rows dx, dh, dgate, dshift, dscale;  // written where present
-  float* partial;                      // (B, ceil(N / kRowsPerChunk), 3, D), workspace
+  Rows dbias;                          // (D), written where there is a bias
+  float* partial;                      // (B, ceil(N / kRowsPerChunk), 4, D), workspace
   bool rms;
   int threads;
 };

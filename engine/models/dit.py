@@ -115,10 +115,12 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = modulation(hidden_size, 6)
 
     def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor) -> Stream:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, 1)
-        x, y = _add_and_modulate(x, h, gate, shift_1, scale_1)
-        x, y = gate_residual_adaln(x, self.attn(y), gate_1, shift_2, scale_2)
-        return x, self.mlp(y), gate_2
+        D = x.shape[-1]
+        # Six vectors: shift_1, scale_1, the neighbours gate_1, shift_2, scale_2, and gate_2.
+        vectors = self.adaLN_modulation(c).split((D, D, 3 * D, D), 1)
+        x, y = _add_and_modulate(x, h, gate, vectors[0], vectors[1])
+        x, y = gate_residual_adaln(x, self.attn(y), modulation=vectors[2])
+        return x, self.mlp(y), vectors[3]
 
 
 class FinalLayer(nn.Module):
