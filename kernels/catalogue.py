@@ -14,7 +14,6 @@ from .backends import DTYPES
 FAMILIES = (
     "adaln",
     "modulation",
-    "fp8",
     "attention",
     "activation",
     "groupnorm",
@@ -24,6 +23,7 @@ FAMILIES = (
     "resizing",
     "statistics",
     "knn",
+    "fp8",
 )
 
 
