@@ -166,3 +166,39 @@ def test_profiles_are_named_by_their_decay():
     assert profile_state("ema:0.9999", [0.999, 0.9999]) == "ema1"
     with pytest.raises(UserError, match=r"choose raw, ema:0\.999"):
         profile_state("ema", [0.999])
+
+
+def test_copies_receive_the_new_weights_of_the_parameters_that_have_one():
+    torch.manual_seed(0)
+    first, second, plain = (nn.Parameter(torch.randn(5)) for _ in range(3))
+    twin = nn.Parameter(first.detach().clone())
+    optimizer = AdamWEMA([first, second], lr=torch.tensor(0.1), ema_decays=[0.9])
+    other = AdamWEMA([twin, plain], lr=0.1, ema_decays=[0.9])
+    optimizer.copies = {first: torch.zeros(5, dtype=torch.bfloat16)}
+    for _ in range(3):
+        for parameter in (first, second, twin, plain):
+            parameter.grad = torch.linspace(-1, 1, 5)
+        optimizer.step()
+        other.step()
+    assert torch.equal(optimizer.copies[first], first.detach().bfloat16())
+    assert torch.allclose(first, twin, rtol=1e-6)  # the rate as a float32 tensor
+    assert float(optimizer.state[second]["step"]) == 3
+
+
+def test_bf16_weights_of_the_local_strategy_are_written_by_the_optimizer(monkeypatch):
+    from etude.core.distributed import World
+    from etude.core.strategy import StrategyConfig, build_strategy
+    from etude.core.strategy_local import LocalStrategy
+
+    monkeypatch.setattr(LocalStrategy, "refresh", None)  # no second pass over the weights
+    config = StrategyConfig(kind="local", precision="bf16")
+    world = World(0, 1, 0, torch.device("cpu"))
+    strategy = build_strategy(config, net(), OptimConfig(lr=1e-2, clip=0.1, ema=[0.9]), world)
+    for step in range(2):
+        x = torch.arange(4).roll(step)
+        strategy.backward(strategy(x).float().square().mean())
+        strategy.step(1e-2)
+    for name, weight in strategy.module.named_parameters():
+        master = strategy._masters[name].detach()
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, master.bfloat16())
+        assert not torch.equal(strategy.optimizer.ema_state()[strategy._masters[name]], master)
