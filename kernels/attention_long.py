@@ -5,7 +5,7 @@
   of keys and walks over the queries; it works on the transposed scores (keys x queries), so that p
   and ds are left operands of their products straight from registers. The other owns a block of
   queries and walks over the keys. Every gradient has one writer: no atomics, the same bits each
-  time. delta = rowsum(dout * out) - dlse comes from a small kernel before them (2 N d numbers read).
+  time. delta = rowsum(dout * out) - dlse comes from a small kernel before them.
 * the norm and rotation of q and k: a block would repeat them for every block it meets, as much time
   on the plain cores as its products take on the tensor cores. Here a kernel writes the prepared q
   and k once (4 N d of traffic next to 4 N^2 d of work). Their gradients are the epilogue of the two
@@ -22,13 +22,13 @@ import triton.language as tl
 from .attention_tiles import (
     LN2,
     LOG2E,
-    dot,
+    bias_tile,
     key_range,
     load_head,
     prepare,
-    prepare_backward,
     row_sum,
     scores,
+    settle,
     store_head,
     store_sums,
     weigh,
@@ -86,7 +86,7 @@ def delta_kernel(
 def long_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, offsets_ptr, bias_ptr,
     H, Nq, Nk, tiles, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, bias_b, bias_h, bias_n, scale,
-    LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr,
+    LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, BIAS_VEC: tl.constexpr,
     EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
@@ -100,6 +100,10 @@ def long_fwd_kernel(
     k_ptr += tl.multiple_of(b * k_b + h * k_h, VEC)
     v_ptr += tl.multiple_of(b * v_b + h * v_h, VEC)
     q_ptr += tl.multiple_of(b * q_b + h * q_h, VEC)
+    bias_ptr += tl.multiple_of(b * bias_b + h * bias_h, BIAS_VEC)
+    if OFFSETS:
+        k_ptr += tl.multiple_of(first * k_n, VEC)
+        v_ptr += tl.multiple_of(first * v_n, VEC)
     live_q = within(rows, Nq, EVEN_Q)
     q0, q1 = load_head(q_ptr, rows * q_n, live_q, HEAD, D0, D1, VEC)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -108,13 +112,11 @@ def long_fwd_kernel(
     for start in range(0, length, KEYS):
         keys = start + tl.arange(0, KEYS)
         live_k = within(keys, length, EVEN_K)
-        at_key = first + keys.to(tl.int64)
+        at_key = keys.to(tl.int64)
         k0, k1 = load_head(k_ptr, at_key * k_n, live_k, HEAD, D0, D1, VEC)
         s = scores(q0, q1, k0, k1, D1, UPCAST) * (scale * LOG2E)
         if BIAS:
-            at = b * bias_b + h * bias_h + rows[:, None] * bias_n + keys[None, :]
-            there = live_q[:, None] & live_k[None, :]
-            s += tl.load(bias_ptr + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+            s += bias_tile(bias_ptr, rows, keys, Nq, Nk, bias_n, BIAS_VEC)
         if not EVEN_K:
             s = tl.where(live_k[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, axis=1))
@@ -149,11 +151,12 @@ def long_dkv_kernel(
     lengths_ptr, offsets_ptr, bias_ptr, kw_ptr, cos_ptr, sin_ptr,
     H, Nq, Nk, tiles, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, dk_b, dk_n,
     raw_b, raw_n, raw_h, bias_b, bias_h, bias_n, scale, eps,
-    LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, BIAS_VEC: tl.constexpr,
+    NORM: tl.constexpr,
     K_AFFINE: tl.constexpr, ROPE: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     PACKED: tl.constexpr,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of every tiles-th block of KEYS keys of one head.
 
@@ -170,17 +173,23 @@ def long_dkv_kernel(
     k_ptr += tl.multiple_of(b * k_b + h * k_h, VEC)
     v_ptr += tl.multiple_of(b * v_b + h * v_h, VEC)
     q_ptr += tl.multiple_of(b * q_b + h * q_h, VEC)
+    bias_ptr += tl.multiple_of(b * bias_b + h * bias_h, BIAS_VEC)
     dout_ptr += tl.multiple_of(b * o_b + h * o_h, VEC)
     raw_ptr += tl.multiple_of(b * raw_b + h * raw_h, VEC)
     dk_ptr += tl.multiple_of(b * dk_b + h * HEAD, VEC)
     dv_ptr += tl.multiple_of(b * dk_b + h * HEAD, VEC)
-    sums = zeros_sums(D0, D1)
+    if OFFSETS:
+        k_ptr += tl.multiple_of(first * k_n, VEC)
+        v_ptr += tl.multiple_of(first * v_n, VEC)
+        raw_ptr += tl.multiple_of(first * raw_n, VEC)
+        dk_ptr += tl.multiple_of(first * dk_n, VEC)
+        dv_ptr += tl.multiple_of(first * dk_n, VEC)
     end = length if OFFSETS else Nk  # keys beyond a length get zeros
     for start in range((program % tiles).to(tl.int32) * KEYS, end, tiles * KEYS):
         keys = start + tl.arange(0, KEYS)
         live_k = within(keys, length, EVEN_K)
         live_out = within(keys, end, EVEN_K)
-        at_key = first + keys.to(tl.int64)
+        at_key = keys.to(tl.int64)
         k0, k1 = load_head(k_ptr, at_key * k_n, live_k, HEAD, D0, D1, VEC)
         v0, v1 = load_head(v_ptr, at_key * v_n, live_k, HEAD, D0, D1, VEC)
         dk0, dk1 = zeros_head(KEYS, D0, D1)
@@ -193,9 +202,7 @@ def long_dkv_kernel(
             lse, delta = _row_numbers(lse_ptr, delta_ptr, (b * H + h) * Nq + rows, rows < Nq)
             s = scores(k0, k1, q0, q1, D1, UPCAST) * (scale * LOG2E)
             if BIAS:
-                at = b * bias_b + h * bias_h + wide[None, :] * bias_n + keys[:, None]
-                there = live_q[None, :] & live_k[:, None]
-                s += tl.load(bias_ptr + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+                s += tl.trans(bias_tile(bias_ptr, wide, keys, Nq, Nk, bias_n, BIAS_VEC))
             if not EVEN_K:
                 s = tl.where(live_k[:, None], s, float("-inf"))
             p = tl.exp2(s - lse[None, :])
@@ -203,12 +210,16 @@ def long_dkv_kernel(
             dv0, dv1 = weigh(p.to(g0.dtype), g0, g1, dv0, dv1, D1, UPCAST)
             ds = p * (scores(v0, v1, g0, g1, D1, UPCAST) - delta[None, :])
             dk0, dk1 = weigh(ds.to(q0.dtype), q0, q1, dk0, dk1, D1, UPCAST)
-        store_head(dv_ptr, at_key * dk_n, live_out, dv0, dv1, HEAD, D0, D1, VEC)
-        dk0, dk1, sums = prepare_backward(
-            dk0 * scale, dk1 * scale, sums, raw_ptr, at_key * raw_n, kw_ptr, cos_ptr, sin_ptr, keys,
-            live_k, eps, NORM, K_AFFINE, ROPE, HEAD, D0, D1, VEC,
-        )  # fmt: skip
-        store_head(dk_ptr, at_key * dk_n, live_out, dk0, dk1, HEAD, D0, D1, VEC)
+        at_out = keys.to(tl.int64) * dk_n
+        store_head(dv_ptr, at_out, live_out, dv0, dv1, HEAD, D0, D1, VEC)
+        store_head(dk_ptr, at_out, live_out, dk0 * scale, dk1 * scale, HEAD, D0, D1, VEC)
+    sums = zeros_sums(D0, D1)
+    if NORM or ROPE:
+        for start in range((program % tiles).to(tl.int32) * KEYS, length, tiles * KEYS):
+            sums = settle(
+                dk_ptr, dk_n, raw_ptr, raw_n, start, tl.minimum(start + KEYS, length), sums, kw_ptr,
+                cos_ptr, sin_ptr, eps, NORM, K_AFFINE, ROPE, HEAD, D0, D1, VEC, CHUNK,
+            )  # fmt: skip
     if K_AFFINE:
         store_sums(partial_ptr + program * 2 * HEAD, sums, HEAD, D0, D1)
 
@@ -219,10 +230,11 @@ def long_dq_kernel(
     lengths_ptr, offsets_ptr, bias_ptr, qw_ptr, cos_ptr, sin_ptr,
     H, Nq, Nk, tiles, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, dq_b, dq_n,
     raw_b, raw_n, raw_h, bias_b, bias_h, bias_n, scale, eps,
-    LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, BIAS_VEC: tl.constexpr,
+    NORM: tl.constexpr,
     Q_AFFINE: tl.constexpr, ROPE: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq of ROWS queries of one head. q: prepared; raw: q as it was given."""
     program = tl.program_id(0).to(tl.int64)
@@ -233,9 +245,13 @@ def long_dq_kernel(
     k_ptr += tl.multiple_of(b * k_b + h * k_h, VEC)
     v_ptr += tl.multiple_of(b * v_b + h * v_h, VEC)
     q_ptr += tl.multiple_of(b * q_b + h * q_h, VEC)
+    bias_ptr += tl.multiple_of(b * bias_b + h * bias_h, BIAS_VEC)
     dout_ptr += tl.multiple_of(b * o_b + h * o_h, VEC)
     raw_ptr += tl.multiple_of(b * raw_b + h * raw_h, VEC)
     dq_ptr += tl.multiple_of(b * dq_b + h * HEAD, VEC)
+    if OFFSETS:
+        k_ptr += tl.multiple_of(first * k_n, VEC)
+        v_ptr += tl.multiple_of(first * v_n, VEC)
     live_q = within(rows, Nq, EVEN_Q)
     q0, q1 = load_head(q_ptr, rows * q_n, live_q, HEAD, D0, D1, VEC)
     g0, g1 = load_head(dout_ptr, rows * o_n, live_q, HEAD, D0, D1, VEC)
@@ -244,26 +260,26 @@ def long_dq_kernel(
     for start in range(0, length, KEYS):
         keys = start + tl.arange(0, KEYS)
         live_k = within(keys, length, EVEN_K)
-        at_key = first + keys.to(tl.int64)
+        at_key = keys.to(tl.int64)
         k0, k1 = load_head(k_ptr, at_key * k_n, live_k, HEAD, D0, D1, VEC)
         s = scores(q0, q1, k0, k1, D1, UPCAST) * (scale * LOG2E)
         if BIAS:
-            at = b * bias_b + h * bias_h + rows[:, None] * bias_n + keys[None, :]
-            there = live_q[:, None] & live_k[None, :]
-            s += tl.load(bias_ptr + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+            s += bias_tile(bias_ptr, rows, keys, Nq, Nk, bias_n, BIAS_VEC)
         if not EVEN_K:
             s = tl.where(live_k[None, :], s, float("-inf"))
         p = tl.exp2(s - lse[:, None])
         v0, v1 = load_head(v_ptr, at_key * v_n, live_k, HEAD, D0, D1, VEC)
         ds = p * (scores(g0, g1, v0, v1, D1, UPCAST) - delta[:, None])
         dq0, dq1 = weigh(ds.to(k0.dtype), k0, k1, dq0, dq1, D1, UPCAST)
-    dq0, dq1, sums = prepare_backward(
-        dq0 * scale, dq1 * scale, zeros_sums(D0, D1), raw_ptr, rows * raw_n, qw_ptr, cos_ptr,
-        sin_ptr, rows, live_q, eps, NORM, Q_AFFINE, ROPE, HEAD, D0, D1, VEC,
-    )  # fmt: skip
-    if Q_AFFINE:
-        store_sums(partial_ptr + program * 2 * HEAD, sums, HEAD, D0, D1)
-    store_head(dq_ptr, rows * dq_n, live_q, dq0, dq1, HEAD, D0, D1, VEC)
+    store_head(dq_ptr, rows * dq_n, live_q, dq0 * scale, dq1 * scale, HEAD, D0, D1, VEC)
+    if NORM or ROPE:
+        start = ((program % tiles) * ROWS).to(tl.int32)
+        sums = settle(
+            dq_ptr, dq_n, raw_ptr, raw_n, start, tl.minimum(start + ROWS, Nq), zeros_sums(D0, D1),
+            qw_ptr, cos_ptr, sin_ptr, eps, NORM, Q_AFFINE, ROPE, HEAD, D0, D1, VEC, CHUNK,
+        )  # fmt: skip
+        if Q_AFFINE:
+            store_sums(partial_ptr + program * 2 * HEAD, sums, HEAD, D0, D1)
 
 
 @triton.jit
@@ -271,7 +287,8 @@ def dbias_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dout_ptr, dbias_ptr, lengths_ptr, bias_ptr,
     B, H, Nq, Nk, q_tiles, k_tiles, group,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, bias_b, bias_h, bias_n, scale,
-    LENGTHS: tl.constexpr, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LENGTHS: tl.constexpr, BIAS_VEC: tl.constexpr,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     VEC: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dbias[g, h] of one tile of scores: ds summed over samples g * group to (g + 1) * group."""
@@ -288,9 +305,8 @@ def dbias_kernel(
         q0, q1 = load_head(q_ptr, b * q_b + h * q_h + rows * q_n, live_q, HEAD, D0, D1, VEC)
         k0, k1 = load_head(k_ptr, b * k_b + h * k_h + keys * k_n, live_k, HEAD, D0, D1, VEC)
         s = scores(q0, q1, k0, k1, D1, UPCAST) * (scale * LOG2E)
-        at = b * bias_b + h * bias_h + rows[:, None] * bias_n + keys[None, :]
-        there = live_q[:, None] & live_k[None, :]
-        s += tl.load(bias_ptr + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+        at_bias = bias_ptr + tl.multiple_of(b * bias_b + h * bias_h, BIAS_VEC)
+        s += bias_tile(at_bias, rows, keys, Nq, Nk, bias_n, BIAS_VEC)
         s = tl.where(live_k[None, :], s, float("-inf"))
         lse, delta = _row_numbers(lse_ptr, delta_ptr, (b * H + h) * Nq + rows, live_q)
         p = tl.exp2(s - lse[:, None])

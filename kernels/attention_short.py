@@ -32,13 +32,14 @@ import triton.language as tl
 from .attention_tiles import (
     LN2,
     LOG2E,
-    dot,
+    arrange,
+    bias_tile,
     key_range,
     load_head,
     prepare,
-    prepare_backward,
     row_sum,
     scores,
+    settle,
     store_head,
     store_sums,
     weigh,
@@ -55,7 +56,8 @@ def short_fwd_kernel(
     H, Nq, Nk, parts, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, bias_b, bias_h, bias_n,
     scale, eps,
     LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
-    Q_AFFINE: tl.constexpr, K_AFFINE: tl.constexpr, ROPE: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
+    Q_AFFINE: tl.constexpr, K_AFFINE: tl.constexpr, ROPE: tl.constexpr,
+    EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, BIAS_VEC: tl.constexpr,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -75,6 +77,7 @@ def short_fwd_kernel(
         v_ptr += tl.multiple_of(first * v_n, VEC)
     q_ptr += tl.multiple_of(b * q_b + h * q_h, VEC)
     out_ptr += (b * Nq * H + h) * HEAD
+    bias_ptr += tl.multiple_of(b * bias_b + h * bias_h, BIAS_VEC)
     lse_ptr += (b * H + h) * Nq
     k0, k1 = load_head(k_ptr, keys * k_n, live_k, HEAD, D0, D1, VEC)
     v0, v1 = load_head(v_ptr, keys * v_n, live_k, HEAD, D0, D1, VEC)
@@ -92,9 +95,7 @@ def short_fwd_kernel(
         )  # fmt: skip
         s = scores(q0, q1, k0, k1, D1, UPCAST) * (scale * LOG2E)
         if BIAS:
-            at = b * bias_b + h * bias_h + rows.to(tl.int64)[:, None] * bias_n + keys[None, :]
-            there = live_q[:, None] & live_k[None, :]
-            s += tl.load(bias_ptr + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+            s += bias_tile(bias_ptr, rows, keys, Nq, Nk, bias_n, BIAS_VEC)
         if not EVEN_K:
             s = tl.where(live_k[None, :], s, float("-inf"))
         top = tl.max(s, axis=1)
@@ -104,9 +105,7 @@ def short_fwd_kernel(
         o0, o1 = zeros_head(ROWS, D0, D1)
         o0, o1 = weigh(p.to(v_ptr.dtype.element_ty), v0, v1, o0, o1, D1, UPCAST)
         share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
-        store_head(
-            out_ptr, rows * (H * HEAD), live_q, o0 * share, o1 * share, HEAD, D0, D1, VEC
-        )
+        store_head(out_ptr, rows * (H * HEAD), live_q, o0 * share, o1 * share, HEAD, D0, D1, VEC)
         tl.store(lse_ptr + rows, (top + tl.log2(total)) * LN2, mask=live_q)
 
 
@@ -119,8 +118,9 @@ def short_bwd_kernel(
     LENGTHS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     Q_AFFINE: tl.constexpr, K_AFFINE: tl.constexpr, ROPE: tl.constexpr,
     EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, DLSE: tl.constexpr, PACKED: tl.constexpr,
+    BIAS_VEC: tl.constexpr,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of one head; ROWS >= Nq. o_b, o_n, o_h: strides of dout.
 
@@ -139,6 +139,7 @@ def short_bwd_kernel(
     q_ptr += tl.multiple_of(b * q_b + h * q_h, VEC)
     dout_ptr += tl.multiple_of(b * o_b + h * o_h, VEC)
     out_ptr += (b * Nq * H + h) * HEAD
+    bias_ptr += tl.multiple_of(b * bias_b + h * bias_h, BIAS_VEC)
     dq_ptr += tl.multiple_of(b * dq_b + h * HEAD, VEC)
     dk_ptr += tl.multiple_of(b * dk_b + h * HEAD, VEC)
     dv_ptr += tl.multiple_of(b * dk_b + h * HEAD, VEC)
@@ -147,6 +148,20 @@ def short_bwd_kernel(
         v_ptr += tl.multiple_of(first * v_n, VEC)
         dk_ptr += tl.multiple_of(first * dk_n, VEC)
         dv_ptr += tl.multiple_of(first * dk_n, VEC)
+
+    # Prepared q and k wait where dq and dk will be written.
+    hat_q, hat_q_n, hat_k, hat_k_n = q_ptr, q_n, k_ptr, k_n
+    if NORM or ROPE:
+        hat_q, hat_q_n, hat_k, hat_k_n = dq_ptr, dq_n, dk_ptr, dk_n
+        arrange(
+            q_ptr, q_n, dq_ptr, dq_n, Nq, qw_ptr, qb_ptr, cos_ptr, sin_ptr, eps,
+            NORM, Q_AFFINE, ROPE, HEAD, D0, D1, VEC, CHUNK,
+        )  # fmt: skip
+        arrange(
+            k_ptr, k_n, dk_ptr, dk_n, length, kw_ptr, kb_ptr, cos_ptr, sin_ptr, eps,
+            NORM, K_AFFINE, ROPE, HEAD, D0, D1, VEC, CHUNK,
+        )  # fmt: skip
+        tl.debug_barrier()
 
     rows = tl.arange(0, ROWS)
     live_q = within(rows, Nq, EVEN_Q)
@@ -161,32 +176,21 @@ def short_bwd_kernel(
     lse = tl.load(lse_ptr + at_lse, mask=live_q, other=float("-inf")) * LOG2E
     # No keys, or no such row: exp2(score - inf) = 0.
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    q0, q1 = load_head(q_ptr, rows * q_n, live_q, HEAD, D0, D1, VEC)
-    q0, q1 = prepare(
-        q0, q1, qw_ptr, qb_ptr, cos_ptr, sin_ptr, rows, live_q, eps,
-        NORM, Q_AFFINE, ROPE, HEAD, D0, D1,
-    )  # fmt: skip
+    q0, q1 = load_head(hat_q, rows * hat_q_n, live_q, HEAD, D0, D1, VEC)
 
     dq0, dq1 = zeros_head(ROWS, D0, D1)
-    sums = zeros_sums(D0, D1)
     end = length if OFFSETS else Nk  # keys beyond a length get zeros
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
         live_k = within(keys, length, EVEN_K)
         live_out = within(keys, end, EVEN_K)
-        k0, k1 = load_head(k_ptr, keys * k_n, live_k, HEAD, D0, D1, VEC)
-        k0, k1 = prepare(
-            k0, k1, kw_ptr, kb_ptr, cos_ptr, sin_ptr, keys, live_k, eps,
-            NORM, K_AFFINE, ROPE, HEAD, D0, D1,
-        )  # fmt: skip
+        k0, k1 = load_head(hat_k, keys * hat_k_n, live_k, HEAD, D0, D1, VEC)
         s = scores(q0, q1, k0, k1, D1, UPCAST) * (scale * LOG2E)
         if BIAS:
-            at = b * bias_b + h * bias_h + rows.to(tl.int64)[:, None] * bias_n + keys[None, :]
-            there = live_q[:, None] & live_k[None, :]
-            s += tl.load(bias_ptr + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+            s += bias_tile(bias_ptr, rows, keys, Nq, Nk, bias_n, BIAS_VEC)
         if not EVEN_K:
             s = tl.where(live_k[None, :], s, float("-inf"))
-        # p lives on in 16 bits only: 32 registers per thread less, and ds is rounded to them anyway.
+        # p lives on in 16 bits only: 32 registers per thread less, and ds is rounded so anyway.
         p = tl.exp2(s - lse[:, None]).to(dout_ptr.dtype.element_ty)
         dv0, dv1 = zeros_head(KEYS, D0, D1)
         dv0, dv1 = weigh(tl.trans(p), g0, g1, dv0, dv1, D1, UPCAST)
@@ -197,19 +201,21 @@ def short_bwd_kernel(
         dq0, dq1 = weigh(ds, k0, k1, dq0, dq1, D1, UPCAST)
         dk0, dk1 = zeros_head(KEYS, D0, D1)
         dk0, dk1 = weigh(tl.trans(ds), q0, q1, dk0, dk1, D1, UPCAST)
-        dk0, dk1, sums = prepare_backward(
-            dk0 * scale, dk1 * scale, sums, k_ptr, keys * k_n, kw_ptr, cos_ptr, sin_ptr, keys,
-            live_k, eps, NORM, K_AFFINE, ROPE, HEAD, D0, D1, VEC,
-        )  # fmt: skip
-        store_head(dk_ptr, keys * dk_n, live_out, dk0, dk1, HEAD, D0, D1, VEC)
+        store_head(dk_ptr, keys * dk_n, live_out, dk0 * scale, dk1 * scale, HEAD, D0, D1, VEC)
 
-    partial = partial_ptr + program * 4 * HEAD
-    if K_AFFINE:
-        store_sums(partial + 2 * HEAD, sums, HEAD, D0, D1)
-    dq0, dq1, sums = prepare_backward(
-        dq0 * scale, dq1 * scale, zeros_sums(D0, D1), q_ptr, rows * q_n, qw_ptr, cos_ptr, sin_ptr,
-        rows, live_q, eps, NORM, Q_AFFINE, ROPE, HEAD, D0, D1, VEC,
-    )  # fmt: skip
-    if Q_AFFINE:
-        store_sums(partial, sums, HEAD, D0, D1)
-    store_head(dq_ptr, rows * dq_n, live_q, dq0, dq1, HEAD, D0, D1, VEC)
+    store_head(dq_ptr, rows * dq_n, live_q, dq0 * scale, dq1 * scale, HEAD, D0, D1, VEC)
+
+    if NORM or ROPE:
+        partial = partial_ptr + program * 4 * HEAD
+        sums = settle(
+            dq_ptr, dq_n, q_ptr, q_n, 0, Nq, zeros_sums(D0, D1), qw_ptr, cos_ptr, sin_ptr, eps,
+            NORM, Q_AFFINE, ROPE, HEAD, D0, D1, VEC, CHUNK,
+        )  # fmt: skip
+        if Q_AFFINE:
+            store_sums(partial, sums, HEAD, D0, D1)
+        sums = settle(
+            dk_ptr, dk_n, k_ptr, k_n, 0, length, zeros_sums(D0, D1), kw_ptr, cos_ptr, sin_ptr, eps,
+            NORM, K_AFFINE, ROPE, HEAD, D0, D1, VEC, CHUNK,
+        )  # fmt: skip
+        if K_AFFINE:
+            store_sums(partial + 2 * HEAD, sums, HEAD, D0, D1)

@@ -106,6 +106,17 @@ def scores(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def bias_tile(bias_ptr, rows, keys, Nq, Nk, bias_n, BIAS_VEC: tl.constexpr):
+    """A tile of bias in powers of two. BIAS_VEC: numbers of which all its strides are multiples.
+
+    Masked by what exists, not by lengths: a mask that ends anywhere would forbid wide loads.
+    """
+    at = bias_ptr + tl.multiple_of((rows * bias_n)[:, None], [BIAS_VEC, BIAS_VEC]) + keys[None, :]
+    there = (rows < Nq)[:, None] & (keys < Nk)[None, :]
+    return tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
 def weigh(p, x0, x1, acc0, acc1, D1: tl.constexpr, UPCAST: tl.constexpr):
     """acc + p x: a head per row of p."""
     acc0 = dot_onto(p, x0, acc0, UPCAST)
@@ -276,6 +287,55 @@ def prepare_backward(
         if D1:
             g1 = rstd[:, None] * (g1 - average[:, None] - x1 * slope[:, None])
     return g0, g1, (w0, w1, b0, b1)
+
+
+@triton.jit
+def arrange(
+    x_ptr, x_n, y_ptr, y_n, stop, w_ptr, b_ptr, cos_ptr, sin_ptr, eps,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, ROPE: tl.constexpr,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Rows 0 to stop of y = `prepare` of those of x, a chunk at a time; call `debug_barrier` after.
+
+    y is memory that this program alone writes and will overwrite with a gradient: the prepared rows
+    wait there, in a cache, without a tensor of their own.
+    """
+    for first in range(0, stop, CHUNK):
+        rows = first + tl.arange(0, CHUNK)
+        live = rows < stop
+        x0, x1 = load_head(x_ptr, rows.to(tl.int64) * x_n, live, HEAD, D0, D1, VEC)
+        x0, x1 = prepare(
+            x0, x1, w_ptr, b_ptr, cos_ptr, sin_ptr, rows, live, eps,
+            NORM, AFFINE, ROPE, HEAD, D0, D1,
+        )  # fmt: skip
+        store_head(y_ptr, rows.to(tl.int64) * y_n, live, x0, x1, HEAD, D0, D1, VEC)
+
+
+@triton.jit
+def settle(
+    g_ptr, g_n, x_ptr, x_n, start, stop, sums, w_ptr, cos_ptr, sin_ptr, eps,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, ROPE: tl.constexpr,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Turns rows start to stop of g, this program's own stores, into gradients of x, in place.
+
+    In chunks from a cache rather than where the products leave them: a tile of 256 accumulators
+    beside its rows, cosines and sines would need twice the registers there are.
+    """
+    tl.debug_barrier()  # one thread's stores are another's loads
+    for first in range(start, stop, CHUNK):
+        rows = first + tl.arange(0, CHUNK)
+        live = rows < stop
+        at = rows.to(tl.int64) * g_n
+        g0, g1 = load_head(g_ptr, at, live, HEAD, D0, D1, VEC)
+        g0, g1, sums = prepare_backward(
+            g0.to(tl.float32), g1.to(tl.float32), sums, x_ptr, rows.to(tl.int64) * x_n, w_ptr,
+            cos_ptr, sin_ptr, rows, live, eps, NORM, AFFINE, ROPE, HEAD, D0, D1, VEC,
+        )  # fmt: skip
+        store_head(g_ptr, at, live, g0, g1, HEAD, D0, D1, VEC)
+    return sums
 
 
 @triton.jit

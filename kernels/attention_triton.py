@@ -44,6 +44,10 @@ SHORT_QUERIES = 256
 ENOUGH = 264
 
 
+# Rows of a gradient that are turned into the gradient before norm and rotation at a time.
+CHUNK = 32
+
+
 def _power(n: int, least: int, most: int) -> int:
     """The power of two at or above n, within limits."""
     size = least
@@ -65,31 +69,35 @@ class LaunchConfig:
     stages: int
 
     @classmethod
-    def short_forward(cls, Nk: int, width: int, itemsize: int, major: int) -> "LaunchConfig | None":
+    def short_forward(
+        cls, Nk: int, width: int, itemsize: int, major: int, prepares: bool, bias: bool
+    ) -> "LaunchConfig | None":
         """None where a block's scores or a head's keys and values do not fit.
 
         64 queries for 4 warps: at 256 keys 128 registers of scores per thread, and two programs per
-        multiprocessor, of which one computes while the other waits for its keys. On sm_80 the
-        operands of the products live in registers too, and half the keys fit.
+        multiprocessor, of which one computes while the other waits for its keys. Norm and rotation
+        of 256 keys of 80 need the registers of 8 warps. On sm_80 the operands of the products live
+        in registers too, and half the keys fit; likewise beside a tile of bias.
         """
         if itemsize == 4:
             fits = Nk <= min(32, SHORT_KEYS) and width <= 128
             return cls(16, _power(Nk, 16, 32), 4, 1) if fits else None
-        most = 128 if major < 9 or width > 80 else 256
+        most = 128 if major < 9 or width > 80 or bias else 256
         if Nk > min(most, SHORT_KEYS) or width > 128:
             return None
-        return cls(64, _power(Nk, 16, 256), 4, 2)
+        return cls(64, _power(Nk, 16, 256), 8 if prepares and width > 64 else 4, 2)
 
     @classmethod
     def short_backward(
-        cls, Nq: int, Nk: int, width: int, itemsize: int, major: int
+        cls, Nq: int, Nk: int, width: int, itemsize: int, major: int, bias: bool
     ) -> "LaunchConfig | None":
         """One program per head, on Hopper: only wgmma reads q, k, v and dout from shared memory
-        and leaves the registers to dq. Beyond 1024 keys the long form has more programs."""
+        and leaves the registers to dq. A tile of bias finds no room beside it. Beyond 1024 keys the
+        long form has more programs."""
         if itemsize == 4:
             fits = Nq <= min(32, SHORT_QUERIES) and Nk <= 1024 and width <= 128
             return cls(_power(Nq, 16, 32), 16, 4, 1) if fits else None
-        if major != 9 or Nq > min(256, SHORT_QUERIES) or Nk > 1024 or width > 80:
+        if major != 9 or Nq > min(256, SHORT_QUERIES) or Nk > 1024 or width > 80 or bias:
             return None
         rows = _power(Nq, 64, 256)
         return cls(rows, 64, 8 if rows == 256 else 4, 2)
@@ -102,15 +110,17 @@ class LaunchConfig:
 
     @classmethod
     def long_dq(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
+        if itemsize == 4:
+            return cls(32, 16, 4, 1)
         return cls.long_forward(width, itemsize, major)
 
     @classmethod
     def long_dkv(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
         """128 keys: half as many reads of q and dout from L2 as 64 need."""
         if itemsize == 4:
-            return cls(16, 32, 4, 1)
-        if width > 128:
-            return cls(32, 64, 8, 2)
+            return cls(16, 16, 4, 1)
+        if width > 80 and (major != 9 or width > 128):
+            return cls(64 if width <= 128 else 32, 64, 8, 2)
         wide = width <= 64 and major >= 9 or width <= 80 and major == 9
         return cls(64 if wide else 32, 128, 8, 2)
 
@@ -156,8 +166,12 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 def _vector(d: int, *tensors: Tensor) -> int:
     """Numbers of which d and every stride are multiples: at most 16 bytes of them."""
-    steps = [d, *(s for t in tensors for s in _strides(t))]
-    lanes = 16 // tensors[0].element_size()
+    steps = (d, *(s for t in tensors for s in _strides(t)))
+    return _power_within(16 // tensors[0].element_size(), *steps)
+
+
+def _power_within(lanes: int, *steps: int) -> int:
+    """The largest power of two, up to `lanes`, that divides every step."""
     while lanes > 1 and any(step % lanes for step in steps):
         lanes //= 2
     return lanes
@@ -237,15 +251,22 @@ class _Call:
         """The constants of every kernel with scores."""
         whole = self.lengths is None and self.offsets is None and self.Nk % config.keys == 0
         return {
+            "CHUNK": CHUNK,
             "LENGTHS": self.lengths is not None,
             "OFFSETS": self.offsets is not None,
             "BIAS": self.bias is not None,
+            "BIAS_VEC": self.bias_vector(),
             "EVEN_Q": self.Nq % config.rows == 0,
             "EVEN_K": whole,
             "ROWS": config.rows,
             "KEYS": config.keys,
             "UPCAST": backends.interpreting(),
         } | self.launch(config, vec)
+
+    def bias_vector(self) -> int:
+        if self.bias is None:
+            return 1
+        return _power_within(16 // self.bias.element_size(), self.Nk, *self.bias_strides)
 
     def launch(self, config: LaunchConfig, vec: int) -> dict[str, Any]:
         return {
@@ -256,6 +277,10 @@ class _Call:
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
+
+
+def _without(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if name not in names}
 
 
 def _fits_32_bits(*tensors: Tensor) -> bool:
@@ -289,7 +314,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tenso
     lse = q.new_empty((c.B, c.H, c.Nq), dtype=torch.float32)
     if out.numel() == 0 or c.Nk == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    config = LaunchConfig.short_forward(c.Nk, c.width, c.itemsize, c.major)
+    config = LaunchConfig.short_forward(
+        c.Nk, c.width, c.itemsize, c.major, o.prepares, o.bias is not None
+    )
     if config is not None and _fits_32_bits(q, k, v):
         blocks = triton.cdiv(c.Nq, config.rows)
         parts = 1 if c.B * c.H >= ENOUGH else blocks
@@ -298,7 +325,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tenso
             c.cos, c.sin, c.H, c.Nq, c.Nk, parts, *_strides(q), *_strides(k), *_strides(v),
             *c.bias_strides, o.scale, o.eps, NORM=o.norm, Q_AFFINE=_affine(o.q_weight, o.q_bias),
             K_AFFINE=_affine(o.k_weight, o.k_bias), ROPE=o.cos is not None,
-            **c.flags(config, _vector(c.d, q, k, v)),
+            **_without(c.flags(config, _vector(c.d, q, k, v)), "CHUNK"),
         )  # fmt: skip
         return out, lse
     config = LaunchConfig.long_forward(c.width, c.itemsize, c.major)
@@ -306,7 +333,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tenso
     tiles = triton.cdiv(c.Nq, config.rows)
     wrap_triton(long_fwd_kernel)[(c.B * c.H * tiles,)](
         q, k, v, out, lse, *c.masks(), c.H, c.Nq, c.Nk, tiles, *_strides(q), *_strides(k),
-        *_strides(v), *c.bias_strides, o.scale, **c.flags(config, _vector(c.d, q, k, v)),
+        *_strides(v), *c.bias_strides, o.scale,
+        **_without(c.flags(config, _vector(c.d, q, k, v)), "CHUNK"),
     )  # fmt: skip
     return out, lse
 
@@ -350,7 +378,9 @@ def _backward(
         dlse = dlse.float().contiguous()
     vec = _vector(c.d, q, k, v, dout)
     q_affine, k_affine = _affine(o.q_weight, o.q_bias), _affine(o.k_weight, o.k_bias)
-    config = LaunchConfig.short_backward(c.Nq, c.Nk, c.width, c.itemsize, c.major)
+    config = LaunchConfig.short_backward(
+        c.Nq, c.Nk, c.width, c.itemsize, c.major, o.bias is not None
+    )
     short = config is not None and _fits_32_bits(q, k, v, dout, out)
     if short:
         programs = c.B * c.H if q_affine or k_affine else 0
@@ -470,8 +500,7 @@ def _bias_gradient(
     apart = dbias.shape[0] == 1 and groups > 1
     made = dbias.new_empty((groups, *dbias.shape[1:]), dtype=torch.float32) if apart else dbias
     flags = c.flags(config, _vector(c.d, q, k, v, dout))
-    for name in ("OFFSETS", "BIAS", "EVEN_Q", "EVEN_K"):
-        flags.pop(name)
+    flags = _without(flags, "CHUNK", "OFFSETS", "BIAS", "EVEN_Q", "EVEN_K")
     wrap_triton(dbias_kernel)[(groups * c.H * q_tiles * k_tiles,)](
         q, k, v, lse, delta, dout, made, *c.absent(c.lengths, c.bias), c.B, c.H, c.Nq, c.Nk,
         q_tiles, k_tiles, group, *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
@@ -586,7 +615,9 @@ def _attention_packed_backward(
 
 def _register_gradients() -> None:
     def context(ctx, inputs, output) -> None:
-        q, k, v, ctx.scale, lengths, offsets, bias, qw, qb, kw, kb, ctx.norm, ctx.eps, *rope = inputs
+        q, k, v, ctx.scale, lengths, offsets, bias, qw, qb, kw, kb, ctx.norm, ctx.eps, *rope = (
+            inputs
+        )
         ctx.save_for_backward(q, k, v, *output, lengths, offsets, bias, qw, qb, kw, kb, *rope)
         ctx.set_materialize_grads(False)
 
@@ -602,8 +633,8 @@ def _register_gradients() -> None:
         return dq, dk, dv, None, None, None, *rest, None, None, None, None
 
     def packed_context(ctx, inputs, output) -> None:
-        qkv, ctx.scale, lengths, bias, qw, qb, kw, kb, ctx.norm, ctx.eps, *rope = inputs
-        ctx.save_for_backward(qkv, *output, lengths, bias, qw, qb, kw, kb, *rope)
+        qkv, ctx.scale, *options, ctx.norm, ctx.eps, cos, sin = inputs
+        ctx.save_for_backward(qkv, *output, *options, cos, sin)
         ctx.set_materialize_grads(False)
 
     def packed_backward(ctx, dout, dlse):
@@ -638,7 +669,14 @@ def _build(name: str, kernel: Any, d: int, config: LaunchConfig, arch: int, **ch
     flags = {"LENGTHS": False, "OFFSETS": False, "BIAS": False, "DLSE": False, "PACKED": True}
     flags |= {"NORM": 0, "AFFINE": 0, "Q_AFFINE": 0, "K_AFFINE": 0, "ROPE": False}
     flags |= {"EVEN_Q": True, "EVEN_K": True, "UPCAST": False, "VEC": 8}
-    flags |= {"HEAD": d, "D0": D0, "D1": D1, "ROWS": config.rows, "KEYS": config.keys} | chosen
+    flags |= {
+        "CHUNK": CHUNK,
+        "HEAD": d,
+        "D0": D0,
+        "D1": D1,
+        "ROWS": config.rows,
+        "KEYS": config.keys,
+    } | chosen
     dtype = flags.pop("dtype", "bf16")
     constants = {n: v for n, v in flags.items() if n in kernel.arg_names}
     wide = ("lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "cos_ptr", "sin_ptr")
@@ -670,24 +708,25 @@ def builds() -> list[Build]:
             for Nk, name, chosen in (
                 (256, "short forward N=256", {}),
                 (256, "short forward N=256 rmsnorm rope", norm),
-                (256, "short forward N=256 bias", {"BIAS": True}),
-                (120, "short forward Nk=120 lengths", text | {"LENGTHS": True}),
+                (120, "short forward Nk=120 lengths bias", text | {"LENGTHS": True, "BIAS": True}),
             ):
-                config = LaunchConfig.short_forward(Nk, width, 2, major)
+                prepares, bias = chosen is norm, "BIAS" in chosen
+                config = LaunchConfig.short_forward(Nk, width, 2, major, prepares, bias)
                 if config is not None:
                     made.append(_build(name, short_fwd_kernel, d, config, arch, **chosen))
             for Nk, name, chosen in (
                 (256, "short backward N=256", {}),
                 (256, "short backward N=256 rmsnorm rope", norm),
-                (256, "short backward N=256 bias", {"BIAS": True}),
                 (120, "short backward Nk=120 offsets", text | {"OFFSETS": True}),
             ):
-                config = LaunchConfig.short_backward(256, Nk, width, 2, major)
+                config = LaunchConfig.short_backward(256, Nk, width, 2, major, False)
                 if config is not None:
                     made.append(_build(name, short_bwd_kernel, d, config, arch, **chosen))
-            for name, chosen in (("", {}), (" offsets", text | {"OFFSETS": True})):
+            for name, chosen in (("", {}), (" bias", text | {"BIAS": True})):
                 config = LaunchConfig.long_forward(width, 2, major)
-                made.append(_build(f"long forward{name}", long_fwd_kernel, d, config, arch, **chosen))
+                made.append(
+                    _build(f"long forward{name}", long_fwd_kernel, d, config, arch, **chosen)
+                )
                 config = LaunchConfig.long_dkv(width, 2, major)
                 made.append(_build(f"long dk dv{name}", long_dkv_kernel, d, config, arch, **chosen))
                 config = LaunchConfig.long_dq(width, 2, major)
@@ -701,9 +740,7 @@ def builds() -> list[Build]:
                 config = pick(80, 2, major)
                 made.append(_build(f"{name} rmsnorm rope", kernel, 72, config, arch, **norm))
             config = pick(80, 4, major)
-            made.append(
-                _build(f"{name} float32", kernel, 72, config, arch, dtype="fp32", VEC=4)
-            )
+            made.append(_build(f"{name} float32", kernel, 72, config, arch, dtype="fp32", VEC=4))
         rows = LaunchConfig(32, 0, 4, 1)
         made.append(_build("prepare", prepare_kernel, 72, rows, arch, **norm))
         made.append(_build("delta", delta_kernel, 72, LaunchConfig(64, 0, 4, 1), arch))
