@@ -25,6 +25,7 @@ from torch import Tensor, ops
 from torch.library import triton_op, wrap_triton
 
 from . import backends
+from .attention_config import CHUNK, ENOUGH, LaunchConfig
 from .attention_long import (
     dbias_kernel,
     delta_kernel,
@@ -36,93 +37,6 @@ from .attention_long import (
 from .attention_short import short_bwd_kernel, short_fwd_kernel
 from .attention_tiles import head_tiles
 from .compiling import Build
-
-# Longest sequences of the short form; 0 sends everything to the long one (tests do).
-SHORT_KEYS = 256
-SHORT_QUERIES = 256
-# Programs that fill the largest GPU of today twice over; from here on more would gain nothing.
-ENOUGH = 264
-
-
-# Rows of a gradient that are turned into the gradient before norm and rotation at a time.
-CHUNK = 32
-
-
-def _power(n: int, least: int, most: int) -> int:
-    """The power of two at or above n, within limits."""
-    size = least
-    while size < n and size < most:
-        size *= 2
-    return size
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tiles and warps of one kernel. Heuristics from counted bytes and registers, not timings.
-
-    width: D0 + D1. major: 8, 9 or 10, the GPU's compute capability.
-    """
-
-    rows: int  # queries of a tile
-    keys: int  # keys of a tile
-    warps: int
-    stages: int
-
-    @classmethod
-    def short_forward(
-        cls, Nk: int, width: int, itemsize: int, major: int, prepares: bool, bias: bool
-    ) -> "LaunchConfig | None":
-        """None where a block's scores or a head's keys and values do not fit.
-
-        64 queries for 4 warps: at 256 keys 128 registers of scores per thread, and two programs per
-        multiprocessor, of which one computes while the other waits for its keys. Norm and rotation
-        of 256 keys of 80 need the registers of 8 warps. On sm_80 the operands of the products live
-        in registers too, and half the keys fit; likewise beside a tile of bias.
-        """
-        if itemsize == 4:
-            fits = Nk <= min(32, SHORT_KEYS) and width <= 128
-            return cls(16, _power(Nk, 16, 32), 4, 1) if fits else None
-        most = 128 if major < 9 or width > 80 or bias else 256
-        if Nk > min(most, SHORT_KEYS) or width > 128:
-            return None
-        return cls(64, _power(Nk, 16, 256), 8 if prepares and width > 64 else 4, 2)
-
-    @classmethod
-    def short_backward(
-        cls, Nq: int, Nk: int, width: int, itemsize: int, major: int, bias: bool
-    ) -> "LaunchConfig | None":
-        """One program per head, on Hopper: only wgmma reads q, k, v and dout from shared memory
-        and leaves the registers to dq. A tile of bias finds no room beside it. Beyond 1024 keys the
-        long form has more programs."""
-        if itemsize == 4:
-            fits = Nq <= min(32, SHORT_QUERIES) and Nk <= 1024 and width <= 128
-            return cls(_power(Nq, 16, 32), 16, 4, 1) if fits else None
-        if major != 9 or Nq > min(256, SHORT_QUERIES) or Nk > 1024 or width > 80 or bias:
-            return None
-        rows = _power(Nq, 64, 256)
-        return cls(rows, 64, 8 if rows == 256 else 4, 2)
-
-    @classmethod
-    def long_forward(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
-        if itemsize == 4:
-            return cls(32, 32, 4, 1)
-        return cls(128, 64, 8, 2) if width <= 128 else cls(64, 32, 4, 2)
-
-    @classmethod
-    def long_dq(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
-        if itemsize == 4:
-            return cls(32, 16, 4, 1)
-        return cls.long_forward(width, itemsize, major)
-
-    @classmethod
-    def long_dkv(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
-        """128 keys: half as many reads of q and dout from L2 as 64 need."""
-        if itemsize == 4:
-            return cls(16, 16, 4, 1)
-        if width > 80 and (major != 9 or width > 128):
-            return cls(64 if width <= 128 else 32, 64, 8, 2)
-        wide = width <= 64 and major >= 9 or width <= 80 and major == 9
-        return cls(64 if wide else 32, 128, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -670,6 +584,7 @@ def _build(name: str, kernel: Any, d: int, config: LaunchConfig, arch: int, **ch
     flags |= {"NORM": 0, "AFFINE": 0, "Q_AFFINE": 0, "K_AFFINE": 0, "ROPE": False}
     flags |= {"EVEN_Q": True, "EVEN_K": True, "UPCAST": False, "VEC": 8}
     flags |= {
+        "BIAS_VEC": 8,
         "CHUNK": CHUNK,
         "HEAD": d,
         "D0": D0,
@@ -697,7 +612,7 @@ def _build(name: str, kernel: Any, d: int, config: LaunchConfig, arch: int, **ch
 
 
 def builds() -> list[Build]:
-    """The launches of a DiT in bfloat16 (N = 256 packed, d = 72 and 64; longer; options)."""
+    """Launches of a DiT in bfloat16: N = 256 packed, long sequences, and Hopper's options."""
     made = []
     norm = {"NORM": 1, "Q_AFFINE": 1, "K_AFFINE": 1, "AFFINE": 1, "ROPE": True}
     text = {"PACKED": False, "EVEN_K": False}
@@ -705,44 +620,50 @@ def builds() -> list[Build]:
         major = arch // 10
         for d in (64, 72, 128):
             width = sum(head_tiles(d))
-            for Nk, name, chosen in (
-                (256, "short forward N=256", {}),
-                (256, "short forward N=256 rmsnorm rope", norm),
-                (120, "short forward Nk=120 lengths bias", text | {"LENGTHS": True, "BIAS": True}),
-            ):
-                prepares, bias = chosen is norm, "BIAS" in chosen
-                config = LaunchConfig.short_forward(Nk, width, 2, major, prepares, bias)
-                if config is not None:
-                    made.append(_build(name, short_fwd_kernel, d, config, arch, **chosen))
-            for Nk, name, chosen in (
-                (256, "short backward N=256", {}),
-                (256, "short backward N=256 rmsnorm rope", norm),
-                (120, "short backward Nk=120 offsets", text | {"OFFSETS": True}),
-            ):
-                config = LaunchConfig.short_backward(256, Nk, width, 2, major, False)
-                if config is not None:
-                    made.append(_build(name, short_bwd_kernel, d, config, arch, **chosen))
-            for name, chosen in (("", {}), (" bias", text | {"BIAS": True})):
-                config = LaunchConfig.long_forward(width, 2, major)
-                made.append(
-                    _build(f"long forward{name}", long_fwd_kernel, d, config, arch, **chosen)
-                )
-                config = LaunchConfig.long_dkv(width, 2, major)
-                made.append(_build(f"long dk dv{name}", long_dkv_kernel, d, config, arch, **chosen))
-                config = LaunchConfig.long_dq(width, 2, major)
-                made.append(_build(f"long dq{name}", long_dq_kernel, d, config, arch, **chosen))
-        for name, kernel, pick in (
-            ("long forward", long_fwd_kernel, LaunchConfig.long_forward),
-            ("long dk dv", long_dkv_kernel, LaunchConfig.long_dkv),
-            ("long dq", long_dq_kernel, LaunchConfig.long_dq),
-        ):
-            if kernel is not long_fwd_kernel:
-                config = pick(80, 2, major)
-                made.append(_build(f"{name} rmsnorm rope", kernel, 72, config, arch, **norm))
-            config = pick(80, 4, major)
-            made.append(_build(f"{name} float32", kernel, 72, config, arch, dtype="fp32", VEC=4))
-        rows = LaunchConfig(32, 0, 4, 1)
-        made.append(_build("prepare", prepare_kernel, 72, rows, arch, **norm))
-        made.append(_build("delta", delta_kernel, 72, LaunchConfig(64, 0, 4, 1), arch))
-        made.append(_build("dbias", dbias_kernel, 72, LaunchConfig(64, 64, 4, 2), arch))
+            config = LaunchConfig.short_forward(256, width, 2, major, False, False)
+            if config is not None:
+                made.append(_build("short forward N=256", short_fwd_kernel, d, config, arch))
+            config = LaunchConfig.short_backward(256, 256, width, 2, major, False)
+            if config is not None:
+                made.append(_build("short backward N=256", short_bwd_kernel, d, config, arch))
+            config = LaunchConfig.long_forward(width, 2, major)
+            made.append(_build("long forward", long_fwd_kernel, d, config, arch))
+            config = LaunchConfig.long_dkv(width, 2, major)
+            made.append(_build("long dk dv", long_dkv_kernel, d, config, arch))
+            config = LaunchConfig.long_dq(width, 2, major)
+            made.append(_build("long dq", long_dq_kernel, d, config, arch))
+        forward, dkv, dq = LaunchConfig.long_forward, LaunchConfig.long_dkv, LaunchConfig.long_dq
+        short = LaunchConfig.short_forward
+        listed = [
+            ("long dk dv rmsnorm rope", long_dkv_kernel, dkv(80, 2, major), norm),
+            ("long dq bias", long_dq_kernel, dq(80, 2, major), {"BIAS": True}),
+            (
+                "short forward Nk=120 lengths bias",
+                short_fwd_kernel,
+                short(120, 80, 2, major, False, True),
+                text | {"LENGTHS": True, "BIAS": True},
+            ),
+        ]
+        if arch == 90:
+            rows = LaunchConfig(64, 64, 4, 2)
+            packed = LaunchConfig.short_backward(256, 120, 80, 2, major, False)
+            exact = {"dtype": "fp32", "VEC": 4}
+            listed += [
+                ("short forward N=256 rmsnorm rope", short_fwd_kernel,
+                 short(256, 80, 2, major, True, False), norm),
+                ("short backward N=256 rmsnorm rope", short_bwd_kernel, packed, norm),
+                ("short backward Nk=120 offsets", short_bwd_kernel, packed,
+                 text | {"OFFSETS": True}),
+                ("long forward bias", long_fwd_kernel, forward(80, 2, major), {"BIAS": True}),
+                ("long forward float32", long_fwd_kernel, forward(80, 4, major), exact),
+                ("long dk dv float32", long_dkv_kernel, dkv(80, 4, major), exact),
+                ("long dq float32", long_dq_kernel, dq(80, 4, major), exact),
+                ("prepare", prepare_kernel, LaunchConfig(32, 0, 4, 1), norm),
+                ("delta", delta_kernel, LaunchConfig(64, 0, 4, 1), {}),
+                ("dbias", dbias_kernel, rows, {}),
+            ]  # fmt: skip
+        made += [
+            _build(name, kernel, 72, config, arch, **chosen)
+            for name, kernel, config, chosen in listed
+        ]
     return made
