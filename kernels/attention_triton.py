@@ -145,9 +145,11 @@ class _Call:
         if bias is not None:
             steps = (bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1), bias.stride(2))
         rotation = [q if t is None else t.float().contiguous() for t in (o.cos, o.sin)]
+        counts = (o.key_lengths, o.key_offsets)
+        counts = [None if t is None else t.to(torch.int32).contiguous() for t in counts]
         return cls(
             B, Nq, k.shape[-3], H, d, *head_tiles(d), q.element_size(), _major(q),
-            o.key_lengths, o.key_offsets, bias, steps, *rotation,
+            *counts, bias, steps, *rotation,
         )  # fmt: skip
 
     @property
@@ -155,11 +157,11 @@ class _Call:
         return self.D0 + self.D1
 
     def absent(self, *tensors: Tensor | None) -> list[Tensor]:
-        """Some tensor for every pointer; constants keep the kernels away from what is None."""
-        return [self.cos if t is None else t for t in tensors]
+        """Some dense tensor for every pointer; constants keep kernels away from what is None."""
+        return [self.cos if t is None else t.contiguous() for t in tensors]
 
     def masks(self) -> list[Tensor]:
-        return self.absent(self.lengths, self.offsets, self.bias)
+        return [self.cos if t is None else t for t in (self.lengths, self.offsets, self.bias)]
 
     def flags(self, config: LaunchConfig, vec: int) -> dict[str, Any]:
         """The constants of every kernel with scores."""
@@ -231,7 +233,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tenso
     config = LaunchConfig.short_forward(
         c.Nk, c.width, c.itemsize, c.major, o.prepares, o.bias is not None
     )
-    if config is not None and _fits_32_bits(q, k, v):
+    if config is not None and _fits_32_bits(q, k, v, out):
         blocks = triton.cdiv(c.Nq, config.rows)
         parts = 1 if c.B * c.H >= ENOUGH else blocks
         wrap_triton(short_fwd_kernel)[(c.B * c.H * parts,)](
@@ -416,7 +418,7 @@ def _bias_gradient(
     flags = c.flags(config, _vector(c.d, q, k, v, dout))
     flags = _without(flags, "CHUNK", "OFFSETS", "BIAS", "EVEN_Q", "EVEN_K")
     wrap_triton(dbias_kernel)[(groups * c.H * q_tiles * k_tiles,)](
-        q, k, v, lse, delta, dout, made, *c.absent(c.lengths, c.bias), c.B, c.H, c.Nq, c.Nk,
+        q, k, v, lse, delta, dout, made, c.masks()[0], c.bias, c.B, c.H, c.Nq, c.Nk,
         q_tiles, k_tiles, group, *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
         *c.bias_strides, o.scale, **flags,
     )  # fmt: skip
