@@ -12,7 +12,13 @@ from etude.kernels import catalogue, compiling
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 # (family, kernel) of kernels that spill, and why nothing better is possible.
-SPILLS: dict[tuple[str, str], str] = {}
+SPILLS: dict[tuple[str, str], str] = {
+    # 80 accumulators of dq per thread, 64 of p transposed as a product's left operand and 64 of
+    # scores leave too few registers for addresses: 20 to 40 of them wait in L1 between their uses.
+    ("attention", "short backward N=256 d=72"): "dq stays on chip",
+    ("attention", "short backward N=256 rmsnorm rope d=72"): "dq stays on chip",
+    ("attention", "short backward Nk=120 offsets d=72"): "dq stays on chip",
+}
 
 
 @pytest.mark.parametrize("family", compiling.families())
