@@ -10,8 +10,8 @@ def interpreted(interpret: Callable[[str], list[dict]]) -> list[dict]:
     return interpret("activation")
 
 
-# float32: another order of summation, and the erf form's cancellation in its left tail. float16: one
-# rounding of each value; for the MLP one more of its hidden layer and of that layer's gradient.
+# float32: another order of summation, and the erf form's cancellation in its left tail. float16:
+# one rounding of each value; for the MLP one more of its hidden layer and of that layer's gradient.
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 3e-6), ("float16", 1.5e-3)])
 def test_interpreted_kernels_equal_float64(
     interpreted: list[dict], dtype: str, bound: float
