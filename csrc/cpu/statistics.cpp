@@ -28,6 +28,7 @@ constexpr int kLanes = 2, kHigh = 3;
 constexpr int kWide = 3 * kLanes;
 constexpr int64_t kDepth = 384;
 constexpr int64_t kGroup = 8;
+constexpr int64_t kSpan = 32 * kWide;
 
 typedef double Lanes __attribute__((vector_size(8 * kLanes)));
 // The same in memory of doubles, wherever it lies.
@@ -86,21 +87,28 @@ void moments(const Moments& a) {
   double* const sums = static_cast<double*>(calloc(padded * padded, sizeof(double)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    // Columns are shared out in runs, so that a thread reads whole cache lines of every row.
+    // Runs of kSpan columns: a thread reads several kilobytes of a row together, not a line or two
+    // of every page.
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t left = p * kWide, right = left + kWide < a.width ? left + kWide : a.width;
-      double total[kWide] = {0};
-      for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t left = 0; left < a.width; left += kSpan) {
+      const int64_t count = a.width - left < kSpan ? a.width - left : kSpan;
+      double total[kSpan] = {0};
+      for (int64_t row = 0; row < a.rows; ++row) {
+        const float* const from = a.x + row * a.stride + left;
 #pragma omp simd
-        for (int64_t i = left; i < right; ++i) total[i - left] += a.x[row * a.stride + i];
-      for (int64_t i = left; i < right; ++i)
-        a.mean[i] = total[i - left] / static_cast<double>(a.rows);
+        for (int64_t i = 0; i < count; ++i) total[i] += from[i];
+      }
+      for (int64_t i = 0; i < count; ++i) a.mean[left + i] = total[i] / static_cast<double>(a.rows);
     }
     for (int64_t first = 0; first < a.rows; first += kDepth) {
       const int64_t count = a.rows - first < kDepth ? a.rows - first : kDepth;
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < panels; ++p) pack(a, p, first, count, packed + p * panel);
+      for (int64_t p = 0; p < panels; p += kSpan / kWide) {
+        const int64_t end = p + kSpan / kWide < panels ? p + kSpan / kWide : panels;
+        for (int64_t k = 0; k < count; k += 8)
+          for (int64_t q = p; q < end; ++q)
+            pack(a, q, first + k, count - k < 8 ? count - k : 8, packed + q * panel + k * kWide);
+      }
       for (int64_t group = 0; group < panels; group += kGroup) {
         // A turn's tiles are its own, so groups need not wait for one another.
 #pragma omp for schedule(dynamic) nowait
