@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from etude.kernels import moments
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -32,15 +34,8 @@ class Moments:
         """Moments of features (N, D) of any float type, read `block` rows at a time."""
         total = cls.empty(features.shape[1], features.device)
         for rows in features.split(block):
-            total = total.merge(cls._of_block(rows))
+            total = total.merge(cls(len(rows), *moments(rows)))
         return total
-
-    @classmethod
-    def _of_block(cls, rows: torch.Tensor) -> "Moments":
-        rows = rows.to(torch.float64)
-        mean = rows.mean(0)
-        centred = rows - mean
-        return cls(len(rows), mean, centred.T @ centred)
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both parts' rows together."""
