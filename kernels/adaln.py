@@ -316,8 +316,9 @@ def register_gradients(prefix: str) -> None:
 
     def gate_backward(ctx, dout):
         op = getattr(ops, f"{prefix}gate_residual_backward")
-        dh, dgate, dbias = op(dout, *ctx.saved_tensors)
-        return dout, dh, dgate.squeeze(1), None if ctx.saved_tensors[2] is None else dbias
+        h, gate, bias = ctx.saved_tensors  # checkpointing allows reading them once
+        dh, dgate, dbias = op(dout, h, gate, bias)
+        return dout, dh, dgate.squeeze(1), None if bias is None else dbias
 
     def both_context(ctx, inputs, output) -> None:
         packed = len(inputs) == 7

@@ -137,7 +137,7 @@ def modulation_gemm(s: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     3) are called one by one: same values. It is meant for devices where L small products leave most
     of the processors idle, the more so the smaller B and D are, and for weights that are flat
     (`flatten_modulation`); before that, only the weights' gradient is one product. One CPU core is
-    busy with either: there it gains nothing (0.9 to 1.1 times the layers one by one).
+    busy with either: there it gains nothing to rely on.
 
     Errors: ValueError if shapes or dtypes do not fit together.
     """

@@ -198,16 +198,18 @@ def test_float32_stream_with_bfloat16_branch_and_modulation(norm: str) -> None:
 
 
 @needs_cpp
-def test_checkpointing_recomputes_the_same_bits() -> None:
+@pytest.mark.parametrize("operator", ["gate_residual", "gate_residual_adaln"])
+def test_checkpointing_recomputes_the_same_bits(operator: str) -> None:
     data = make(2, 9, 64, torch.float32, bias=True)
+    form = ours if operator == "gate_residual" else packed
 
     def recomputed(op, x, h, mod, norm, bias):
         return torch.utils.checkpoint.checkpoint(
-            packed, op, x, h, mod, norm, bias, use_reentrant=False
+            form, op, x, h, mod, norm, bias, use_reentrant=False
         )
 
-    got = run(recomputed, "gate_residual_adaln", data, "layernorm")
-    want = run(packed, "gate_residual_adaln", data, "layernorm")
+    got = run(recomputed, operator, data, "layernorm")
+    want = run(form, operator, data, "layernorm")
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
