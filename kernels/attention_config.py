@@ -68,18 +68,18 @@ class LaunchConfig:
         if major != 9 or Nq > min(256, SHORT_QUERIES) or Nk > 1024 or width > 80 or bias:
             return None
         rows = _power(Nq, 64, 256)
-        return cls(rows, 64, 8 if rows == 256 else 4, 2)
+        return cls(rows, 64, 4 if rows == 64 else 8, 2)
 
     @classmethod
     def long_forward(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
         if itemsize == 4:
-            return cls(32, 32, 4, 1)
+            return cls(32, 32, 4, 1) if width <= 128 else cls(16, 16, 4, 1)
         return cls(128, 64, 8, 2) if width <= 128 else cls(64, 32, 4, 2)
 
     @classmethod
     def long_dq(cls, width: int, itemsize: int, major: int) -> "LaunchConfig":
         if itemsize == 4:
-            return cls(32, 16, 4, 1)
+            return cls(32 if width <= 128 else 16, 16, 4, 1)
         if major == 8 and 64 < width <= 128:
             return cls(128, 32, 8, 2)
         return cls.long_forward(width, itemsize, major)
