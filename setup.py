@@ -4,8 +4,16 @@ Called by pip (`pip install .`, `pip install -e .`), with or without build isola
 includes torch headers, so building needs only setuptools, pybind11 and a compiler.
 
 A build that fails is skipped with a warning and the reference operators are used instead
-(`etude doctor` and `etude.kernels.status()` say so). `ETUDE_BUILD_CUDA` = `0` never builds the CUDA
-operators, `auto` (the default) builds them where nvcc is found, `1` fails if they cannot be built.
+(`etude doctor` and `etude.kernels.status()` say so). The CUDA operators take nvcc about 25 s of
+processor time per GPU architecture, shared by as many cores as there are; `ETUDE_BUILD_CUDA` says
+when:
+
+    auto   (default) where nvcc and a GPU's driver are found, for the GPUs of this machine
+    1      where nvcc is found, such as in an image made without a GPU; fails if they cannot be built
+    0      never
+
+`ETUDE_CUDA_ARCHS` names the architectures; `1` without it takes A100, H100 and B200 (80;90a;100) and
+adds code that younger GPUs translate for themselves.
 """
 
 import os
@@ -28,6 +36,8 @@ DATA_FILES = [f"**/*.{end}" for end in ("html", "css", "js", "json", "yaml", "tx
 # The kernels are compiled once per level and the best one the processor has is taken at run time:
 # at the x86-64 baseline (SSE2) several of them are slower than eager PyTorch.
 X86_LEVELS = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+CUDA_ARCHS = ["80", "90a", "100"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # No fused multiply-add here: the bits are then the same at every level, and the reference's.
@@ -53,7 +63,7 @@ def cuda_mode() -> str:
 
 def find_nvcc() -> str | None:
     """nvcc's path, or None where it is absent or not wanted."""
-    if cuda_mode() == "0":
+    if cuda_mode() == "0" or (cuda_mode() == "auto" and not has_driver()):
         return None
     homes = [os.environ[k] + "/bin/nvcc" for k in ("CUDA_HOME", "CUDA_PATH") if k in os.environ]
     candidates = [*homes, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -61,6 +71,32 @@ def find_nvcc() -> str | None:
     if nvcc is None and cuda_mode() == "1":
         raise SystemExit("ETUDE_BUILD_CUDA=1, but nvcc was not found: set CUDA_HOME to its folder")
     return nvcc
+
+
+def has_driver() -> bool:
+    """Whether a kernel could run here; without one nothing that nvcc makes is of use."""
+    return any(os.path.exists(p) for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+
+
+def cuda_archs() -> list[str]:
+    """Architectures to build for: those asked for, those of the GPUs here, or the usual ones."""
+    if "ETUDE_CUDA_ARCHS" in os.environ:
+        return [a for a in os.environ["ETUDE_CUDA_ARCHS"].split(";") if a]
+    if cuda_mode() == "auto":
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            said = ""
+        found = sorted({line.strip().replace(".", "") for line in said.splitlines()})
+        if found and all(a.isdigit() for a in found):
+            return [{"90": "90a"}.get(a, a) for a in found]
+    return CUDA_ARCHS
+
+
+def cuda_version(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return said.split("release ")[1].split(",")[0] if "release " in said else "unknown"
 
 
 def cuda_libraries(nvcc: str) -> Path:
@@ -121,20 +157,31 @@ class build_ext(_build_ext):
             subprocess.check_call([compiler, *CPU_FLAGS, *more, "-c", source, "-o", str(made)])
         return str(made)
 
-    @staticmethod
-    def add_cuda_objects(ext: Pybind11Extension, folder: Path) -> None:
-        nvcc = find_nvcc()
-        archs = os.environ.get("ETUDE_CUDA_ARCHS", "80;90a;100").split(";")
+    def add_cuda_objects(self, ext: Pybind11Extension, folder: Path) -> None:
+        nvcc, archs = find_nvcc(), cuda_archs()
         targets = [a for x in archs for a in ("-gencode", f"arch=compute_{x},code=sm_{x}")]
-        oldest = min(archs, key=lambda x: int(x.rstrip("af")))
-        targets += ["-gencode", f"arch=compute_{oldest},code=compute_{oldest}"]
-        for source in CUDA_KERNELS:
-            made = str(folder / (Path(source).stem + ".cu.o"))
-            flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-lineinfo"]
-            subprocess.check_call([nvcc, *flags, *targets, "-c", source, "-o", made])
-            ext.extra_objects.append(made)
+        if archs == CUDA_ARCHS:
+            targets += ["-gencode", f"arch=compute_{archs[0]},code=compute_{archs[0]}"]
+        targets += ["--threads", str(len(archs))]
+        one = partial(self.compile_cuda, nvcc, targets, folder)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects += list(pool.map(one, CUDA_KERNELS))
+        ext.define_macros.append(("ETUDE_CUDA_VERSION", f'"{cuda_version(nvcc)}"'))
         libraries = cuda_libraries(nvcc)
         ext.extra_link_args += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+    @staticmethod
+    def compile_cuda(nvcc: str, targets: list[str], to: Path, source: str) -> str:
+        folder = Path(source).parent
+        made = to / f"{Path(source).stem}.cu.o"
+        command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(made)]
+        recipe = made.with_suffix(".txt")  # other architectures: another object
+        needs = [Path(__file__), Path(source), *folder.glob("*.h"), *folder.glob("*.cuh")]
+        fresh = made.exists() and recipe.exists() and recipe.read_text() == str(command)
+        if not fresh or made.stat().st_mtime < max(p.stat().st_mtime for p in needs):
+            subprocess.check_call(command)
+            recipe.write_text(str(command))
+        return str(made)
 
 
 def sources(pattern: str) -> list[str]:
@@ -159,7 +206,12 @@ if CPU_KERNELS:
     )
 if CUDA_KERNELS and find_nvcc():
     extensions.append(
-        Pybind11Extension("etude.kernels._cuda", ["csrc/cuda/bindings.cpp"], cxx_std=17)
+        Pybind11Extension(
+            "etude.kernels._cuda",
+            ["csrc/cuda/bindings.cpp"],
+            cxx_std=17,
+            depends=[*CUDA_KERNELS, *sources("csrc/cuda/*h")],
+        )
     )
 for extension in extensions:
     extension.optional = not (extension.name.endswith("_cuda") and cuda_mode() == "1")

@@ -43,6 +43,7 @@ from .catalogue import Operator
 
 NORMS = ("layernorm", "rmsnorm")
 _ABSENT = (0, 0, 0, 0)
+_TWINS = ("cpp", "triton", "cuda")
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -511,7 +512,14 @@ def output_dtype(x: Tensor) -> torch.dtype | None:
 def _twin(op: str, x: Tensor, *others: Tensor | torch.dtype | None) -> str | None:
     """The prefix of the twin's operators for this call; None for the reference."""
     dtypes = [getattr(t, "dtype", t) for t in others if t is not None]
-    backend = backends.pick(op, x.device.type, x.dtype, *dtypes)
+    backend = backends.pick(op, x.device.type, x.dtype, *dtypes, twins=_TWINS)
+    if backend == "cuda":
+        from . import adaln_cuda  # registers the CUDA operators on first use
+
+        h = None if op == "adaln_modulate" else others[0]
+        to = others[-1] if isinstance(others[-1], torch.dtype) else None
+        if not adaln_cuda.fits(x, h, to, op != "gate_residual"):
+            backend = "triton" if backends.HAS_TRITON else "reference"
     if backend == "triton":
         from . import adaln_triton  # noqa: F401  (registers the Triton operators on first use)
     return {"reference": None, "cpp": ""}.get(backend, f"{backend}_")
@@ -594,7 +602,6 @@ def gate_residual_adaln(
     return call(x, h, *vectors, bias, eps, norm == "rmsnorm", to)[:2]
 
 
-_TWINS = ("cpp", "triton")
 OPERATORS = (
     Operator("adaln_modulate", "LayerNorm or RMSNorm, per-sample shift and scale", _TWINS),
     Operator("gate_residual", "x + gate * (h + bias)", _TWINS),

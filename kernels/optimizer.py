@@ -34,9 +34,9 @@ from .catalogue import Operator
 
 Scalar = float | Tensor
 Tensors = Sequence[Tensor]
-_TWINS = ("cpp", "triton")
+_TWINS = ("cpp", "triton", "cuda")
 _LOW = (torch.bfloat16, torch.float16)
-_MOST_PROFILES = {"cpp": math.inf, "triton": 4}
+_MOST_PROFILES = {"cpp": math.inf, "triton": 4, "cuda": 4}
 
 
 def _check(params: Tensors, lists: dict[str, Tensors], steps: Tensors) -> None:
@@ -304,6 +304,10 @@ def _twin(backend: str) -> tuple[Launch, Callable[..., None]]:
         from . import optimizer_triton
 
         return optimizer_triton.launch, optimizer_triton.adamw_ema_triton
+    if backend == "cuda":
+        from . import optimizer_cuda
+
+        return optimizer_cuda.launch, optimizer_cuda.adamw_ema_cuda
     return _launch_cpp, _cpp
 
 
