@@ -9,11 +9,11 @@ processor time per GPU architecture, shared by as many cores as there are; `ETUD
 when:
 
     auto   (default) where nvcc and a GPU's driver are found, for the GPUs of this machine
-    1      where nvcc is found, such as in an image made without a GPU; fails if they cannot be built
+    1      everywhere, such as in an image made without a GPU; fails if they cannot be built
     0      never
 
-`ETUDE_CUDA_ARCHS` names the architectures; `1` without it takes A100, H100 and B200 (80;90a;100) and
-adds code that younger GPUs translate for themselves.
+`ETUDE_CUDA_ARCHS` names the architectures; `1` without it takes A100, H100 and B200 (80;90a;100)
+and adds code that younger GPUs translate for themselves.
 """
 
 import os

@@ -39,10 +39,10 @@ class LaunchConfig:
     def for_shape(cls, B: int, N: int) -> "LaunchConfig":
         """A heuristic, not a measurement: the least time by a count of rows.
 
-        Blocks run in waves of as many as the multiprocessors hold (five forward, two backward, where
-        a block fills half the registers). A wave lasts as long as its blocks' rows, plus what a
-        block does once: it stages the modulation (two rows' worth) and, backward, adds its warps
-        and writes partial sums (eight).
+        Blocks run in waves of as many as the multiprocessors hold (five forward, two backward,
+        where a block takes half the registers). A wave lasts as long as its blocks' rows, plus
+        what a block does once: it stages the modulation (two rows' worth) and, backward, adds its
+        warps and writes partial sums (eight).
         """
 
         def best(at_once: int, once: int, choices: tuple[int, ...]) -> int:

@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels, for GPUs that are not there: registers and spills.
 
-`python -m etude.kernels.compiling_cuda FAMILY...` compiles `csrc/cuda/*.cu` of a checkout for sm_80, sm_90a
-and sm_100 and prints one JSON row per kernel; `--write` stores the rows in
+`python -m etude.kernels.compiling_cuda FAMILY...` compiles `csrc/cuda/*.cu` of a checkout for
+sm_80, sm_90a and sm_100 and prints one JSON row per kernel; `--write` stores the rows in
 `budgets/<family>_cuda.json` under nvcc's version and the architecture, with a hash of the sources.
 The tests compare with those files. Shared memory is not listed: it is given at each launch.
 """

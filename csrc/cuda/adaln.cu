@@ -15,16 +15,16 @@ namespace {
 
 constexpr int kReduceThreads = 128;
 
-// Second stage: four columns of one sample's dgate, dshift or dscale (blockIdx.y), its chunks in order.
-// With a bias, dgate also has the part bias * sum t, and gate * sum t is left for the third stage, in
-// the place of the first chunk's sum (which nobody else reads).
+// Second stage: four columns of one sample's dgate, dshift or dscale (blockIdx.y), its chunks in
+// order. With a bias, dgate also has the part bias * sum t, and gate * sum t is left for the third
+// stage, in the place of the first chunk's sum (which nobody else reads).
 __global__ void __launch_bounds__(kReduceThreads)
     adaln_reduce_kernel(const __grid_constant__ AdalnBackward a) {
   const Rows& to = blockIdx.y == 0 ? a.dgate : blockIdx.y == 1 ? a.dshift : a.dscale;
   if (to.data == nullptr) return;
   const unsigned across = static_cast<unsigned>((a.D / 4 + kReduceThreads - 1) / kReduceThreads);
   const int64_t b = blockIdx.x / across;
-  const int64_t column = 4 * (blockIdx.x % across * static_cast<int64_t>(kReduceThreads) + threadIdx.x);
+  const int64_t column = 4 * (blockIdx.x % across * int64_t{kReduceThreads} + threadIdx.x);
   if (column >= a.D) return;
   const int64_t chunks = (a.N + a.rows - 1) / a.rows;
   float* const base = a.partial + b * chunks * 4 * a.D + column;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kReduceThreads)
   store4(to.data, to.dtype, b * to.batch_stride + column, total);
 }
 
-// Third stage: 32 columns of dbias. 32 warps take every 32nd sample each, in order, then are added in
-// order: a column is short of work (one value per sample), so that many loads must be in flight.
+// Third stage: 32 columns of dbias. 32 warps take every 32nd sample each, in order, then are added
+// in order: a column is short of work (one value per sample), so that many loads must be in flight.
 constexpr int kBiasWarps = 32;
 
 __global__ void __launch_bounds__(kBiasWarps* kWarp)

@@ -2,17 +2,18 @@
 // kernels/adaln.py; kernels/adaln_cuda.py is the only caller.
 //
 // Shape of the work. A diffusion transformer's rows are short (D = 384 to 1152) and many, and every
-// row of a sample shares the sample's shift, scale and gate. So a block takes rows of ONE sample, puts
-// that sample's modulation into shared memory once, as float32, and gives each row to one warp: a
-// row's sums are five shuffles, without a barrier. D = 1152 is 32 lanes x 36 elements = nine 8-byte
-// bfloat16 loads per lane, with no lane idle (a power-of-two block of 2048 columns would idle 44% of
-// them). Rows above 1152 are shared by four or eight warps, which meet in shared memory once per sum.
+// row of a sample shares the sample's shift, scale and gate. So a block takes rows of ONE sample,
+// puts that sample's modulation into shared memory once, as float32, and gives each row to one
+// warp: a row's sums are five shuffles, without a barrier. D = 1152 is 32 lanes x 36 elements =
+// nine 8-byte bfloat16 loads per lane, with no lane idle (a power-of-two block of 2048 columns
+// would idle 44% of them). Rows above 1152 are shared by four or eight warps, which meet in shared
+// memory once per sum.
 //
 // Backward reads each row once, keeps the column sums of dgate, dshift and dscale in registers over
 // all rows of the block, adds the block's warps in order and writes float32 partial sums; a second
-// kernel adds the blocks of a sample in order, and with a bias a third one the samples. No atomics: the same bits in every run. The traffic is
-// dout, dy, x, h read and dx, dh written, 12 bytes per element in bfloat16, plus 24 / rows for the
-// partial sums.
+// kernel adds the blocks of a sample in order, and with a bias a third one the samples. No atomics:
+// the same bits in every run. The traffic is dout, dy, x, h read and dx, dh written, 12 bytes per
+// element in bfloat16, plus 24 / rows for the partial sums.
 #pragma once
 #include "adaln.h"
 
@@ -23,9 +24,12 @@
 namespace etude {
 namespace {
 
+// Four warps per block: small blocks leave fewer registers of an SM unused.
 template <class L>
 constexpr int kForwardWarps = L::W > 4 ? L::W : 4;
-// How a row lies in W warps: vector j of lane l in part p starts at column ((j * W + p) * 32 + l) * V.
+
+// How a row lies in W warps: vector j of lane l in part p starts at column
+// ((j * W + p) * 32 + l) * V.
 template <int V_, int K_, int W_>
 struct Layout {
   static constexpr int V = V_;  // elements per vector
@@ -46,7 +50,8 @@ struct Layout {
   }
 };
 
-// `bytes` of shared memory: `arrays` of D floats, then two slots per warp for sums over several warps.
+// `bytes` of shared memory: `arrays` of D floats, then two slots per warp for sums over several
+// warps.
 template <class L>
 constexpr size_t shared_size(int arrays, int warps) {
   return sizeof(float) * (arrays * static_cast<size_t>(L::kColumns) + (L::W > 1 ? 4 * warps : 0));
@@ -195,8 +200,8 @@ __global__ void __launch_bounds__(kForwardWarps<L>* kWarp, L::W > 4 ? 2 : 3)
 #pragma unroll
       for (int e = 0; e < V; ++e) sum += value[j][e];
     }
-    // The second sum is of squares of centred values: the one-pass formula cancels where the mean is
-    // large beside the deviation.
+    // The second sum is of squares of centred values: the one-pass formula cancels where the mean
+    // is large beside the deviation.
     const float mean = a.rms ? 0.0f : row_sum<L>(sum, 0.0f, slots, turn).x * per_column;
     float squares = 0.0f;
 #pragma unroll
@@ -254,10 +259,11 @@ __device__ __forceinline__ void add_groups(const float (&mine)[L::K][L::V], floa
   }
 }
 
-// What a row of backward consists of, for one lane. Where a warp owns the row, the next row is copied
-// into shared memory while this one is computed (cp.async: the copy needs no registers, and the column
-// sums leave none to spare). A lane reads only what it copied itself, so its own wait is enough and no
-// barrier is needed. Rows of several warps have fewer sums per lane and are kept in registers.
+// What a row of backward consists of, for one lane. Where a warp owns the row, the next row is
+// copied into shared memory while this one is computed (cp.async: the copy needs no registers, and
+// the column sums leave none to spare). A lane reads only what it copied itself, so its own wait is
+// enough and no barrier is needed. Rows of several warps have fewer sums per lane and are kept in
+// registers.
 template <class X, class H, class L, bool GATED>
 struct Source {
   static constexpr bool kStaged = L::W == 1;
@@ -287,7 +293,8 @@ struct Source {
                                     int part, int lane)
       : a(a), b(b), stages(stages), part(part), lane(lane), D(static_cast<int>(a.D)), stage(1) {}
 
-  // Vector j of this lane; `before` is the bytes that the tensors staged before it have per element.
+  // Vector j of this lane; `before` is the bytes that the tensors staged before it have per
+  // element.
   template <class T>
   __device__ __forceinline__ T* staged(int before, int j) const {
     return reinterpret_cast<T*>(stages + stage * kStageBytes + before * L::K * kWarp * L::V) +
@@ -373,8 +380,8 @@ __global__ void __launch_bounds__(Source<X, H, L, GATED>::kWarps* kWarp,
   float* const gate = scale + L::kColumns;
   unsigned char* const stages = shared_bytes + sizeof(float) * 3 * L::kColumns;
   float* const slots = reinterpret_cast<float*>(stages + 2 * From::kWarps * From::kStageBytes);
-  // With a bias a fourth sum per column, of t, which is more than the registers hold: it lies in shared
-  // memory, one array per group of warps, where a lane adds to its own columns.
+  // With a bias a fourth sum per column, of t, which is more than the registers hold: it lies in
+  // shared memory, one array per group of warps, where a lane adds to its own columns.
   float* const totals = slots + (L::W > 1 ? 4 * From::kWarps : 0);
   const bool biased = GATED && a.bias.data != nullptr;
   From from(a, b, stages + 2 * warp * From::kStageBytes, part, lane);
@@ -482,7 +489,8 @@ __global__ void __launch_bounds__(Source<X, H, L, GATED>::kWarps* kWarp,
 constexpr int kGateRows = 8;
 
 template <int V>
-__device__ __forceinline__ void load_vector(const Rows& t, int64_t b, int64_t column, float (&to)[V]) {
+__device__ __forceinline__ void load_vector(const Rows& t, int64_t b, int64_t column,
+                                            float (&to)[V]) {
 #pragma unroll
   for (int e = 0; e < V; e += 4) {
     float four[4];
@@ -561,8 +569,8 @@ __global__ void __launch_bounds__(kGateRows* kWarp)
   add_rows(total, partial + 3 * a.D, live);
 }
 
-// V = 8 makes 16-byte vectors of 16-bit elements; where float32 takes part a vector is four elements,
-// and twice as many of them.
+// V = 8 makes 16-byte vectors of 16-bit elements; where float32 takes part a vector is four
+// elements, and twice as many of them.
 template <class X, class H, int V, int K, int W>
 struct Fitting {
   static constexpr bool kNarrow = sizeof(X) == 2 && sizeof(H) == 2;

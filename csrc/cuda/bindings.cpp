@@ -1,6 +1,6 @@
-// The module etude.kernels._cuda: raw addresses, dtypes, strides, device and stream; no torch header.
-// kernels/adaln_cuda.py and kernels/optimizer_cuda.py are the only callers: they check shapes and
-// allocate outputs.
+// The module etude.kernels._cuda: raw addresses, dtypes, strides, device and stream; no torch
+// header. kernels/adaln_cuda.py and kernels/optimizer_cuda.py are the only callers: they check
+// shapes and allocate outputs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -58,7 +58,8 @@ void backward(const Shape& shape, const std::vector<Tensor>& t, const std::vecto
                  place(where));
 }
 
-// tensors: (param, grad, exp_avg, exp_avg_sq, copy or 0, step), emas, numel, dtypes of grad and copy.
+// tensors: (param, grad, exp_avg, exp_avg_sq, copy or 0, step), emas, numel, dtypes of grad and
+// copy.
 using AdamwRow = std::tuple<std::vector<Address>, std::vector<Address>, int64_t, int, int>;
 
 // numbers: lr, grad_scale, found_inf, then a decay per profile.

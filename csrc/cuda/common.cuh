@@ -1,10 +1,10 @@
 // What every CUDA kernel shares: vectors of 4 to 16 bytes, sums over a warp, launches that throw.
 //
 // Conventions. Addresses are int64: a batch of activations passes 2^31 elements. Arithmetic is
-// float32; a 16-bit value is widened when it is used and kept packed in registers until then. Shared
-// memory is dynamic only (`shared_floats`), so that one number at the launch says how much a block
-// uses. Kernels are launched by cudaLaunchKernelEx, which is plain C++: the tests compile these very
-// files with the host compiler and run every thread of a block on the CPU.
+// float32; a 16-bit value is widened when it is used and kept packed in registers until then.
+// Shared memory is dynamic only (`shared_floats`), so that one number at the launch says how much a
+// block uses. Kernels are launched by cudaLaunchKernelEx, which is plain C++: the tests compile
+// these very files with the host compiler and run every thread of a block on the CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,8 +24,8 @@ extern __shared__ __align__(16) unsigned char shared_bytes[];
 
 __device__ __forceinline__ float* shared_floats() { return reinterpret_cast<float*>(shared_bytes); }
 
-// V elements of T as the 32-bit words that one instruction moves: 8-byte vectors are LDG.64, 16-byte
-// ones LDG.128.
+// V elements of T as the 32-bit words that one instruction moves: 8-byte vectors are LDG.64,
+// 16-byte ones LDG.128.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   static_assert(sizeof(T) * V <= 16, "no instruction moves more than 16 bytes");
@@ -85,8 +85,8 @@ __device__ __forceinline__ Pack<T, V> pack(const float (&from)[V]) {
   return made;
 }
 
-// For data that is touched once per block (modulation vectors, their gradients): the dtype is looked
-// at when the kernel runs, which saves a compiled kernel per dtype.
+// For data that is touched once per block (modulation vectors, their gradients): the dtype is
+// looked at when the kernel runs, which saves a compiled kernel per dtype.
 __device__ __forceinline__ void load4(const void* data, int dtype, int64_t at, float (&to)[4]) {
   if (dtype == kFloat32) {
     unpack(load<float, 4>(static_cast<const float*>(data) + at), to);

@@ -2,20 +2,20 @@
 // kernels/optimizer.py; kernels/optimizer_cuda.py is the only caller.
 //
 // Every tensor is read and written once: 28 bytes per float32 parameter for AdamW, 8 per average, 2
-// for a 16-bit copy of the new parameter. The clip coefficient, the learning rate, the step counts and
-// the flag that skips the step are read on the GPU: nothing waits for the host, and a captured graph
-// stays right when they change.
+// for a 16-bit copy of the new parameter. The clip coefficient, the learning rate, the step counts
+// and the flag that skips the step are read on the GPU: nothing waits for the host, and a captured
+// graph stays right when they change.
 //
-// Two launches per 40 tensors. The first, of one block, turns step counts into bias corrections, writes
-// them to the workspace and counts the step; the second updates the parameters. They cannot be one: a
-// block must not count a step that others have yet to read. The table of addresses is a kernel
-// parameter, so that a graph holds it by value and no copy is made.
+// Two launches per 40 tensors. The first, of one block, turns step counts into bias corrections,
+// writes them to the workspace and counts the step; the second updates the parameters. They cannot
+// be one: a block must not count a step that others have yet to read. The table of addresses is a
+// kernel parameter, so that a graph holds it by value and no copy is made.
 //
-// The arithmetic is that of csrc/cpu/optimizer.cpp, operation by operation: float64, rounded once when
-// a result is stored, each operation by itself (the _rn intrinsics are never contracted to a fused
-// multiply-add). The two give the same bits. It is affordable on the GPUs this is built for: per
-// element about 30 float64 operations stand beside 36 bytes and more of memory traffic, and sm_90
-// completes 64 of them per clock and multiprocessor while it receives less than 20 bytes.
+// The arithmetic is that of csrc/cpu/optimizer.cpp, operation by operation: float64, rounded once
+// when a result is stored, each operation by itself (the _rn intrinsics are never contracted to a
+// fused multiply-add). The two give the same bits. It is affordable on the GPUs this is built for:
+// per element about 30 float64 operations stand beside 36 bytes and more of memory traffic, and
+// sm_90 completes 64 of them per clock and multiprocessor while it receives less than 20 bytes.
 #include "optimizer.h"
 
 #include "common.cuh"
@@ -24,7 +24,8 @@ namespace etude {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kChunk = 8192;  // elements per block: what a block reads at its start is 1% of this
+// Elements per block: the tables that a block reads at its start are then 1% of its traffic.
+constexpr int64_t kChunk = 8192;
 
 struct Group {
   AdamwTensor tensors[kAdamwTensors];
@@ -94,8 +95,8 @@ __device__ __forceinline__ void update(const Factors& f, int profiles, double gr
                                        float& m, float& v, float (&emas)[kProfiles]) {
   const double first = times_plus(m, f.beta1, grad, f.rest1);
   const double second = times_plus(v, f.beta2, __dmul_rn(grad, grad), f.rest2);
-  // Root and quotient in float32, each corrected once by its remainder: a relative error below 2^-26
-  // for a fraction of what the float64 ones cost.
+  // Root and quotient in float32, each corrected once by its remainder: a relative error below
+  // 2^-26 for a fraction of what the float64 ones cost.
   const float narrow = __fsqrt_rn(static_cast<float>(second));
   const double inverse = __fdiv_rn(1.0f, __fadd_rn(narrow, static_cast<float>(f.eps)));
   const double slope = __fdiv_rn(0.5f, __fadd_rn(narrow, 1e-23f));

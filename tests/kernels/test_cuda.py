@@ -7,7 +7,6 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
-
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,11 +1,12 @@
-// Stands in for the CUDA runtime when a .cu file is compiled by the host compiler (see machine.cpp).
+// Stands in for the CUDA runtime when a .cu file is compiled by the host compiler (see
+// machine.cpp).
 //
-// Every thread of a block runs on the CPU as a fiber with its own stack; barriers and shuffles switch
-// between them. What is wrong on a GPU and may still give the right values there is an error here: a
-// barrier or shuffle that not all threads reach, or reach at different lines, or after one has
-// returned; a write beyond the shared memory that was asked for. Shared memory is filled with NaN
-// before every block, cp.async delivers only when it is waited for, and the order in which threads and
-// blocks run can be changed: a kernel that lacks a barrier then changes its values.
+// Every thread of a block runs on the CPU as a fiber with its own stack; barriers and shuffles
+// switch between them. What is wrong on a GPU and may still give the right values there is an error
+// here: a barrier or shuffle that not all threads reach, or reach at different lines, or after one
+// has returned; a write beyond the shared memory that was asked for. Shared memory is filled with
+// NaN before every block, cp.async delivers only when it is waited for, and the order in which
+// threads and blocks run can be changed: a kernel that lacks a barrier then changes its values.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -1,9 +1,9 @@
 // One block at a time, one thread at a time: fibers by ucontext, switched by _setjmp and _longjmp
 // (which, unlike swapcontext, make no system call).
 //
-// The scheduler runs every runnable fiber until it waits or returns, then looks at who waits for what:
-// warps whose lanes are all at one shuffle go on, then, if nobody can, the block's barrier opens. What
-// is left over is a divergence, and the launch fails with a sentence.
+// The scheduler runs every runnable fiber until it waits or returns, then looks at who waits for
+// what: warps whose lanes are all at one shuffle go on, then, if nobody can, the block's barrier
+// opens. What is left over is a divergence, and the launch fails with a sentence.
 #include "cuda_runtime.h"
 
 #include <setjmp.h>
