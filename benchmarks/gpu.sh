@@ -61,12 +61,14 @@ elif [ -n "${WHEELS:-}" ]; then
 fi
 part 90 build "$python" -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target "$site" .
 part 40 kernels "$python" -P -c 'import sys; from etude.kernels import announce, attention_status; print(announce(sys.argv[1]), *attention_status(sys.argv[1]), sep="\n")' "$device"
-part 150 end-to-end "$python" -m benchmarks.end_to_end --device "$device" "${end_to_end[@]}"
+part 120 end-to-end "$python" -m benchmarks.end_to_end --device "$device" "${end_to_end[@]}"
 # Only files with such tests: others import libraries that this machine lacks.
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu\b' --include='test_*.py' tests | sort)
-part 150 tests "$python" -P -m pytest -q -m gpu "${gpu_tests[@]}"
+# Four files at a time: most of their time is Triton compiling on the CPU.
+one='out=$("$0" -P -m pytest -q -m gpu "$1" 2>&1); code=$?; echo "$out"; exit $code'
+part 190 tests bash -c 'printf "%s\0" "${@:2}" | xargs -0 -n 1 -P 4 bash -c "$0" "$1"' "$one" "$python" "${gpu_tests[@]}"
 if [ "$device" = cuda ]; then
-  part 150 operators "$python" -m benchmarks.gpu_operators --seconds 135
+  part 130 operators "$python" -m benchmarks.gpu_operators --seconds 115
 fi
 
 echo "== rows are in $ETUDE_RESULTS; $SECONDS s in all; failed: ${failed[*]:-none}"

@@ -17,7 +17,7 @@ from etude.kernels import catalogue
 
 MARK = "<!-- operators -->"
 HEAD = (
-    "| op | backends | tests | Triton on sm_90 | CPU, times eager: AVX2, AVX-512 "
+    "| op | backends | tests | budget on sm_90 | CPU, times eager: AVX2, AVX-512 "
     "| CPU, times compile | GPU, share of copy or matmul |"
 )
 
@@ -78,7 +78,7 @@ def table() -> list[str]:
         op = row["op"]
         levels = [mean(cpu_ratios(op, cpu, f"cpp {level}", "eager")) for level in ("v3", "v4")]
         cells = [
-            f"`{op}`", row["backends"], row["tests"], row["Triton budget (sm_90)"],
+            f"`{op}`", row["backends"], row["tests"], row["budget on sm_90"],
             ", ".join(filter(None, levels)), mean(cpu_ratios(op, cpu, "cpp v4", "compiled")),
             gpu_share(op, gpu),
         ]  # fmt: skip

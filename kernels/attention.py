@@ -592,6 +592,16 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
 
 # The first is known by the name of the switch: `dot_product_attention` and `attention_packed`.
 OPERATORS = (
-    Operator("attention", "softmax attention with QK-norm, RoPE, bias, lengths", ("triton",)),
-    Operator("joint_projection", "queries, keys and values of two streams in one tensor", ()),
+    Operator(
+        "attention",
+        "softmax attention with QK-norm, RoPE, bias, lengths",
+        ("triton",),
+        others=tuple(name for name in BACKENDS if name not in ("etude", "reference")),
+    ),
+    Operator(
+        "joint_projection",
+        "queries, keys and values of two streams in one tensor",
+        (),
+        dtypes="those of torch's linear layers",
+    ),
 )

@@ -5,6 +5,7 @@ Every family's file ends with its `OPERATORS`; `operators()` collects them. A fa
 tests/kernels/test_<family>.py.
 """
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,11 +30,17 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: its public name, what it computes in a few words, and the twins it has."""
+    """One operator: its public name, what it computes in a few words, and the twins it has.
+
+    twins: of cpp, triton, cuda; what `backends.pick` is given. others: implementations that are not
+    Etude's own. dtypes: in words, where they are not those of the twins.
+    """
 
     name: str
     summary: str
-    twins: tuple[str, ...]  # of cpp, triton, cuda; what `backends.pick` is given
+    twins: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    dtypes: str = ""
 
 
 def operators() -> dict[str, list[Operator]]:
@@ -47,40 +54,42 @@ def tests(family: str) -> list[Path]:
     return sorted(p.relative_to(root) for p in root.glob(f"tests/kernels/test_{family}*.py"))
 
 
-def resources(family: str) -> str:
-    """The committed budget on Hopper in words: the largest kernel, and bytes spilled by all."""
-    from .compiling import budget
+def resources(family: str, twins: tuple[str, ...]) -> str:
+    """The committed budgets on Hopper in words: the largest kernel, and bytes spilled by all."""
+    from . import compiling, compiling_cuda
 
-    rows = [
-        row
-        for toolchain, kernels in budget(family).items()
-        if toolchain.endswith("sm_90")
-        for row in kernels.values()
-    ]
-    if not rows:
-        return ""
-    largest = max(row["registers"] for row in rows)
-    spills = sum(row["spills"] for row in rows)
-    return f"{len(rows)} kernels, at most {largest} registers, {spills} B spilled"
+    budgets = {"triton": compiling.budget, "cuda": compiling_cuda.budget}
+    words = []
+    for twin, read in budgets.items():
+        rows = [
+            row
+            for toolchain, kernels in (read(family) if twin in twins else {}).items()
+            if re.search(r"sm_90a?$", toolchain)
+            for row in kernels.values()
+        ]
+        if rows:
+            largest, spilled = (max(row[key] for row in rows) for key in ("registers", "spills"))
+            words.append(f"{twin}: at most {largest} registers, {spilled} B spilled")
+    return "; ".join(words)
 
 
 def rows() -> list[dict[str, str]]:
-    """One row per operator: name, what it computes, twins, dtypes, Triton budget, tests."""
+    """One row per operator: name, what it computes, backends, dtypes, budgets, tests."""
     listed = []
     for family, known in operators().items():
-        files = " ".join(file.name for file in tests(family))
         for operator in known:
-            compiled = "triton" in operator.twins
-            kinds = [DTYPES[twin] for twin in operator.twins if twin in DTYPES]
+            files = [file.name for file in tests(family)]
+            files += ["test_cuda.py"] * ("cuda" in operator.twins)
+            kinds = [DTYPES[twin] for twin in operator.twins]
             dtypes = dict.fromkeys(str(d).removeprefix("torch.") for ds in kinds for d in ds)
             listed.append(
                 {
                     "op": operator.name,
                     "computes": operator.summary,
-                    "backends": ", ".join(("reference", *operator.twins)),
-                    "dtypes": ", ".join((*dtypes, "float64 (reference)")),
-                    "Triton budget (sm_90)": resources(family) if compiled else "",
-                    "tests": files,
+                    "backends": ", ".join((*operator.twins, *operator.others, "reference")),
+                    "dtypes": operator.dtypes or ", ".join((*dtypes, "float64 (reference)")),
+                    "budget on sm_90": resources(family, operator.twins),
+                    "tests": " ".join(files),
                 }
             )
     return listed

@@ -201,5 +201,10 @@ class Fp8Linear(nn.Linear):
 
 OPERATORS = (
     Operator("adaln_modulate_fp8", "adaln_modulate into 8-bit rows with scales", ("triton",)),
-    Operator("linear_fp8", "a linear layer on 8-bit rows, ordinary gradients", ()),
+    Operator(
+        "linear_fp8",
+        "a linear layer on 8-bit rows, ordinary gradients",
+        (),
+        dtypes="float8_e4m3fn rows in, float32 or bfloat16 out",
+    ),
 )

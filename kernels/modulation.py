@@ -231,4 +231,11 @@ def adaln_single(vector: Tensor, table: Tensor) -> Tensor:
     return (vector.to(wide) + table.to(wide).flatten()).to(vector.dtype)
 
 
-OPERATORS = (Operator("modulation_gemm", "all layers' modulation vectors in one product", ()),)
+OPERATORS = (
+    Operator(
+        "modulation_gemm",
+        "all layers' modulation vectors in one product",
+        (),
+        dtypes="those of torch's linear layers",
+    ),
+)

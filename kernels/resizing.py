@@ -408,5 +408,10 @@ def _each(
 
 _TWINS = ("cpp", "triton")
 OPERATORS = (
-    Operator("resize", "Pillow's bicubic and bilinear bit for bit, and TensorFlow 1's", _TWINS),
+    Operator(
+        "resize",
+        "Pillow's bicubic and bilinear bit for bit, and TensorFlow 1's",
+        _TWINS,
+        dtypes="uint8 in; uint8, float32, float16 or bfloat16 out",
+    ),
 )
