@@ -19,6 +19,15 @@ SPILLS: dict[tuple[str, str], str] = {
     ("attention", "short backward N=256 rmsnorm rope d=72"): "dq stays on chip",
     ("attention", "short backward Nk=120 offsets d=72"): "dq stays on chip",
 }
+# Kernels that spill only as Triton 3.6 compiles them: the same source, through the same ptxas, spills
+# nothing from Triton 3.7, so nothing in the source is at fault.
+SPILLS_OF_3_6 = {
+    ("attention", "long dk dv d=64"),
+    ("attention", "long dk dv d=72"),
+    ("attention", "long dk dv d=128"),
+    ("attention", "long dk dv rmsnorm rope d=72"),
+    ("attention", "short forward N=256 d=72"),
+}
 
 
 @pytest.mark.parametrize("family", compiling.families())
@@ -36,15 +45,16 @@ def test_compiled_kernels_stay_within_the_budget(family: str) -> None:
     assert not compiling.differences(rows)
 
 
-def test_budgets_hold_no_spill_without_a_reason() -> None:
+@pytest.mark.parametrize("version", ["3.6", "3.7"])
+def test_budgets_hold_no_spill_without_a_reason(version: str) -> None:
     spilling = {
         (family, kernel)
         for family in compiling.families()
-        for kernels in compiling.budget(family).values()
+        for toolchain, kernels in compiling.budget(family).items()
         for kernel, row in kernels.items()
-        if row["spills"]
+        if row["spills"] and toolchain.startswith(f"triton {version}")
     }
-    assert spilling == set(SPILLS)
+    assert spilling == set(SPILLS) | (SPILLS_OF_3_6 if version == "3.6" else set())
 
 
 def test_another_number_or_a_spill_is_a_difference() -> None:

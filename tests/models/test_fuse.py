@@ -263,3 +263,35 @@ def test_a_fused_model_trains_in_other_peoples_loops(loop: str) -> None:
     losses = json.loads(rows[0])
     assert losses["plain"][2] < losses["plain"][0]
     assert losses["fused"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_a_fused_model_trains_under_lightning(tmp_path) -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    model, inputs = sd3()
+    plain, target = drawn(model), normal(3, 4, 8, 8, seed=9)
+    fused = copy.deepcopy(plain)
+    etude.fuse(fused)
+
+    class Task(lightning.LightningModule):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.losses = model, []
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            loss = (self.model(**inputs, return_dict=False)[0] - target).square().mean()
+            self.losses.append(float(loss.detach()))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.parameters(), lr=0.05)
+
+    found = []
+    for one in (plain, fused):
+        task = Task(one)
+        lightning.Trainer(
+            max_steps=3, accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(task, torch.utils.data.DataLoader(torch.zeros(3, 1)))  # fmt: skip
+        found.append(task.losses)
+    assert len(found[0]) == 3 and found[0][2] < found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
