@@ -19,8 +19,8 @@ SPILLS: dict[tuple[str, str], str] = {
     ("attention", "short backward N=256 rmsnorm rope d=72"): "dq stays on chip",
     ("attention", "short backward Nk=120 offsets d=72"): "dq stays on chip",
 }
-# Kernels that spill only as Triton 3.6 compiles them: the same source, through the same ptxas, spills
-# nothing from Triton 3.7, so nothing in the source is at fault.
+# Kernels that spill only as Triton 3.6 compiles them: the same source, through the same ptxas,
+# spills nothing from Triton 3.7, so nothing in the source is at fault.
 SPILLS_OF_3_6 = {
     ("attention", "long dk dv d=64"),
     ("attention", "long dk dv d=72"),
