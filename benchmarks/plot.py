@@ -1,7 +1,7 @@
-"""`python -m benchmarks.plot`: docs/operators-cpu.svg, every op's case beside the fastest eager way.
+"""`python -m benchmarks.plot`: docs/operators-cpu.svg, every case beside the fastest eager way.
 
 One row per case (op, variant, shape, dtype) of the newest results: how many times faster than the
-fastest of eager torch and the rivals `torch.compile` and the C++ twin are. Called after `make bench`.
+fastest of eager torch and the rivals torch.compile and the C++ twin are. Called after `make bench`.
 """
 
 import sys
