@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_fuse import drawn, normal, sd3
 
 import etude
+from etude.core.distributed import local_caches
 
 STEPS, LR = 3, 0.05
 Step = Callable[[dict, Tensor], Tensor]
@@ -51,6 +52,7 @@ def accelerate(model: nn.Module) -> Step:
 
 def zero3(model: nn.Module) -> Step:
     """Parameters are gathered by hooks on the modules that own them: a fused one must keep them."""
+    local_caches()  # where set-up has built DeepSpeed's communication operator
     import deepspeed
 
     config = {
