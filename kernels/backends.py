@@ -195,7 +195,7 @@ def pick(
     elif wanted in twins:
         _require(op, wanted, device)
     elif op in _choice and wanted != "reference":
-        raise RuntimeError(f"ETUDE_KERNELS={op}={wanted}: {op} has only {', '.join(twins)}")
+        raise RuntimeError(f"ETUDE_KERNELS={op}={_choice[op]}: {op} has only {', '.join(twins)}")
     if wanted not in twins:
         return "reference"
     return wanted if all(d in DTYPES[wanted] for d in dtypes) else "reference"

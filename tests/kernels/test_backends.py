@@ -87,7 +87,10 @@ def test_names_of_one_operator_s_own_stand_on_a_twin() -> None:
         "import torch; from etude.kernels import backends as b; print(b.choice('mlp'));"
         "print(b.pick('mlp', 'cpu', torch.float32, twins=('cpp',)))"
     )
-    assert python(code, ETUDE_KERNELS="auto,mlp=library").stdout.split()[0] == "library"
+    run = python(code, ETUDE_KERNELS="auto,mlp=library")
+    assert run.stdout == "library\n" and "mlp=library: mlp has only cpp" in run.stderr
+    split = "cpp" if backends.HAS_CPP else "reference"
+    assert python(code, ETUDE_KERNELS="auto,mlp=split").stdout == f"split\n{split}\n"
     wrong = python(code, ETUDE_KERNELS="auto,mlp=sdpa").stderr
     assert "backend sdpa is unknown" in wrong and "split, epilogue, library" in wrong
     assert "epilogue is unknown" in python(code, ETUDE_KERNELS="epilogue").stderr
