@@ -22,7 +22,8 @@ All arithmetic is in float32 (float64 for float64 inputs); the bias' gradient is
 stages, so it has the same bits for any number of threads. y has the dtype of x, or under autocast
 the autocast dtype. No operator has a second derivative except in its reference.
 
-The two products of `mlp` dominate it, so how they are made is a plan, chosen per shape by `plan`:
+The two products of `mlp` dominate it, so how they are made is a plan, which
+`ETUDE_KERNELS=auto,mlp=epilogue` (or `linear_gelu=`) chooses:
 
     split     products of the vendor's library, and one kernel for bias and GELU between them
     epilogue  Triton products whose last step applies bias and GELU (forward) and GELU's slope with
@@ -30,13 +31,9 @@ The two products of `mlp` dominate it, so how they are made is a plan, chosen pe
               of 11 backward, if the product itself is as fast as the library's
     library   as split, but inference with the tanh form through cuBLASLt's own epilogue
 
-`split` is the default everywhere: the other two are taken only where a measurement says so.
+`split` is the default everywhere: the other two are taken only where `etude kernels tune` measured
+them to be faster, or where they are asked for.
 """
-
-import json
-import os
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +44,7 @@ from .catalogue import Operator
 
 _FORMS = ("tanh", "none")
 _ABSENT = (0, 0, 0, 0)
-PLANS = ("split", "epilogue", "library")
+PLANS = tuple(backends.OWN_CHOICES["mlp"])
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -302,34 +299,15 @@ def register_gradients(prefix: str) -> None:
 register_gradients("")
 
 
-@lru_cache(maxsize=4)
-def _measured(path: str) -> dict[str, dict[str, dict[str, str | int]]]:
-    """What a tuning run wrote: {op: {"bfloat16 1152x4608": {"plan": name, "rows": least}}}."""
-    made = json.loads(Path(path).read_text())
-    for op, shapes in made.items():
-        for shape, row in shapes.items():
-            if row.get("plan") not in PLANS:
-                raise ValueError(
-                    f"{path}: {op}: {shape}: plan {row.get('plan')!r} is none of {', '.join(PLANS)}"
-                )
-    return made
-
-
-def plan(op: str, dtype: torch.dtype, rows: int, width: int, inner: int) -> str:
+def plan(op: str, dtype: torch.dtype) -> str:
     """How `linear_gelu` or `mlp` makes its products on a GPU: one of `PLANS`.
 
-    rows: of x; width, inner: columns of x and of the hidden layer. The file named by ETUDE_TUNED
-    holds what a measurement found best from so many rows on; without it, and for shapes it does not
-    name, the answer is `split`. Nothing is assumed about a GPU that has not been measured, and
-    cuBLAS is the safe choice: these products are short (1152 columns are 18 steps of 64), so that
-    whether an epilogue in Triton pays depends on the GPU and on the library's version.
+    Nothing is assumed about a GPU that has not been measured, and cuBLAS is the safe choice: these
+    products are short (1152 columns are 18 steps of 64), so that whether an epilogue in Triton pays
+    depends on the GPU and on the library's version. Products in float32 are always split.
     """
-    path = os.environ.get("ETUDE_TUNED", "")
-    if not path or dtype not in (torch.float16, torch.bfloat16):
-        return "split"
-    key = f"{str(dtype).removeprefix('torch.')} {width}x{inner}"
-    row = _measured(path).get(op, {}).get(key)
-    return row["plan"] if row and rows >= int(row.get("rows", 0)) else "split"
+    asked = backends.choice(op)
+    return asked if asked in PLANS and dtype in (torch.float16, torch.bfloat16) else "split"
 
 
 def _check(
@@ -419,12 +397,18 @@ def _linear_check(op: str, x: Tensor, w: Tensor, b: Tensor | None, more: dict | 
     return backends.pick(op, x.device.type, *(t.dtype for t in tensors))
 
 
-def _planned(op: str, backend: str, x: Tensor, w: Tensor, dtype: torch.dtype) -> str:
-    """`plan` for this call; products by the CPU's library and in float32 are always split."""
-    if backend != "triton":
-        return "split"
-    inner, width = w.shape
-    return plan(op, dtype, x.numel() // max(1, width), width, inner)
+def _hidden(
+    how: str, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, to: torch.dtype
+) -> Tensor:
+    """`linear_gelu` by the plan `split` or `library`."""
+    quiet = not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    if how == "library" and quiet and bias is not None and approximate == "tanh":
+        rows = flat(x.to(to))
+        made = torch.ops.aten._addmm_activation(bias.to(to), rows, weight.to(to).t(), use_gelu=True)
+        return made.view(*x.shape[:-1], weight.shape[0])
+    return bias_gelu(F.linear(x, weight), bias, approximate)
 
 
 def linear_gelu(
@@ -440,19 +424,12 @@ def linear_gelu(
     if backend == "reference":
         return linear_gelu_reference(x, weight, bias, approximate)
     to = _output_dtype(x) or x.dtype
-    how = _planned("linear_gelu", backend, x, weight, to)
+    how = plan("linear_gelu", to) if backend == "triton" else "split"
     if how == "epilogue":
         _triton()
         given = [None if t is None else t.to(to) for t in (x, weight, bias)]
         return ops.triton_linear_gelu(*given, approximate == "tanh")[0]
-    quiet = not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    if how == "library" and quiet and bias is not None and approximate == "tanh":
-        rows = flat(x.to(to))
-        made = torch.ops.aten._addmm_activation(bias.to(to), rows, weight.to(to).t(), use_gelu=True)
-        return made.view(*x.shape[:-1], weight.shape[0])
-    return bias_gelu(F.linear(x, weight), bias, approximate)
+    return _hidden(how, x, weight, bias, approximate, to)
 
 
 def mlp(
@@ -480,11 +457,12 @@ def mlp(
     if backend == "reference":
         return mlp_reference(x, w1, b1, w2, b2, approximate)
     to = _output_dtype(x) or x.dtype
-    if _planned("mlp", backend, x, w1, to) == "epilogue":
+    how = plan("mlp", to) if backend == "triton" else "split"
+    if how == "epilogue":
         _triton()
         given = [None if t is None else t.to(to) for t in (x, w1, b1, w2, b2)]
         return ops.triton_mlp(*given, approximate == "tanh")[0]
-    return F.linear(linear_gelu(x, w1, b1, approximate), w2, b2)
+    return F.linear(_hidden(how, x, w1, b1, approximate, to), w2, b2)
 
 
 _TWINS = ("cpp", "triton")

@@ -422,7 +422,7 @@ def _unfit(
 
 
 def wanted() -> str:
-    """The backend asked for: `auto`, or one of `backends.OWN_CHOICES["attention"]`.
+    """The backend asked for: `auto`, `reference`, or one of `backends.OWN_CHOICES`.
 
     Of the choices for all operators, `triton` means `etude`; `cpp` and `cuda`, in which attention
     has no twin, leave it at `auto`.

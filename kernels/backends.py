@@ -27,18 +27,21 @@ import torch
 from torch import Tensor
 
 CHOICES = ("auto", "reference", "cpp", "triton", "cuda")
-# Attention has rivals in other libraries: names that `attention=` takes besides.
+# Names that `operator=` takes besides, and the one of `CHOICES` that each stands on: attention has
+# rivals in other libraries (attention_backends.py), products several plans (activation.py).
+_PLANS = {"split": "auto", "epilogue": "triton", "library": "triton"}
 OWN_CHOICES = {
-    "attention": (
-        "etude",
-        "flash-attn",
-        "flash-attn-4",
-        "flash-attn-3",
-        "flash-attn-2",
-        "xformers",
-        "sdpa",
-        "reference",
-    )
+    "attention": {
+        "etude": "triton",
+        "flash-attn": "reference",
+        "flash-attn-4": "reference",
+        "flash-attn-3": "reference",
+        "flash-attn-2": "reference",
+        "xformers": "reference",
+        "sdpa": "reference",
+    },
+    "linear_gelu": _PLANS,
+    "mlp": _PLANS,
 }
 _ALL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
@@ -180,6 +183,7 @@ def pick(
     Errors: RuntimeError if a backend was asked for by name and cannot run on this device.
     """
     wanted = choice(op)
+    wanted = OWN_CHOICES.get(op, {}).get(wanted, wanted)
     if wanted == "auto":
         wanted = "reference"
         if device == "cpu" and HAS_CPP and "cpp" in twins:
@@ -191,25 +195,26 @@ def pick(
     elif wanted in twins:
         _require(op, wanted, device)
     elif op in _choice and wanted != "reference":
-        raise RuntimeError(f"ETUDE_KERNELS={op}={wanted}: {op} has only {', '.join(twins)}")
+        raise RuntimeError(f"ETUDE_KERNELS={op}={_choice[op]}: {op} has only {', '.join(twins)}")
     if wanted not in twins:
         return "reference"
     return wanted if all(d in DTYPES[wanted] for d in dtypes) else "reference"
 
 
 def _require(op: str, wanted: str, device: str) -> None:
+    given = f"ETUDE_KERNELS={op}={_choice[op]}" if op in _choice else f"ETUDE_KERNELS={wanted}"
     if wanted == "cpp" and not HAS_CPP:
-        raise RuntimeError(f"ETUDE_KERNELS=cpp: the C++ kernels are {_load('_cpu')[1]}")
+        raise RuntimeError(f"{given}: the C++ kernels are {_load('_cpu')[1]}")
     if wanted == "cpp" and device != "cpu":
-        raise RuntimeError(f"ETUDE_KERNELS=cpp: {op} got a tensor on {device}; set auto or triton")
+        raise RuntimeError(f"{given}: {op} got a tensor on {device}; set auto or triton")
     if wanted == "triton" and not HAS_TRITON:
-        raise RuntimeError(f"ETUDE_KERNELS=triton: {_missing_triton()}; set auto")
+        raise RuntimeError(f"{given}: {_missing_triton()}; set auto")
     if wanted == "triton" and device != "cuda" and not interpreting():
-        raise RuntimeError(f"ETUDE_KERNELS=triton: {op} got a tensor on {device}; set auto or cpp")
+        raise RuntimeError(f"{given}: {op} got a tensor on {device}; set auto or cpp")
     if wanted == "cuda" and not HAS_CUDA:
-        raise RuntimeError(f"ETUDE_KERNELS=cuda: the CUDA kernels are {_missing_cuda()}; set auto")
+        raise RuntimeError(f"{given}: the CUDA kernels are {_missing_cuda()}; set auto")
     if wanted == "cuda" and device != "cuda":
-        raise RuntimeError(f"ETUDE_KERNELS=cuda: {op} got a tensor on {device}; set auto or cpp")
+        raise RuntimeError(f"{given}: {op} got a tensor on {device}; set auto or cpp")
 
 
 def status() -> list[dict[str, str]]:

@@ -37,6 +37,15 @@ def make_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inpu
     return {"x": x.requires_grad_(), "dy": dy}
 
 
+def make_linear(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
+    rows, width = shape
+    inner = 4 * width
+    sizes = (shape, (inner, width), (inner,), (rows, inner))
+    x, w1, b1, dy = normal(*sizes, dtype=dtype, device=device)
+    made = {"x": x, "w1": w1 / width**0.5, "b1": b1}
+    return {name: t.detach().requires_grad_() for name, t in made.items()} | {"dy": dy}
+
+
 def make_mlp(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
     rows, width = shape
     inner = 4 * width
@@ -62,6 +71,10 @@ def mlp(inputs: Inputs) -> Tensor:
     return kernels.mlp(*(inputs[n] for n in ("x", "w1", "b1", "w2", "b2")))
 
 
+def linear_gelu(inputs: Inputs) -> Tensor:
+    return kernels.linear_gelu(*(inputs[n] for n in ("x", "w1", "b1")))
+
+
 def torch_gelu(form: str) -> Run:
     return lambda inputs: F.gelu(inputs["x"] + inputs["bias"], approximate=form)
 
@@ -69,6 +82,10 @@ def torch_gelu(form: str) -> Run:
 def torch_swiglu(inputs: Inputs) -> Tensor:
     gate, value = inputs["x"].chunk(2, -1)
     return F.silu(gate) * value
+
+
+def torch_linear_gelu(inputs: Inputs) -> Tensor:
+    return F.gelu(F.linear(inputs["x"], inputs["w1"], inputs["b1"]), approximate="tanh")
 
 
 def torch_mlp(inputs: Inputs) -> Tensor:
@@ -83,13 +100,15 @@ def case(
     backward = variant.startswith(BACKWARD)
     if backward:
         run, rival = (with_gradients(r, names, ("dy",)) for r in (run, rival))
-    cpu, gpu = (CPU_MLP, GPU_MLP) if op == "mlp" else (CPU, GPU)
+    products = {"linear_gelu": 1, "mlp": 2}.get(op, 0)
+    cpu, gpu = (CPU_MLP, GPU_MLP) if products else (CPU, GPU)
 
     def moved(inputs: Inputs) -> int:
         return tensors * inputs["dy"].numel() * inputs["dy"].element_size()
 
     def flops(inputs: Inputs) -> int:
-        return (3 if backward else 1) * 4 * inputs["x"].numel() * inputs["w1"].shape[0]
+        once = 2 * products * inputs["x"].numel() * inputs["w1"].shape[0]
+        return (3 if backward else 1) * once
 
     return Case(
         op,
@@ -99,12 +118,13 @@ def case(
         cpu,
         gpu,
         moved,
-        flops=flops if op == "mlp" else None,
+        flops=flops if products else None,
         sources=SOURCES,
         rivals={"torch": lambda: rival},
     )
 
 
+LINEAR = ("x", "w1", "b1")
 MLP = ("x", "w1", "b1", "w2", "b2")
 BOTH = ("x", "bias")
 CASES = (
@@ -114,6 +134,9 @@ CASES = (
     case("bias_gelu", f"{BACKWARD} erf", gelu_erf, torch_gelu("none"), make_gelu, BOTH, 5),
     case("swiglu", "forward", swiglu, torch_swiglu, make_swiglu, ("x",), 3),
     case("swiglu", BACKWARD, swiglu, torch_swiglu, make_swiglu, ("x",), 8),
+    # y is four times as wide as x; backward reads the product as well.
+    case("linear_gelu", "forward", linear_gelu, torch_linear_gelu, make_linear, LINEAR, 1),
+    case("linear_gelu", BACKWARD, linear_gelu, torch_linear_gelu, make_linear, LINEAR, 4),
     # x and y, the hidden layer written and read (4 times as wide); backward as many again, twice.
     case("mlp", "forward", mlp, torch_mlp, make_mlp, MLP, 2 + 8),
     case("mlp", BACKWARD, mlp, torch_mlp, make_mlp, MLP, 3 * (2 + 8)),

@@ -5,7 +5,9 @@
 // unit leaves one value per channel (mean and squared deviations; in backward two sums); these are
 // merged in order, so results have the same bits for any number of threads. With at least as many
 // pictures as threads a thread takes whole pictures, which its cache may then still hold in the
-// second pass; otherwise the threads share the units of one picture after the other.
+// second pass; otherwise the threads share the units of one picture after the other. Forward over
+// contiguous channels goes group by group instead: one usually fits into the first-level cache, or
+// the second.
 #include <math.h>
 #include <stdlib.h>
 
@@ -44,30 +46,60 @@ void store(const Rows& t, int64_t b, int64_t n, int64_t first, int64_t count, co
   for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(part[i]);
 }
 
+// Forward reads and writes either type in place: one pass through a buffer of float32 costs as much as
+// the statistics do.
+ETUDE_INLINE float value(float x) { return x; }
+ETUDE_INLINE float value(uint16_t x) { return from_bf16(x); }
+ETUDE_INLINE void put(float v, float* to) { *to = v; }
+ETUDE_INLINE void put(float v, uint16_t* to) { *to = to_bf16(v); }
+
+template <typename T>
+T* row(const Rows& t, int64_t b, int64_t n) {
+  return static_cast<T*>(t.data) + b * t.batch_stride + n * t.row_stride;
+}
+
 int64_t chunks_of(int64_t S) { return (S + kPositions - 1) / kPositions; }
+
+// Adds `kRows` rows to a run's sums. Several rows at a time: the sums of all channels do not fit into
+// registers, and reading and writing them for every row would cost more than reading the rows.
+template <int kRows, typename T>
+ETUDE_INLINE void add_rows(const T* x, int64_t stride, int64_t C, const float* origin, float* sums,
+                           float* squares) {
+#pragma omp simd
+  for (int64_t c = 0; c < C; ++c) {
+    float sum = sums[c], square = squares[c];
+    const float from = origin[c];
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      const float d = value(x[k * stride + c]) - from;
+      sum += d;
+      square += d * d;
+    }
+    sums[c] = sum;
+    squares[c] = square;
+  }
+}
 
 // Mean and squared deviations of each channel over one run of positions, in one pass: values are
 // taken relative to the run's first one. That one belongs to the run, so that subtracting the squared
 // mean multiplies the rounding errors by kPositions at worst (a lone outlier in the first place),
 // however large the mean is.
+template <typename T>
 void run_moments(const GroupNormForward& a, int64_t b, int64_t run, float* mean, float* squares,
-                 float* origin, float* buffer) {
+                 float* origin) {
   const int64_t first = run * kPositions, last = min64(first + kPositions, a.S), C = a.C;
-  const float* x = load(a.x, b, first, 0, C, buffer);
+  const int64_t stride = a.x.row_stride;
+  const T* const start = row<T>(a.x, b, first);
+#pragma omp simd
   for (int64_t c = 0; c < C; ++c) {
-    origin[c] = x[c];
+    origin[c] = value(start[c]);
     mean[c] = 0.0f;
     squares[c] = 0.0f;
   }
-  for (int64_t n = first + 1; n < last; ++n) {
-    x = load(a.x, b, n, 0, C, buffer);
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-      const float d = x[c] - origin[c];
-      mean[c] += d;
-      squares[c] += d * d;
-    }
-  }
+  int64_t n = first;
+  for (; n + 8 <= last; n += 8)
+    add_rows<8>(row<T>(a.x, b, n), stride, C, origin, mean, squares);
+  for (; n < last; ++n) add_rows<1>(row<T>(a.x, b, n), stride, C, origin, mean, squares);
   const float inverse = 1.0f / static_cast<float>(last - first);
 #pragma omp simd
   for (int64_t c = 0; c < C; ++c) {
@@ -86,57 +118,80 @@ void merge(float count, float mean, float squares, float before, float* to_mean,
   *to_squares += squares + delta * delta * (before * count / total);
 }
 
-// The same of one channel whose positions are contiguous: two passes over each block.
-void channel_moments(const GroupNormForward& a, int64_t b, int64_t c, float* mean, float* squares,
-                     float* buffer) {
+// The same of one channel whose positions are contiguous: two passes over each block, in four sums
+// each, since one alone would wait for every addition.
+template <typename T>
+void channel_moments(const GroupNormForward& a, int64_t b, int64_t c, float* mean,
+                     float* squares) {
   float all_mean = 0.0f, all_squares = 0.0f;
   for (int64_t at = 0; at < a.S; at += kBlock) {
-    const int64_t count = min64(kBlock, a.S - at);
-    const float* const x = load(a.x, b, c, at, count, buffer);
-    float sum = 0.0f, rest = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += x[i];
-    const float centre = sum / static_cast<float>(count);
-#pragma omp simd reduction(+ : rest)
-    for (int64_t i = 0; i < count; ++i) rest += (x[i] - centre) * (x[i] - centre);
-    merge(static_cast<float>(count), centre, rest, static_cast<float>(at), &all_mean,
-          &all_squares);
+    const int64_t count = min64(kBlock, a.S - at), part = count / 4;
+    const T* const x = row<T>(a.x, b, c) + at;
+    float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < part; ++i) {
+      s0 += value(x[i]);
+      s1 += value(x[part + i]);
+      s2 += value(x[2 * part + i]);
+      s3 += value(x[3 * part + i]);
+    }
+    for (int64_t i = 4 * part; i < count; ++i) s0 += value(x[i]);
+    const float centre = ((s0 + s1) + (s2 + s3)) / static_cast<float>(count);
+    s0 = s1 = s2 = s3 = 0.0f;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < part; ++i) {
+      const float d0 = value(x[i]) - centre, d1 = value(x[part + i]) - centre;
+      const float d2 = value(x[2 * part + i]) - centre, d3 = value(x[3 * part + i]) - centre;
+      s0 += d0 * d0;
+      s1 += d1 * d1;
+      s2 += d2 * d2;
+      s3 += d3 * d3;
+    }
+    for (int64_t i = 4 * part; i < count; ++i) {
+      const float d = value(x[i]) - centre;
+      s0 += d * d;
+    }
+    merge(static_cast<float>(count), centre, (s0 + s1) + (s2 + s3), static_cast<float>(at),
+          &all_mean, &all_squares);
   }
   mean[c] = all_mean;
   squares[c] = all_squares;
 }
 
-// Units to channels (in place, into the first unit's slot), channels to groups.
+// Channels to one group.
+void finish_group(const GroupNormForward& a, int64_t b, int64_t g, const float* mean,
+                  const float* squares) {
+  const int64_t width = a.C / a.groups;
+  float centre = 0.0f, spread = 0.0f;
+  for (int64_t c = g * width; c < (g + 1) * width; ++c) centre += mean[c];
+  centre /= static_cast<float>(width);
+  for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+    const float delta = mean[c] - centre;
+    spread += squares[c] + delta * delta * static_cast<float>(a.S);
+  }
+  a.mean[b * a.groups + g] = centre;
+  a.rstd[b * a.groups + g] =
+      1.0f / sqrtf(spread / (static_cast<float>(width) * static_cast<float>(a.S)) + a.eps);
+}
+
+// Runs to channels (in place, into the first run's slot), channels to groups.
 void finish_moments(const GroupNormForward& a, int64_t b, float* partial) {
-  const int64_t C = a.C, width = C / a.groups;
+  const int64_t C = a.C;
   float* const mean = partial;
   float* const squares = partial + C;
-  if (a.channels_last) {
-    for (int64_t run = 1; run < chunks_of(a.S); ++run) {
-      const float before = static_cast<float>(run * kPositions);
-      const float count = static_cast<float>(min64(kPositions, a.S - run * kPositions));
-      const float* const from = partial + run * 2 * C;
-      const float share = count / (before + count), weight = before * share;
+  for (int64_t run = 1; run < chunks_of(a.S); ++run) {
+    const float before = static_cast<float>(run * kPositions);
+    const float count = static_cast<float>(min64(kPositions, a.S - run * kPositions));
+    const float* const from = partial + run * 2 * C;
+    const float share = count / (before + count), weight = before * share;
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) {
-        const float delta = from[c] - mean[c];
-        mean[c] += delta * share;
-        squares[c] += from[C + c] + delta * delta * weight;
-      }
+    for (int64_t c = 0; c < C; ++c) {
+      const float delta = from[c] - mean[c];
+      mean[c] += delta * share;
+      squares[c] += from[C + c] + delta * delta * weight;
     }
   }
-  for (int64_t g = 0; g < a.groups; ++g) {
-    float centre = 0.0f, spread = 0.0f;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) centre += mean[c];
-    centre /= static_cast<float>(width);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      const float delta = mean[c] - centre;
-      spread += squares[c] + delta * delta * static_cast<float>(a.S);
-    }
-    a.mean[b * a.groups + g] = centre;
-    a.rstd[b * a.groups + g] =
-        1.0f / sqrtf(spread / (static_cast<float>(width) * static_cast<float>(a.S)) + a.eps);
-  }
+  for (int64_t g = 0; g < a.groups; ++g) finish_group(a, b, g, mean, squares);
 }
 
 // Per channel of picture b: the group's mean and reciprocal deviation, the weight, the bias.
@@ -153,56 +208,57 @@ void channel_constants(const Rows& weight, const Rows& bias, const float* mean, 
   }
 }
 
-template <bool kSilu>
-void apply_unit(const GroupNormForward& a, int64_t b, int64_t unit, const float* constants,
-                float* buffers) {
-  const int64_t C = a.C;
+// y of `kRows` positions: constants are read once for all of them.
+template <bool kSilu, int kRows, typename In, typename Out>
+ETUDE_INLINE void apply_rows(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t C,
+                             const float* constants) {
   const float *centre = constants, *rstd = constants + C, *w = constants + 2 * C,
               *shift = constants + 3 * C;
-  if (a.channels_last) {
-    const int64_t last = min64((unit + 1) * kPositions, a.S);
-    for (int64_t n = unit * kPositions; n < last; ++n) {
-      const float* const x = load(a.x, b, n, 0, C, buffers);
-      float* const y = target(a.y, b, n, 0, buffers + C);
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) {
-        const float v = (x[c] - centre[c]) * rstd[c] * w[c] + shift[c];
-        y[c] = kSilu ? quick_silu(v) : v;
-      }
-      store(a.y, b, n, 0, C, y);
+  for (int64_t c = 0; c < C; ++c) {
+    const float mean = centre[c], slope = rstd[c] * w[c], offset = shift[c];
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const float v = (value(x[k * x_stride + c]) - mean) * slope + offset;
+      put(kSilu ? quick_silu(v) : v, y + k * y_stride + c);
     }
-    return;
-  }
-  const float mean = centre[unit], slope = rstd[unit] * w[unit], offset = shift[unit];
-  for (int64_t at = 0; at < a.S; at += kBlock) {
-    const int64_t count = min64(kBlock, a.S - at);
-    const float* const x = load(a.x, b, unit, at, count, buffers);
-    float* const y = target(a.y, b, unit, at, buffers + kBlock);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const float v = (x[i] - mean) * slope + offset;
-      y[i] = kSilu ? quick_silu(v) : v;
-    }
-    store(a.y, b, unit, at, count, y);
   }
 }
 
-void forward_unit(const GroupNormForward& a, int64_t b, int64_t unit, float* partial,
-                  float* buffers) {
-  if (a.channels_last) {
-    float* const mean = partial + unit * 2 * a.C;
-    run_moments(a, b, unit, mean, mean + a.C, buffers, buffers + a.C);
-  } else {
-    channel_moments(a, b, unit, partial, partial + a.C, buffers);
+template <bool kSilu, typename In, typename Out>
+void apply_run(const GroupNormForward& a, int64_t b, int64_t run, const float* constants) {
+  const int64_t last = min64((run + 1) * kPositions, a.S);
+  int64_t n = run * kPositions;
+  for (; n + 4 <= last; n += 4)
+    apply_rows<kSilu, 4>(row<In>(a.x, b, n), a.x.row_stride, row<Out>(a.y, b, n), a.y.row_stride,
+                         a.C, constants);
+  for (; n < last; ++n)
+    apply_rows<kSilu, 1>(row<In>(a.x, b, n), a.x.row_stride, row<Out>(a.y, b, n), a.y.row_stride,
+                         a.C, constants);
+}
+
+template <bool kSilu, typename In, typename Out>
+void apply_channel(const In* x, Out* y, int64_t S, float mean, float slope, float offset) {
+#pragma omp simd
+  for (int64_t i = 0; i < S; ++i) {
+    const float v = (value(x[i]) - mean) * slope + offset;
+    put(kSilu ? quick_silu(v) : v, y + i);
   }
 }
 
-void apply(const GroupNormForward& a, int64_t b, int64_t unit, const float* constants,
-           float* buffers) {
-  if (a.silu)
-    apply_unit<true>(a, b, unit, constants, buffers);
-  else
-    apply_unit<false>(a, b, unit, constants, buffers);
+// Forward over channels that are contiguous.
+template <bool kSilu, typename In, typename Out>
+void forward_group(const GroupNormForward& a, int64_t b, int64_t g, const float* w,
+                   const float* shift) {
+  const int64_t width = a.C / a.groups, first = g * width;
+  float* const mean = a.partial + b * chunks_of(a.S) * 2 * a.C;
+  float* const squares = mean + a.C;
+  for (int64_t c = first; c < first + width; ++c) channel_moments<In>(a, b, c, mean, squares);
+  finish_group(a, b, g, mean, squares);
+  const float centre = a.mean[b * a.groups + g], scale = a.rstd[b * a.groups + g];
+  for (int64_t c = first; c < first + width; ++c)
+    apply_channel<kSilu>(row<In>(a.x, b, c), row<Out>(a.y, b, c), a.S, centre, scale * w[c],
+                         shift[c]);
 }
 
 // The gradient before the SiLU, from x and dy of one element.
@@ -346,41 +402,68 @@ float* scratch(int64_t floats) {
   return static_cast<float*>(malloc(static_cast<size_t>(floats + 16) * sizeof(float)));
 }
 
-}  // namespace
-
-void groupnorm_forward(const GroupNormForward& a) {
-  const int64_t C = a.C, chunks = chunks_of(a.S);
-  const int64_t units = a.channels_last ? chunks : C;
+template <bool kSilu, typename In, typename Out>
+void forward(const GroupNormForward& a) {
+  const int64_t C = a.C, runs = chunks_of(a.S);
   const bool whole = a.B >= a.threads;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    float* const constants = scratch(4 * C + 2 * max64(C, kBlock));
-    float* const buffers = constants + 4 * C;
-    if (whole) {
+    float* const constants = scratch(6 * C);
+    if (!a.channels_last) {
+      const float* const w = load(a.weight, 0, 0, 0, C, constants);
+      const float* const shift = load(a.bias, 0, 0, 0, C, constants + C);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < a.B * a.groups; ++i)
+        forward_group<kSilu, In, Out>(a, i / a.groups, i % a.groups, w, shift);
+    } else if (whole) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.B; ++b) {
-        float* const partial = a.partial + b * chunks * 2 * C;
-        for (int64_t u = 0; u < units; ++u) forward_unit(a, b, u, partial, buffers);
+        float* const partial = a.partial + b * runs * 2 * C;
+        for (int64_t u = 0; u < runs; ++u)
+          run_moments<In>(a, b, u, partial + u * 2 * C, partial + (u * 2 + 1) * C, constants);
         finish_moments(a, b, partial);
         channel_constants(a.weight, a.bias, a.mean + b * a.groups, a.rstd + b * a.groups, C,
                           a.groups, constants);
-        for (int64_t u = 0; u < units; ++u) apply(a, b, u, constants, buffers);
+        // The last runs first: those are the ones still in the cache.
+        for (int64_t u = runs; u-- > 0;) apply_run<kSilu, In, Out>(a, b, u, constants);
       }
     } else {
       for (int64_t b = 0; b < a.B; ++b) {
-        float* const partial = a.partial + b * chunks * 2 * C;
+        float* const partial = a.partial + b * runs * 2 * C;
 #pragma omp for schedule(static)
-        for (int64_t u = 0; u < units; ++u) forward_unit(a, b, u, partial, buffers);
+        for (int64_t u = 0; u < runs; ++u)
+          run_moments<In>(a, b, u, partial + u * 2 * C, partial + (u * 2 + 1) * C, constants);
 #pragma omp single
         finish_moments(a, b, partial);
         channel_constants(a.weight, a.bias, a.mean + b * a.groups, a.rstd + b * a.groups, C,
                           a.groups, constants);
 #pragma omp for schedule(static)
-        for (int64_t u = 0; u < units; ++u) apply(a, b, u, constants, buffers);
+        for (int64_t u = 0; u < runs; ++u) apply_run<kSilu, In, Out>(a, b, u, constants);
       }
     }
     free(constants);
   }
+}
+
+template <bool kSilu>
+void forward_types(const GroupNormForward& a) {
+  if (a.x.dtype == kFloat32 && a.y.dtype == kFloat32)
+    forward<kSilu, float, float>(a);
+  else if (a.x.dtype == kFloat32)
+    forward<kSilu, float, uint16_t>(a);
+  else if (a.y.dtype == kFloat32)
+    forward<kSilu, uint16_t, float>(a);
+  else
+    forward<kSilu, uint16_t, uint16_t>(a);
+}
+
+}  // namespace
+
+void groupnorm_forward(const GroupNormForward& a) {
+  if (a.silu)
+    forward_types<true>(a);
+  else
+    forward_types<false>(a);
 }
 
 void groupnorm_backward(const GroupNormBackward& a) {

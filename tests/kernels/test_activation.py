@@ -1,6 +1,5 @@
 """Bias with GELU, SwiGLU and the MLP: C++ and reference against float64."""
 
-import json
 import math
 
 import pytest
@@ -324,22 +323,57 @@ def test_mlp_and_linear_gelu(choice: str, dtype: torch.dtype, form: str, biased:
     assert_close(hidden, run(call, "exact hidden", wide(data)), ratio)
 
 
-def test_plans_come_from_the_measured_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_chosen_by_the_operator_s_own_names() -> None:
     bf16 = torch.bfloat16
-    assert activation.plan("mlp", bf16, 65536, 1152, 4608) == "split"
-    file = tmp_path / "tuned.json"
-    rows = {"bfloat16 1152x4608": {"plan": "epilogue", "rows": 8192}}
-    file.write_text(json.dumps({"mlp": rows}))
-    monkeypatch.setenv("ETUDE_TUNED", str(file))
-    assert activation.plan("mlp", bf16, 65536, 1152, 4608) == "epilogue"
-    assert activation.plan("mlp", bf16, 4096, 1152, 4608) == "split"
-    assert activation.plan("mlp", torch.float32, 65536, 1152, 4608) == "split"
-    assert activation.plan("linear_gelu", bf16, 65536, 1152, 4608) == "split"
-    bad = tmp_path / "bad.json"
-    bad.write_text(json.dumps({"mlp": {"bfloat16 8x8": {"plan": "magic"}}}))
-    monkeypatch.setenv("ETUDE_TUNED", str(bad))
-    with pytest.raises(ValueError, match="'magic' is none of split, epilogue, library"):
-        activation.plan("mlp", bf16, 1, 8, 8)
+    assert activation.PLANS == ("split", "epilogue", "library")
+    for name in ("auto", "triton", "cpp"):
+        with kernels.use_backend(name):
+            assert activation.plan("mlp", bf16) == "split"
+    for name in activation.PLANS:
+        with kernels.use_backend("auto"), kernels.use_backend(name, op="mlp"):
+            assert activation.plan("mlp", bf16) == activation.plan("mlp", torch.float16) == name
+            assert activation.plan("mlp", torch.float32) == "split"
+            assert activation.plan("linear_gelu", bf16) == "split"
+
+
+@needs_cpp
+def test_a_plan_that_needs_triton_is_refused_on_the_cpu_and_split_is_not() -> None:
+    if torch.cuda.is_available() or backends.interpreting():
+        pytest.skip("Triton runs here")
+    x, w = torch.randn(2, 8), torch.randn(8, 8)
+    calls = {"mlp": lambda: kernels.mlp(x, w, None, w, None)}
+    calls["linear_gelu"] = lambda: kernels.linear_gelu(x, w, None)
+    for op, call in calls.items():
+        want = call()
+        with kernels.use_backend("split", op=op):
+            assert backends.pick(op, "cpu", torch.float32) == "cpp"
+            assert torch.equal(call(), want)
+        for name in ("epilogue", "library"):
+            refused = pytest.raises(RuntimeError, match=f"ETUDE_KERNELS={op}={name}: no CUDA")
+            with kernels.use_backend(name, op=op), refused:
+                call()
+
+
+def test_library_is_the_plan_of_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each plan calls, as if these tensors were on a GPU."""
+    made = []
+    fused = torch.ops.aten._addmm_activation
+
+    def counted(*arguments, **options) -> Tensor:
+        made.append(1)
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_addmm_activation", counted)
+    monkeypatch.setattr(activation, "_linear_check", lambda *_: "triton")
+    x, w, b = (torch.randn(s, dtype=torch.bfloat16) for s in ((4, 8), (8, 8), (8,)))
+    want = kernels.mlp_reference(x.float(), w.float(), b.float(), w.float(), b.float())
+    with kernels.use_backend("auto"), kernels.use_backend("library", op="mlp"):
+        torch.testing.assert_close(kernels.mlp(x, w, b, w, b).float(), want, rtol=0.05, atol=0.05)
+        assert len(made) == 1
+        kernels.linear_gelu(x, w, b)  # has a choice of its own
+        kernels.mlp(x, w, b, w, b, "none")
+        kernels.mlp(x, w.clone().requires_grad_(), b, w, b)
+        assert len(made) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The activations' Triton kernels on a real GPU: values, bits, sizes beyond 2^31; by `make gpu`."""
 
-import json
-
 import pytest
 import torch
 
@@ -24,11 +22,11 @@ def run(function, given: list[torch.Tensor]) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, y.detach().sin())]
 
 
-def compare(function, given: list[torch.Tensor], bound: float, compiled: bool = False) -> None:
-    """Twin against the reference in float64; two runs have the same bits."""
+def compare(function, given, bound: float, compiled: bool = False, plan=("triton", "")) -> None:
+    """Twin against the reference in float64; two runs have the same bits. plan: name, operator."""
     torch._dynamo.reset()
     fast = torch.compile(function, fullgraph=True) if compiled else function
-    with kernels.use_backend("triton"):
+    with kernels.use_backend("triton"), kernels.use_backend(plan[0], op=plan[1]):
         got, again = run(fast, given), run(fast, given)
     with kernels.use_backend("reference"):
         want = run(function, [t.double() for t in given])
@@ -56,27 +54,20 @@ def test_bias_gelu_and_swiglu(width, form, dtype, compiled) -> None:
 @pytest.mark.parametrize(
     ("rows", "width", "inner"), [(1, 8, 8), (300, 72, 200), (513, 1152, 4608), (4096, 384, 1536)]
 )
-def test_mlp(plan, dtype, rows, width, inner, tmp_path, monkeypatch) -> None:
+def test_mlp(plan, dtype, rows, width, inner) -> None:
     shapes = [(rows, width), (inner, width), (inner,), (width, inner), (width,)]
     given = tensors(shapes, torch.float32)
     given = [(t / max(1, t.shape[-1]) ** 0.5).to(dtype) if t.dim() == 2 else t for t in given]
     given = [t.to(dtype) for t in given]
-    key = f"{str(dtype).removeprefix('torch.')} {width}x{inner}"
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({op: {key: {"plan": plan}} for op in ("mlp", "linear_gelu")}))
-    monkeypatch.setenv("ETUDE_TUNED", str(file))
     # Three roundings on the way, and gradients of up to 4096 rows of them.
-    compare(kernels.mlp, given, 4 * BOUND[dtype])
-    compare(kernels.linear_gelu, given[:3], 4 * BOUND[dtype])
+    compare(kernels.mlp, given, 4 * BOUND[dtype], plan=(plan, "mlp"))
+    compare(kernels.linear_gelu, given[:3], 4 * BOUND[dtype], plan=(plan, "linear_gelu"))
 
 
-def test_the_library_s_epilogue(tmp_path, monkeypatch) -> None:
+def test_the_library_s_epilogue() -> None:
     x, w, b = tensors([(256, 1152), (4608, 1152), (4608,)], torch.bfloat16)
     want = kernels.linear_gelu_reference(x.double(), w.double(), b.double())
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"linear_gelu": {"bfloat16 1152x4608": {"plan": "library"}}}))
-    monkeypatch.setenv("ETUDE_TUNED", str(file))
-    with torch.no_grad(), kernels.use_backend("triton"):
+    with torch.no_grad(), kernels.use_backend("library", op="linear_gelu"):
         got = kernels.linear_gelu(x, w, b)
     assert float((got.double() - want).abs().max() / want.abs().max()) < BOUND[torch.bfloat16]
 

@@ -82,6 +82,61 @@ def test_one_operator_can_have_a_choice_of_its_own() -> None:
             assert backends.pick("a", "cpu", torch.float32, twins=("triton",)) == "reference"
 
 
+def test_names_of_one_operator_s_own_stand_on_a_twin() -> None:
+    code = (
+        "import torch; from etude.kernels import backends as b; print(b.choice('mlp'));"
+        "print(b.pick('mlp', 'cpu', torch.float32, twins=('cpp',)))"
+    )
+    run = python(code, ETUDE_KERNELS="auto,mlp=library")
+    assert run.stdout == "library\n" and "mlp=library: mlp has only cpp" in run.stderr
+    split = "cpp" if backends.HAS_CPP else "reference"
+    assert python(code, ETUDE_KERNELS="auto,mlp=split").stdout == f"split\n{split}\n"
+    wrong = python(code, ETUDE_KERNELS="auto,mlp=sdpa").stderr
+    assert "backend sdpa is unknown" in wrong and "split, epilogue, library" in wrong
+    assert "epilogue is unknown" in python(code, ETUDE_KERNELS="epilogue").stderr
+    assert "epilogue is unknown" in python(code, ETUDE_KERNELS="auto,adamw_ema=epilogue").stderr
+    for op, names in backends.OWN_CHOICES.items():
+        for name, twin in names.items():
+            assert twin in backends.CHOICES and name not in backends.CHOICES
+            with kernels.use_backend(name, op=op):
+                assert backends.choice(op) == name
+    with pytest.raises(ValueError, match="unknown kernel backend 'epilogue'"):
+        kernels.use_backend("epilogue", op="swiglu").__enter__()
+
+
+def test_tuning_offers_every_usable_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import tune
+
+    for has in (False, True):
+        for twin in ("CPP", "TRITON", "CUDA"):
+            monkeypatch.setattr(backends, f"HAS_{twin}", has)
+        twins = ["cpp"] * has + ["reference"]
+        for op in ("mlp", "linear_gelu"):
+            assert tune.choices(op, "cpu") == twins
+            plans = ["triton", "reference", "epilogue", "library"] if has else ["reference"]
+            assert tune.choices(op, "cuda") == plans
+        assert tune.choices("swiglu", "cpu") == twins
+        assert tune.choices("attention", "cpu")[0] == "auto"
+    rows = [{"backend": n, "available": a} for n, a in (("sdpa", "yes"), ("xformers", "no"))]
+    monkeypatch.setattr(kernels, "attention_status", lambda device: rows)
+    assert tune.choices("attention", "cuda") == ["auto", "sdpa"]
+
+
+def test_tuning_leaves_out_what_cannot_serve_every_case(monkeypatch, capsys) -> None:
+    from benchmarks import registry, tune
+
+    speed = {"auto": 3.0, "sdpa": 2.0, "reference": 4.0, "xformers": 1.0}
+    monkeypatch.setattr(tune, "choices", lambda op, device: list(speed))
+    monkeypatch.setattr(tune, "refusal", lambda c, i, b: "no bias" if b == "xformers" else "")
+    monkeypatch.setattr(tune, "medians", lambda c, i, d, among: {b: speed[b] for b in among})
+    case = registry.cases("attention")[0]
+    monkeypatch.setattr(registry, "cases", lambda *ops: [case])
+    assert tune.best("attention", "cpu") == "sdpa"
+    assert "attention: xformers is left out: no bias" in capsys.readouterr().out
+    speed["sdpa"] = 2.95  # not by the margin
+    assert tune.best("attention", "cpu") == "auto"
+
+
 def test_choices_can_come_from_a_file(tmp_path) -> None:
     file = tmp_path / "kernels.txt"
     file.write_text("# measured somewhere\nauto\ngate_residual=reference\n")
