@@ -475,6 +475,9 @@ def joint_projection(
     if known and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
         given = tuple(None if t is None else t.to(to) for t in given)
+    dtypes = {t.dtype: None for t in given if t is not None}
+    if len(dtypes) > 1:  # a copy into the common buffer would cast one stream without a word
+        raise ValueError(f"joint_projection: one dtype is needed, got {list(dtypes)}")
     return torch.ops.etude.joint_projection(*given).unflatten(-1, (3, num_heads, -1))
 
 

@@ -2,7 +2,7 @@
 
 Opt-in: no recipe uses it. For a row y of the normalised, modulated x (`adaln.py`), (B, N, D):
 
-    s = max(|y|) / 448        448 is the largest float8_e4m3fn; 1 for a row of zeros
+    s = max(|y|) / 448        448 is the largest float8_e4m3fn; 1 where max(|y|) is below 1e-35
     values = round(y / s)     float8_e4m3fn, 3 bits of mantissa: a relative error of at most 2^-4
     out = (values @ w8^T) * s * t^T + bias       w8, t: the same of the weight's rows
 
@@ -28,6 +28,7 @@ from .catalogue import Operator
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # torch.finfo(torch.float8_e4m3fn).max
+SMALLEST = 1e-35  # rows below it are rounded to zeros: their scale has no reciprocal in float32
 
 
 class Rows8(NamedTuple):
@@ -42,7 +43,7 @@ def quantise_rows(t: Tensor) -> tuple[Tensor, Tensor]:
     """(values, scale) of the rows of t: (..., D), any floating dtype; differentiable in neither."""
     t = t.detach().float()
     largest = t.abs().amax(-1) if t.shape[-1] else t.new_zeros(t.shape[:-1])
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    scale = torch.where(largest > SMALLEST, largest / LARGEST, 1.0)
     # Division may round past the largest value, which the cast would turn into NaN.
     scaled = (t / scale.unsqueeze(-1)).clamp(-LARGEST, LARGEST)
     return scaled.to(E4M3), scale
@@ -167,8 +168,8 @@ def linear_fp8(
     rows: values (..., D), from `adaln_modulate_fp8` or `quantise_rows`; weight: (K, D); bias: (K,).
     Returns (..., K) of out_dtype (default: that of `rows.high`, else bfloat16). The weight is
     quantised in every call: it changes in every step of training. On CUDA from compute capability
-    9.0 this is torch._scaled_mm (D and K multiples of 16); elsewhere a float32 product of the
-    dequantised factors, which has the same values and saves nothing. Gradients as in the docstring
+    9.0 this is torch._scaled_mm (D and K multiples of 16), rounded to bfloat16; elsewhere a float32
+    product of the dequantised factors, which saves nothing. Gradients as in the docstring
     of this file. Errors: ValueError if shapes do not fit, or if the weight requires a gradient and
     `rows.high` is absent.
     """

@@ -40,12 +40,14 @@ def _modulated(
 def _emit(
     y, inverse, y_ptr, values_ptr, at, live, cols, D, KEEP: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """Stores y where KEEP, and y * inverse within the range of the 8-bit type."""
+    """Stores y where KEEP, and y * inverse within the range of the 8-bit type; NaN stays NaN."""
     mask = _mask(live, cols, D, EXACT)
     offsets = at[:, None] + cols[None, :]
     if KEEP:
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    scaled = tl.minimum(tl.maximum(y * inverse[:, None], -448.0), 448.0)
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    scaled = tl.maximum(y * inverse[:, None], -448.0, propagate_nan=nan)
+    scaled = tl.minimum(scaled, 448.0, propagate_nan=nan)
     tl.store(values_ptr + offsets, scaled.to(values_ptr.dtype.element_ty), mask=mask)
 
 
@@ -91,7 +93,7 @@ def adaln_fp8_kernel(
     if BLOCK_B > 0:
         yb = _modulated(xb, rstd, shift_ptr, scale_ptr, b, shift_b, scale_b, cols_b, D, EXACT)
         largest = tl.maximum(largest, tl.max(tl.abs(yb), axis=1))
-    row_scale = tl.where(largest > 0, largest / 448.0, 1.0)
+    row_scale = tl.where(largest > 1e-35, largest / 448.0, 1.0)  # fp8.SMALLEST
     inverse = 1.0 / row_scale
     _emit(ya, inverse, y_ptr, values_ptr, out_at, live, cols_a, D, KEEP, exact_a)
     if BLOCK_B > 0:

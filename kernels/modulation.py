@@ -71,7 +71,8 @@ def _backward(dout: Tensor, s: Tensor, weights: Sequence[Tensor]) -> tuple[Tenso
         for w, part in zip(weights, dout.split([w.shape[0] for w in weights], 1), strict=True):
             ds.addmm_(part, w.to(dtype))
     dweight = (dout.t() @ s.to(dtype)).to(to)
-    return ds.to(s.dtype), dweight, dout.sum(0, dtype=torch.float32).to(to)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return ds.to(s.dtype), dweight, dout.sum(0, dtype=wide).to(to)
 
 
 _library.define(
@@ -92,7 +93,7 @@ def _(s, weights, biases, dtype):
 @torch.library.register_fake("etude::modulation_gemm_backward", lib=_library)
 def _(dout, s, weights):
     rows, like = sum(w.shape[0] for w in weights), weights[0]
-    return torch.empty_like(s), like.new_empty((rows, s.shape[1])), like.new_empty((rows,))
+    return s.new_empty(s.shape), like.new_empty((rows, s.shape[1])), like.new_empty((rows,))
 
 
 def _context(ctx, inputs, output) -> None:
@@ -118,10 +119,15 @@ torch.library.register_autograd("etude::modulation_gemm_backward", _no_second)
 def _plain(layer: nn.Module) -> bool:
     """Whether a layer is nothing but its weight and bias.
 
-    Not so with hooks (ZeRO stage 3 gathers weights in one), with another class (adapters) or with
-    a weight that is a subclass of Tensor (sharded) or not there at the moment.
+    Not so with hooks (ZeRO stage 3 gathers weights in one), with another class or a forward of its
+    own (adapters, offloading) or with a weight that is a subclass of Tensor (sharded) or not there
+    at the moment.
     """
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if layer._backward_hooks or layer._backward_pre_hooks:
         return False
     if type(layer.weight) is not nn.Parameter or type(layer.bias) is not nn.Parameter:
         return False

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from etude.kernels import adaln, fp8_triton
+from etude.kernels import adaln, fp8, fp8_triton
 
 CASES = (((2, 5, 63), False), ((1, 3, 144), False), ((2, 5, 200), True), ((1, 2, 1152), False))
 
@@ -43,4 +43,23 @@ def main() -> None:
             print(json.dumps(row))
 
 
+def strange() -> None:
+    """A NaN in x or in one column of shift is seen; a row whose scale has no reciprocal is 0."""
+    x, shift, scale = torch.zeros(3, 1, 72), torch.zeros(3, 72), torch.zeros(3, 72)
+    x[0, 0, 3] = shift[1, 70] = torch.nan
+    shift[2, ::2] = 1e-38
+    launched = fp8_triton.launch(
+        x, shift, scale, 1e-6, False, None, False, values_dtype=torch.float32
+    )
+    values, row_scale = launched[1].squeeze(1), launched[2].squeeze(1)
+    want, want_scale = fp8.quantise_rows(shift[2])
+    row = {
+        "nan": [int(t.isnan().sum()) for t in values],
+        "tiny": bool((values[2].abs() < 1e-30).all()) and float(row_scale[2]) == 1.0,
+        "reference": not want.float().any() and float(want_scale) == 1.0,
+    }
+    print(json.dumps({"strange": row}))
+
+
 main()
+strange()

@@ -236,6 +236,13 @@ def test_joint_projection_without_text_and_with_strided_streams() -> None:
     torch.testing.assert_close(kernels.joint_projection(**data), joint_plain(**data))
 
 
+def test_joint_projection_does_not_cast_one_stream_to_the_other() -> None:
+    data = joint(torch.bfloat16) | {"num_heads": 2}
+    data |= {k: v.float() for k, v in data.items() if k.startswith("text") and v is not None}
+    with pytest.raises(ValueError, match="one dtype"):
+        kernels.joint_projection(**data)
+
+
 def test_joint_projection_computes_only_the_gradients_asked_for() -> None:
     data = joint(torch.float32)
     data["text_weight"].requires_grad_()

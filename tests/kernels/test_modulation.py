@@ -38,7 +38,9 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], ratio: float) 
 
 # float32: another order of summation. bfloat16: one rounding of each output and gradient, and of
 # the input's gradient once more per layer where the layers are apart.
-@pytest.mark.parametrize(("dtype", "ratio"), [(torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "ratio"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)]
+)
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("batch", [0, 1, 7])
 def test_values_and_gradients(dtype: torch.dtype, ratio: float, flat: bool, batch: int) -> None:
@@ -116,6 +118,17 @@ def test_layers_with_hooks_or_of_another_class_are_called() -> None:
     assert torch.equal(kernels.modulation_gemm(s, maps), want)
 
 
+def test_layers_with_backward_hooks_or_a_forward_of_their_own_are_called() -> None:
+    s = torch.randn(3, 12)
+    maps, seen = layers(), []
+    maps[1].register_full_backward_hook(lambda module, dx, dy: seen.append(dy[0].shape))
+    gradients(kernels.modulation_gemm, s, maps)
+    assert seen == [(3, 18)]
+    maps = layers()
+    maps[0].forward = lambda s: s.repeat(1, 2)[:, :18]  # as offloading and adapters do
+    assert torch.equal(kernels.modulation_gemm(s, maps)[:, :12], s)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_autocast(flat: bool) -> None:
     maps, s = layers(), torch.randn(5, 12)
@@ -140,11 +153,15 @@ def test_compiles_without_a_break(flat: bool) -> None:
     assert_close(got, gradients(kernels.modulation_gemm, s, maps), 1e-6)
 
 
-def test_operator_keeps_the_rules_of_torch_library() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operator_keeps_the_rules_of_torch_library(transposed: bool) -> None:
     maps = layers()
-    s = torch.randn(3, 12, requires_grad=True)
+    s = (torch.randn(12, 3).t() if transposed else torch.randn(3, 12)).requires_grad_()
     arguments = (s, [m.weight for m in maps], [m.bias for m in maps], torch.float32)
     torch.library.opcheck(torch.ops.etude.modulation_gemm.default, arguments)
+    dout, weights = torch.randn(3, sum(WIDTHS)), [w.detach() for w in arguments[1]]
+    backward = torch.ops.etude.modulation_gemm_backward.default
+    torch.library.opcheck(backward, (dout, s.detach(), weights))
 
 
 def test_a_second_derivative_raises() -> None:
