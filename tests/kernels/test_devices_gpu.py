@@ -1,4 +1,4 @@
-"""Operators on tensors of another GPU than the current one; run by `make gpu` where there are two."""
+"""Operators on tensors of another GPU than the current one; run by `make gpu` where two are."""
 
 import pytest
 import torch
