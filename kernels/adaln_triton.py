@@ -497,7 +497,7 @@ def _launch_backward(
 
 
 for _name, _implementation in implementations(_launch_forward, _launch_backward).items():
-    triton_op(f"etude::triton_{_name}", _implementation, mutates_args={})
+    triton_op(f"etude::triton_{_name}", backends.on_its_device(_implementation), mutates_args={})
 register_gradients("triton_")
 
 

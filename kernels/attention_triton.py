@@ -426,6 +426,7 @@ def _bias_gradient(
 
 
 @triton_op("etude::triton_attention", mutates_args={})
+@backends.on_its_device
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -451,6 +452,7 @@ def _attention(
 
 
 @triton_op("etude::triton_attention_packed", mutates_args={})
+@backends.on_its_device
 def _attention_packed(
     qkv: Tensor,
     scale: float,
@@ -472,6 +474,7 @@ def _attention_packed(
 
 
 @triton_op("etude::triton_attention_backward", mutates_args={})
+@backends.on_its_device
 def _attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -502,6 +505,7 @@ def _attention_backward(
 
 
 @triton_op("etude::triton_attention_packed_backward", mutates_args={})
+@backends.on_its_device
 def _attention_packed_backward(
     dout: Tensor,
     dlse: Tensor | None,

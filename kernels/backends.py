@@ -16,15 +16,19 @@ raises at the first element that differs by more than the dtype's tolerance.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CHOICES = ("auto", "reference", "cpp", "triton", "cuda")
 # Names that `operator=` takes besides, and the one of `CHOICES` that each stands on: attention has
@@ -146,6 +150,22 @@ def _missing_triton() -> str:
 def interpreting() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """`launch` with the device of its first tensor as the current one.
+
+    Triton launches on the current device and its stream, wherever the tensors are: a model on
+    cuda:1 in a process whose current device is cuda:0 would run on the wrong GPU.
+    """
+
+    @wraps(launch)
+    def launched(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            return launch(*args, **kwargs)
+
+    return launched
 
 
 def cpp() -> ModuleType:

@@ -136,6 +136,7 @@ def launch(
 
 
 @triton_op("etude::triton_adaln_modulate_fp8", mutates_args={})
+@backends.on_its_device
 def _operator(
     x: Tensor,
     shift: Tensor,

@@ -240,7 +240,7 @@ def _counts_cpu(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[Tensor
     per_reference = torch.zeros(len(reference), dtype=torch.int64)
     radii = radii.contiguous()
     # A distance is rounded to float32 before it is compared: a margin of a few units around.
-    squares = radii.double().square()
+    squares = radii.double().clamp_min(0).square()  # nothing is closer than a negative radius
     inside = (squares * (1 - 2.0**-20)).float()
     outside = (squares * (1 + 2.0**-20)).float()
     cpp, threads = backends.cpp(), torch.get_num_threads()

@@ -173,6 +173,7 @@ def membership_counts(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[
     return torch.ops.etude.triton_membership_counts(query, reference, radii)
 
 
+@backends.on_its_device
 def _nearest(x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     own, keep, config = y is None, kept(k), LaunchConfig()
     x, y, a, b, row_norms, column_norms = _ready(x, y)
@@ -193,6 +194,7 @@ def _nearest(x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     return found
 
 
+@backends.on_its_device
 def _counts(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
     config = LaunchConfig.counting()
     _, _, a, b, row_norms, column_norms = _ready(query, reference)
@@ -200,7 +202,7 @@ def _counts(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[Tensor, Te
     grid = (triton.cdiv(N, config.rows), triton.cdiv(M, config.columns))
     per_row = a.new_empty((grid[1], N), dtype=torch.uint8)
     per_column = a.new_empty((grid[0], M), dtype=torch.uint8)
-    squares = radii.double().square().float()
+    squares = radii.double().clamp_min(0).square().float()
     count_kernel[grid](
         a, b, row_norms, column_norms, squares, per_row, per_column, N, M, D,
         ROWS=config.rows, COLUMNS=config.columns, DEPTH=config.depth, num_warps=config.warps,

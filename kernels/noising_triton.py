@@ -164,8 +164,8 @@ def variance_term(bound_ptr, b, variance, x0, difference):
         inside = tl.where(open_end, upper_cdf, upper_cdf - lower_cdf)
         change = -0.5 * (upper * upper_slope - tl.where(open_end, 0.0, lower * lower_slope))
         held = inside < 1e-12
-        inside = tl.maximum(inside, 1e-12)
-        term = -log_of(inside)
+        # log_of sees bits alone and would make a number of a NaN.
+        term = tl.where(inside == inside, -log_of(tl.maximum(inside, 1e-12)), inside)
         slope = tl.where(held, 0.0, -change / inside)
     else:
         ratio = tl.exp(smallest - log_hat)
@@ -340,6 +340,7 @@ def _launch_diffuse(
 
 
 @triton_op("etude::triton_noise_like", mutates_args={})
+@backends.on_its_device
 def _noise_like(x: Tensor, positions: Tensor, seed: int, stream: int) -> Tensor:
     out = _launch_diffuse(x, positions, None, None, seed, stream, x.dtype)
     if backends.verifying() and not torch.compiler.is_compiling():
@@ -349,6 +350,7 @@ def _noise_like(x: Tensor, positions: Tensor, seed: int, stream: int) -> Tensor:
 
 
 @triton_op("etude::triton_diffuse", mutates_args={})
+@backends.on_its_device
 def _diffuse(
     x0: Tensor,
     positions: Tensor,
@@ -367,6 +369,7 @@ def _diffuse(
 
 
 @triton_op("etude::triton_diffusion_loss", mutates_args={})
+@backends.on_its_device
 def _diffusion_loss(
     prediction: Tensor,
     x0: Tensor,
@@ -403,6 +406,7 @@ def _diffusion_loss(
 
 
 @triton_op("etude::triton_diffusion_loss_backward", mutates_args={})
+@backends.on_its_device
 def _diffusion_loss_backward(
     grad: Tensor,
     prediction: Tensor,

@@ -25,6 +25,8 @@ from torch import Tensor
 from . import backends, resizing
 from .compiling import Build
 
+_MOST_PICTURES = 65535  # of a launch: programs of a grid's third dimension
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -174,6 +176,7 @@ def _one_pass(
     )  # fmt: skip
 
 
+@backends.on_its_device
 def _resize(
     images: Tensor,
     size: list[int],
@@ -184,11 +187,30 @@ def _resize(
     dtype: torch.dtype,
     planar: bool,
 ) -> Tensor:
-    B, height, width, C = images.shape
+    B, C = images.shape[0], images.shape[3]
     out = resizing._made(images, B, size, dtype, planar)
     if out.numel() == 0:
         return out
     affine = _affine(images.device, tuple(mean), tuple(std), C)
+    for part, to in zip(images.split(_MOST_PICTURES), out.split(_MOST_PICTURES), strict=True):
+        _launch(part, to, filter, box, affine, planar)
+    if backends.verifying():
+        pictures = images.unbind(0)
+        resizing._verify("triton resize", pictures, size, filter, box, mean, std, dtype, out)
+    return out
+
+
+def _launch(
+    images: Tensor,
+    out: Tensor,
+    filter: str,
+    box: list[float],
+    affine: tuple[Tensor, Tensor],
+    planar: bool,
+) -> None:
+    """The one or two launches for up to `_MOST_PICTURES` pictures."""
+    B, height, width, C = images.shape
+    size = out.shape[1:3]
     if filter == "tf1":
         config = LaunchConfig.for_row(size[1] * C)
         grid = (triton.cdiv(size[1] * C, config.block), triton.cdiv(size[0], config.rows), B)
@@ -208,10 +230,6 @@ def _resize(
             middle = images.new_empty((B, height, size[1], C))
             _one_pass(images, middle, across, False, False, affine)
             _one_pass(middle, out, down, True, planar, affine)
-    if backends.verifying():
-        pictures = images.unbind(0)
-        resizing._verify("triton resize", pictures, size, filter, box, mean, std, dtype, out)
-    return out
 
 
 _library = torch.library.Library("etude", "FRAGMENT")

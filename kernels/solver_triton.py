@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import backends
 from .compiling import Build
 from .noising import empty_as, evenly, pixel_strides
 from .noising_triton import offsets
@@ -104,6 +105,7 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
 
 
 @triton_op("etude::triton_solver_step", mutates_args={})
+@backends.on_its_device
 def _solver_step(
     x: Tensor,
     prediction: Tensor,
@@ -141,6 +143,7 @@ def _solver_step(
 
 
 @triton_op("etude::triton_to_uint8", mutates_args={})
+@backends.on_its_device
 def _to_uint8(images: Tensor) -> Tensor:
     images = evenly(images)
     out = empty_bytes(images)

@@ -85,6 +85,7 @@ def _capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
+@backends.on_its_device
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     N, D = x.shape
     mean, scatter = statistics._made(x)

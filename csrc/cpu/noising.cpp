@@ -253,7 +253,8 @@ inline float likelihood(const Bound& k, float x0, float difference, float log_ha
   const float change = -0.5f * (upper * upper_slope - (open ? 0.0f : lower * lower_slope));
   const bool held = inside < 1e-12f;
   *slope = held ? 0.0f : -change / inside;
-  return -log_of(held ? 1e-12f : inside);
+  // log_of sees bits alone and would make a number of a NaN.
+  return inside != inside ? inside : -log_of(held ? 1e-12f : inside);
 }
 
 // Sum of one chunk: weight * (prediction - target)^2, plus the bound in bits.

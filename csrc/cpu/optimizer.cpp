@@ -1,8 +1,9 @@
 // AdamW, any number of weight averages and a bfloat16 copy of the weights in one pass over each
 // tensor. The equations and the only caller are in kernels/optimizer.py.
 //
-// Sums and products are computed in float64 and rounded once, when they are stored. Compiled without fused multiply-add, so the bits
-// are the same at every processor level, for every thread count and however a tensor is cut.
+// Sums and products are computed in float64 and rounded once, when they are stored. Compiled without
+// fused multiply-add, so the bits are the same at every processor level, for every thread count and
+// however a tensor is cut.
 #include <math.h>
 
 #include "optimizer.h"

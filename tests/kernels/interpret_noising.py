@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_noising import exact, exact_noise, make, ours, run
+from test_noising import exact, exact_noise, make, not_a_number, ours, run
 
 from etude import kernels
 from etude.kernels import noising
@@ -45,6 +45,9 @@ def main() -> None:
                     "repeats": all(torch.equal(got[n], again[n]) for n in again if n != "gradient"),
                 }
                 print(json.dumps(row))
+    data = not_a_number()
+    loss = ours("diffusion_loss", data, "eps", True)
+    print(json.dumps({"not a number": loss.isnan().tolist()}))
     key = {"seed": 1, "stream": 2}
     positions = torch.tensor([0, 0xFFFFFFFF, (7 << 32) + 5, 2**62])
     eps = kernels.noise_like(torch.empty(4, 3001), positions, **key)

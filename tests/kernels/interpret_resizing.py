@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_resizing import pictures
 
 from etude import kernels
+from etude.kernels import resizing_triton
 
 # (before, after, channels, layout, out_layout, dtype, filter, box)
 CASES = [
@@ -46,6 +47,15 @@ def main() -> None:
             "repeats": torch.equal(got, again),
         }
         print(json.dumps(row))
+    resizing_triton._MOST_PICTURES = 2  # five pictures are then three launches
+    x = pictures(5, (9, 7))
+    for filter, dtype in (("bicubic", torch.uint8), ("tf1", torch.float32)):
+        got = kernels.resize(x, (4, 6), filter=filter, out_layout="BCHW", dtype=dtype)
+        with kernels.use_backend("reference"):
+            want = kernels.resize(x, (4, 6), filter=filter, out_layout="BCHW", dtype=dtype)
+        error = float((got.double() - want.double()).abs().max())
+        kind = str(dtype).removeprefix("torch.")
+        print(json.dumps({"case": "launches", "dtype": kind, "error": error}))
     images = [pictures(1, size)[0] for size in ((8, 12), (5, 3))]
     got = kernels.resize(images, (7, 6))
     with kernels.use_backend("reference"):

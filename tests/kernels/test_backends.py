@@ -203,3 +203,30 @@ def test_every_public_name_resolves_twice() -> None:
         assert callable(getattr(kernels, name)) and getattr(kernels, name) is getattr(kernels, name)
     with pytest.raises(AttributeError, match="no attribute 'flash'"):
         _ = kernels.flash
+
+
+def test_a_launch_makes_the_device_of_its_tensors_the_current_one(monkeypatch) -> None:
+    """Triton launches on the current device; nothing is changed for tensors on the CPU."""
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device | int) -> None:
+            self.index = device if isinstance(device, int) else device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index if self.index >= 0 else current[-1])
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+
+    @backends.on_its_device
+    def launch(scale: float | None, x: torch.Tensor) -> int:
+        """Where."""
+        return current[-1]
+
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        there = torch.empty(2, device="cuda:3")
+    assert launch(None, there) == 3 and launch(None, torch.empty(2)) == 0 and current == [0]
+    assert launch.__name__ == "launch" and launch.__doc__ == "Where."

@@ -91,11 +91,12 @@ def test_membership_is_that_of_all_distances(choice: str, n: int, m: int, width:
     if n > 8:
         x[5] = y[min(8, m - 1)]
     distances = exact(x, y)
-    # A radius at the median, one at exactly a distance (outside: strict), one of 0, one infinite.
+    # A radius at the median, one at exactly a distance (outside: strict), one of 0, one infinite,
+    # one negative.
     radii = distances.median(0).values
     radii[0] = distances[0, 0]
-    if m > 9:
-        radii[8], radii[9] = 0.0, torch.inf
+    if m > 10:
+        radii[8], radii[9], radii[10] = 0.0, torch.inf, -100.0
     inside = distances < radii
     with kernels.use_backend(choice):
         per_query, per_reference = kernels.membership_counts(x, y, radii)

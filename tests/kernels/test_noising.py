@@ -279,6 +279,20 @@ def test_a_second_half_without_a_bound_gets_zeros(choice: str) -> None:
     assert torch.equal(both["gradient"][:, 3:], torch.zeros(2, 3, 4, 4))
 
 
+def not_a_number() -> dict[str, Tensor]:
+    """Four samples, two at the table's first entry; one variance of either kind is NaN."""
+    data = make((4, 3, 2, 2), torch.float32, double=True)
+    data["prediction"][0, 4, 1, 1] = data["prediction"][2, 5, 0, 1] = torch.nan
+    return data
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_variance_that_is_not_a_number_shows_in_the_loss(choice: str) -> None:
+    with kernels.use_backend(choice):
+        loss = ours("diffusion_loss", not_a_number(), "eps", True)
+    assert loss.isnan().tolist() == [True, False, True, False]
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (2, 0, 8, 8), (2, 4, 0, 8)], ids=str)
 def test_zero_size(choice: str, shape: tuple[int, ...]) -> None:

@@ -29,5 +29,11 @@ def test_interpreted_noise_is_within_the_stated_distance(interpreted: list[dict]
     assert [row["worst"] < 2e-6 for row in interpreted if "worst" in row] == [True]
 
 
+def test_interpreted_variance_that_is_not_a_number_shows_in_the_loss(interpreted) -> None:
+    assert [row["not a number"] for row in interpreted if "not a number" in row] == [
+        [True, False, True, False]
+    ]
+
+
 def test_interpreted_kernels_repeat_their_bits(interpreted: list[dict]) -> None:
     assert all(row["repeats"] for row in interpreted if "repeats" in row)
