@@ -321,6 +321,7 @@ def _column_sums(partial: Tensor, out: Tensor) -> None:
 
 
 @triton_op("etude::triton_bias_gelu", mutates_args={})
+@backends.on_its_device
 def _bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtype | None) -> Tensor:
     y = new_output(x, out_dtype)
     if x.numel() == 0:
@@ -340,6 +341,7 @@ def _bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtyp
 
 
 @triton_op("etude::triton_bias_gelu_backward", mutates_args={})
+@backends.on_its_device
 def _bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, sums: bool
 ) -> tuple[Tensor, Tensor]:
@@ -366,6 +368,7 @@ def _bias_gelu_backward(
 
 
 @triton_op("etude::triton_swiglu", mutates_args={})
+@backends.on_its_device
 def _swiglu(x: Tensor, value: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
     y = new_swiglu(x, value, out_dtype)
     if y.numel() == 0:
@@ -384,6 +387,7 @@ def _swiglu(x: Tensor, value: Tensor | None, out_dtype: torch.dtype | None) -> T
 
 
 @triton_op("etude::triton_swiglu_backward", mutates_args={})
+@backends.on_its_device
 def _swiglu_backward(dy: Tensor, x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
     dx = new_output(x)
     dvalue = x.new_empty(0) if value is None else new_output(value)
@@ -441,6 +445,7 @@ def _linear_forward(
 
 
 @triton_op("etude::triton_linear_gelu", mutates_args={})
+@backends.on_its_device
 def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool
 ) -> tuple[Tensor, Tensor]:
@@ -453,6 +458,7 @@ def _linear_gelu(
 
 
 @triton_op("etude::triton_mlp", mutates_args={})
+@backends.on_its_device
 def _mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -467,6 +473,7 @@ def _mlp(
 
 
 @triton_op("etude::triton_mlp_hidden_backward", mutates_args={})
+@backends.on_its_device
 def _mlp_hidden_backward(dy: Tensor, w2: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """(dz, db1) of the hidden layer: dz = (dy w2) gelu'(z), db1 its sums over rows."""
     dz, db1 = new_output(z), z.new_empty(z.shape[-1])

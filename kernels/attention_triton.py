@@ -66,7 +66,10 @@ def _affine(weight: Tensor | None, bias: Tensor | None) -> int:
 
 
 def _major(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    """The compute capability that launches are chosen for. 12.x has neither Hopper's wgmma nor
+    Blackwell's tensor memory, and 99 KB of shared memory per block, which 8.x's tiles fit."""
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return 8 if major == 12 else major
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -343,6 +343,7 @@ def _verifying() -> bool:
 
 
 @triton_op("etude::triton_groupnorm_silu", mutates_args={})
+@backends.on_its_device
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -391,6 +392,7 @@ def _forward(
 
 
 @triton_op("etude::triton_groupnorm_silu_backward", mutates_args={})
+@backends.on_its_device
 def _backward(
     dy: Tensor,
     x: Tensor,

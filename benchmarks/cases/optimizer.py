@@ -59,11 +59,11 @@ def by_torch(how: dict[str, bool]) -> Callable[[], Run]:
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
             params = inputs["params"]
-            if id(params) not in made:
+            if id(params[0]) not in made:
                 for p, g in zip(params, inputs["grads"], strict=True):
                     p.grad = g
-                made[id(params)] = torch.optim.AdamW(params, **how, **SETTINGS)
-            made[id(params)].step()
+                made[id(params[0])] = torch.optim.AdamW(params, **how, **SETTINGS)
+            made[id(params[0])].step()
             with torch.no_grad():
                 for decay, averages in zip(DECAYS, inputs["emas"], strict=False):
                     torch._foreach_lerp_(averages, params, 1 - decay)

@@ -145,6 +145,11 @@ class AdamWEMA(torch.optim.Optimizer):
         self._calls = 0
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep what torch's optimizers do not know of."""
+        own = ("ema_decays", "found_inf", "grad_scale", "copies", "_calls")
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_lots": {}}
+
     @classmethod
     def from_config(cls, params: Iterable[Any], config: OptimConfig) -> "AdamWEMA":
         """The optimizer that a recipe's `optim` section describes."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -202,3 +203,18 @@ def test_bf16_weights_of_the_local_strategy_are_written_by_the_optimizer(monkeyp
         master = strategy._masters[name].detach()
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, master.bfloat16())
         assert not torch.equal(strategy.optimizer.ema_state()[strategy._masters[name]], master)
+
+
+def test_a_pickled_optimizer_goes_on_with_its_averages():
+    """With its model, as whole jobs are stored by some trainers."""
+    model = net()
+    optimizer = AdamWEMA(model.parameters(), lr=0.01, ema_decays=[0.9])
+    backward(model, 0)
+    optimizer.step()
+    twin_model, twin = pickle.loads(pickle.dumps((model, optimizer)))
+    for one, by in ((model, optimizer), (twin_model, twin)):
+        by.zero_grad()
+        backward(one, 1)
+        by.step()
+    assert all(map(torch.equal, optimizer.ema_state(0).values(), twin.ema_state(0).values()))
+    assert all(map(torch.equal, model.parameters(), twin_model.parameters()))
