@@ -9,6 +9,7 @@
 #include "adaln.h"
 #include "optimizer.h"
 #include "resizing.h"
+#include "statistics.h"
 
 namespace py = pybind11;
 
@@ -139,6 +140,16 @@ void tf1(const Pictures& p, const LerpRow& across, const LerpRow& down, const Wh
   resize_tf1(pictures(p), lerp(across), lerp(down), place(where));
 }
 
+// memory: x, mean, parts, scatter.
+void scatter(const std::tuple<int64_t, int64_t>& shape, const std::vector<Address>& memory,
+             int dtype, int64_t stride, int64_t rows_per_block, const Where& where) {
+  const auto [N, D] = shape;
+  moments({N, D, constants<void>(memory.at(0)), dtype, stride, rows_per_block,
+           constants<double>(memory.at(1)), reinterpret_cast<double*>(memory.at(2)),
+           reinterpret_cast<double*>(memory.at(3))},
+          place(where));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -157,6 +168,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("resize_both", &both, release);
   m.def("resize_one", &one, release);
   m.def("resize_tf1", &tf1, release);
+  m.def("moments", &scatter, release);
 }
 
 }  // namespace etude
