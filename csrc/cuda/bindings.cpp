@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "adaln.h"
+#include "knn.h"
 #include "optimizer.h"
 #include "resizing.h"
 #include "statistics.h"
@@ -150,6 +151,17 @@ void scatter(const std::tuple<int64_t, int64_t>& shape, const std::vector<Addres
           place(where));
 }
 
+// memory: query, reference, centre, norms of both, radii, per_query, per_reference.
+void counts(const Shape& shape, const std::vector<Address>& memory, const Where& where) {
+  const auto [N, M, D] = shape;
+  membership_counts({N, M, D, floats(memory.at(0)), floats(memory.at(1)),
+                     constants<double>(memory.at(2)), constants<double>(memory.at(3)),
+                     constants<double>(memory.at(4)), floats(memory.at(5)),
+                     reinterpret_cast<uint8_t*>(memory.at(6)),
+                     reinterpret_cast<uint8_t*>(memory.at(7))},
+                    place(where));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -169,6 +181,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("resize_one", &one, release);
   m.def("resize_tf1", &tf1, release);
   m.def("moments", &scatter, release);
+  m.def("membership_counts", &counts, release);
 }
 
 }  // namespace etude

@@ -93,12 +93,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, ctypes.
 @pytest.fixture(scope="session")
 def on_cpu(built) -> ModuleType:
     """The CUDA operators take CPU tensors in this process."""
-    from etude.kernels import adaln, adaln_cuda, resizing_cuda, statistics_cuda
+    from etude.kernels import adaln, adaln_cuda, knn_cuda, resizing_cuda, statistics_cuda
 
     made = adaln.implementations(adaln_cuda._forward, adaln_cuda._backward)
     for name, kernel in made.items():
         adaln._library.impl(f"cuda_{name}", kernel, "CPU")
     resizing_cuda._library.impl("cuda_resize", resizing_cuda._resize, "CPU")
+    knn_cuda._library.impl("cuda_membership_counts", knn_cuda._counts, "CPU")
     statistics_cuda._library.impl("cuda_moments", statistics_cuda._moments, "CPU")
     return built[0]
 

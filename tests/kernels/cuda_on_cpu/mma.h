@@ -14,24 +14,41 @@ enum layout_t { mem_row_major, mem_col_major };
 
 template <class Use, int M, int N, int K, class T, class Layout = void>
 struct fragment;
-template <>
-struct fragment<matrix_a, 8, 8, 4, double, col_major> { double x[1]; };
-template <>
-struct fragment<matrix_b, 8, 8, 4, double, row_major> { double x[1]; };
+template <class Layout>
+struct fragment<matrix_a, 8, 8, 4, double, Layout> { double x[1]; };
+template <class Layout>
+struct fragment<matrix_b, 8, 8, 4, double, Layout> { double x[1]; };
 template <>
 struct fragment<accumulator, 8, 8, 4, double> { double x[2]; };
 
-using A = fragment<matrix_a, 8, 8, 4, double, col_major>;
-using B = fragment<matrix_b, 8, 8, 4, double, row_major>;
+template <class Layout>
+using A = fragment<matrix_a, 8, 8, 4, double, Layout>;
+template <class Layout>
+using B = fragment<matrix_b, 8, 8, 4, double, Layout>;
 using C = fragment<accumulator, 8, 8, 4, double>;
 
 inline void fill_fragment(C& c, double value) { c.x[0] = c.x[1] = value; }
 
-template <class Operand>
-void load_matrix_sync(Operand& operand, const double* from, unsigned pitch,
-                      int line = __builtin_LINE()) {
+// A lane has row (of the right operand: column) lane / 4 and depth lane % 4.
+inline double operand(const double* from, unsigned row, unsigned depth, int line) {
   cuda_on_cpu::warp_barrier(0xffffffffu, line);
-  operand.x[0] = from[cuda_on_cpu::lane() % 4 * pitch + cuda_on_cpu::lane() / 4];
+  return from[cuda_on_cpu::lane() / 4 * row + cuda_on_cpu::lane() % 4 * depth];
+}
+inline void load_matrix_sync(A<row_major>& a, const double* from, unsigned pitch,
+                             int line = __builtin_LINE()) {
+  a.x[0] = operand(from, pitch, 1, line);
+}
+inline void load_matrix_sync(A<col_major>& a, const double* from, unsigned pitch,
+                             int line = __builtin_LINE()) {
+  a.x[0] = operand(from, 1, pitch, line);
+}
+inline void load_matrix_sync(B<row_major>& b, const double* from, unsigned pitch,
+                             int line = __builtin_LINE()) {
+  b.x[0] = operand(from, 1, pitch, line);
+}
+inline void load_matrix_sync(B<col_major>& b, const double* from, unsigned pitch,
+                             int line = __builtin_LINE()) {
+  b.x[0] = operand(from, pitch, 1, line);
 }
 
 inline void store_matrix_sync(double* to, const C& c, unsigned pitch, layout_t,
@@ -42,7 +59,8 @@ inline void store_matrix_sync(double* to, const C& c, unsigned pitch, layout_t,
   }
 }
 
-inline void mma_sync(C& d, const A& a, const B& b, const C& c, int line = __builtin_LINE()) {
+template <class Left, class Right>
+void mma_sync(C& d, const A<Left>& a, const B<Right>& b, const C& c, int line = __builtin_LINE()) {
   static double left[32][32], right[32][32];  // of a warp, by lane
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = cuda_on_cpu::lane();
   left[warp][lane] = a.x[0], right[warp][lane] = b.x[0];
