@@ -1,6 +1,6 @@
 """What every call into the CUDA extension passes: dtypes by number, device and stream.
 
-Called by `adaln_cuda` and `optimizer_cuda`.
+Called by the `<family>_cuda.py` files.
 """
 
 import torch

@@ -376,11 +376,15 @@ def membership_counts(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[
     """
     _check("membership_counts", query=query, reference=reference)
     _check_radii("membership_counts", "radii", radii, reference)
-    backend = _pick("membership_counts", query, reference)
+    backend = _pick("membership_counts", query, reference, twins=("cpp", "triton", "cuda"))
     if backend == "triton":
         from . import knn_triton
 
         return knn_triton.membership_counts(query, reference, radii)
+    if backend == "cuda":
+        from . import knn_cuda
+
+        return knn_cuda.membership_counts(query, reference, radii)
     if backend == "cpp" and len(query) and len(reference):
         return ops.membership_counts(query, reference, radii)
     return membership_counts_reference(query, reference, radii)
@@ -404,6 +408,8 @@ def neighbour_pairs(x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor) -> t
 
 OPERATORS = (
     Operator("nearest_neighbours", "k nearest rows, no N x M matrix", ("cpp", "triton")),
-    Operator("membership_counts", "rows inside k-nearest-neighbour balls", ("cpp", "triton")),
+    Operator(
+        "membership_counts", "rows inside k-nearest-neighbour balls", ("cpp", "triton", "cuda")
+    ),
     Operator("neighbour_pairs", "pairs closer than either row's radius", ("cpp",)),
 )

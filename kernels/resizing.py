@@ -179,6 +179,7 @@ _REST = (
 _library.define(f"resize(Tensor images, {_REST}) -> Tensor")
 _library.define(f"resize_list(Tensor[] images, {_REST}) -> Tensor")
 _library.define(f"triton_resize(Tensor images, {_REST}) -> Tensor")
+_library.define(f"cuda_resize(Tensor images, {_REST}) -> Tensor")
 ops = torch.ops.etude
 
 
@@ -273,6 +274,7 @@ def _(images, size, filter, box, mean, std, dtype, planar):
 
 
 @torch.library.register_fake("etude::triton_resize", lib=_library)
+@torch.library.register_fake("etude::cuda_resize", lib=_library)
 def _(images, size, filter, box, mean, std, dtype, planar):
     return _made(images, images.shape[0], size, dtype, planar)
 
@@ -379,11 +381,15 @@ def resize(
 
 
 def _any(images: Tensor, rest: tuple, backend: str) -> Tensor:
-    """A batch by the reference or by Triton."""
+    """A batch by the reference, by Triton or by CUDA."""
     if backend == "triton":
         from . import resizing_triton  # noqa: F401
 
         return ops.triton_resize(images, *rest)
+    if backend == "cuda":
+        from . import resizing_cuda  # noqa: F401
+
+        return ops.cuda_resize(images, *rest)
     size, filter, box, mean, std, dtype, planar = rest
     one = tuple(box) or None
     out = resize_reference(
@@ -406,7 +412,7 @@ def _each(
     return torch.cat(made)
 
 
-_TWINS = ("cpp", "triton")
+_TWINS = ("cpp", "triton", "cuda")
 OPERATORS = (
     Operator(
         "resize",

@@ -16,8 +16,8 @@ e, the error of the mean, |e_i| <= (N + 1) u max |x_i|; merging parts in any ord
 the parts' entries each time. So two ways of computing agree to N u relative to sigma_i sigma_j,
 typically to its square root, and a way repeats its bits.
 
-The C++ twin computes the upper triangle alone, straight from float32 rows; the Triton twin too, on
-the double-precision units.
+The C++ twin computes the upper triangle alone, straight from float32 rows; the Triton and
+CUDA twins too, on the double-precision units.
 """
 
 import torch
@@ -49,6 +49,7 @@ def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 _library = torch.library.Library("etude", "FRAGMENT")
 _library.define("moments(Tensor x) -> (Tensor, Tensor)")
 _library.define("triton_moments(Tensor x) -> (Tensor, Tensor)")
+_library.define("cuda_moments(Tensor x) -> (Tensor, Tensor)")
 ops = torch.ops.etude
 
 
@@ -95,6 +96,7 @@ def _(x):
 
 
 @torch.library.register_fake("etude::triton_moments", lib=_library)
+@torch.library.register_fake("etude::cuda_moments", lib=_library)
 def _(x):
     return _made(x)
 
@@ -115,10 +117,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         from . import statistics_triton  # noqa: F401
 
         return ops.triton_moments(x)
+    if backend == "cuda":
+        from . import statistics_cuda  # noqa: F401
+
+        return ops.cuda_moments(x)
     if backend == "cpp":
         return ops.moments(x)
     return moments_reference(x)
 
 
-_TWINS = ("cpp", "triton")
+_TWINS = ("cpp", "triton", "cuda")
 OPERATORS = (Operator("moments", "mean and scatter matrix of rows, in float64", _TWINS),)

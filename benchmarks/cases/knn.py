@@ -6,7 +6,13 @@ from torch import Tensor
 from benchmarks.case import Case, Inputs, Run
 from etude import kernels
 
-SOURCES = ("kernels/knn.py", "kernels/knn_triton.py", "csrc/cpu/knn.cpp")
+SOURCES = (
+    "kernels/knn.py",
+    "kernels/knn_triton.py",
+    "kernels/knn_cuda.py",
+    "csrc/cpu/knn.cpp",
+    "csrc/cuda/knn.cu",
+)
 CPU = {"2000 x 2048": (2000, 2048)}
 GPU = {"50000 x 2048": (50_000, 2048)}
 K = 5

@@ -8,7 +8,13 @@ from torch import Tensor
 from benchmarks.case import Case, Inputs, Run
 from etude import kernels
 
-SOURCES = ("kernels/resizing.py", "kernels/resizing_triton.py", "csrc/cpu/resizing.cpp")
+SOURCES = (
+    "kernels/resizing.py",
+    "kernels/resizing_triton.py",
+    "kernels/resizing_cuda.py",
+    "csrc/cpu/resizing.cpp",
+    "csrc/cuda/resizing.cu",
+)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MIDDLE = (128 / 255,)
 CPU = {"16 x 256 to 299": (16, 256, 299), "16 x 512 to 224": (16, 512, 224)}

@@ -6,7 +6,13 @@ from torch import Tensor
 from benchmarks.case import Case, Inputs, Run
 from etude import kernels
 
-SOURCES = ("kernels/statistics.py", "kernels/statistics_triton.py", "csrc/cpu/statistics.cpp")
+SOURCES = (
+    "kernels/statistics.py",
+    "kernels/statistics_triton.py",
+    "kernels/statistics_cuda.py",
+    "csrc/cpu/statistics.cpp",
+    "csrc/cuda/statistics.cu",
+)
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:

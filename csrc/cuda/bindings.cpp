@@ -1,6 +1,5 @@
 // The module etude.kernels._cuda: raw addresses, dtypes, strides, device and stream; no torch
-// header. kernels/adaln_cuda.py and kernels/optimizer_cuda.py are the only callers: they check
-// shapes and allocate outputs.
+// header. kernels/<family>_cuda.py are the only callers: they check shapes and allocate outputs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +7,10 @@
 #include <vector>
 
 #include "adaln.h"
+#include "knn.h"
 #include "optimizer.h"
+#include "resizing.h"
+#include "statistics.h"
 
 namespace py = pybind11;
 
@@ -97,6 +99,69 @@ void adamw(const std::vector<AdamwRow>& tensors, const std::vector<Number>& numb
   adamw_ema(a, place(where));
 }
 
+// Addresses of x, out, scale and offset; strides of x; output sizes; dtype, planar, vectors.
+using Pictures = std::tuple<std::vector<Address>, std::vector<int64_t>,
+                            std::tuple<int64_t, int, int, int>, int, bool, bool>;
+using AxisRow = std::tuple<Address, Address, int>;      // bounds, weights, taps
+using LerpRow = std::tuple<Address, Address, Address>;  // low, high, share
+
+template <class T>
+const T* constants(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+Resize pictures(const Pictures& p) {
+  const auto& [memory, strides, sizes, dtype, planar, vectors] = p;
+  const auto [B, H, W, C] = sizes;
+  return {constants<uint8_t>(memory.at(0)), strides.at(0), strides.at(1), strides.at(2),
+          strides.at(3), reinterpret_cast<void*>(memory.at(1)), dtype, planar, vectors, B, H, W, C,
+          constants<float>(memory.at(2)), constants<float>(memory.at(3))};
+}
+
+Axis axis(const AxisRow& row) {
+  return {constants<int32_t>(std::get<0>(row)), constants<int32_t>(std::get<1>(row)),
+          std::get<2>(row)};
+}
+
+Lerp lerp(const LerpRow& row) {
+  return {constants<int32_t>(std::get<0>(row)), constants<int32_t>(std::get<1>(row)),
+          constants<float>(std::get<2>(row))};
+}
+
+void both(const Pictures& p, const AxisRow& across, const AxisRow& down, int rows, int span,
+          const Where& where) {
+  resize_both(pictures(p), axis(across), axis(down), rows, span, place(where));
+}
+
+void one(const Pictures& p, const AxisRow& row, bool down, const Where& where) {
+  resize_one(pictures(p), axis(row), down, place(where));
+}
+
+void tf1(const Pictures& p, const LerpRow& across, const LerpRow& down, const Where& where) {
+  resize_tf1(pictures(p), lerp(across), lerp(down), place(where));
+}
+
+// memory: x, mean, parts, scatter.
+void scatter(const std::tuple<int64_t, int64_t>& shape, const std::vector<Address>& memory,
+             int dtype, int64_t stride, int64_t rows_per_block, const Where& where) {
+  const auto [N, D] = shape;
+  moments({N, D, constants<void>(memory.at(0)), dtype, stride, rows_per_block,
+           constants<double>(memory.at(1)), reinterpret_cast<double*>(memory.at(2)),
+           reinterpret_cast<double*>(memory.at(3))},
+          place(where));
+}
+
+// memory: query, reference, centre, norms of both, radii, per_query, per_reference.
+void counts(const Shape& shape, const std::vector<Address>& memory, const Where& where) {
+  const auto [N, M, D] = shape;
+  membership_counts({N, M, D, floats(memory.at(0)), floats(memory.at(1)),
+                     constants<double>(memory.at(2)), constants<double>(memory.at(3)),
+                     constants<double>(memory.at(4)), floats(memory.at(5)),
+                     reinterpret_cast<uint8_t*>(memory.at(6)),
+                     reinterpret_cast<uint8_t*>(memory.at(7))},
+                    place(where));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -112,6 +177,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("adaln_forward", &forward, release);
   m.def("adaln_backward", &backward, release);
   m.def("adamw_ema", &adamw, release);
+  m.def("resize_both", &both, release);
+  m.def("resize_one", &one, release);
+  m.def("resize_tf1", &tf1, release);
+  m.def("moments", &scatter, release);
+  m.def("membership_counts", &counts, release);
 }
 
 }  // namespace etude

@@ -4,14 +4,8 @@
 """
 
 import ctypes
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,97 +15,12 @@ from etude import kernels
 from etude.kernels import backends, compiling_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent / "cuda_on_cpu"
 
 # RMS of the error over RMS of the value. float32: sums of up to 4096 terms in another order, with
 # float32's 6e-8 each; 16-bit types: half a unit in the last place of the stored results (2^-9 of
 # bfloat16, 2^-12 of float16), twice for y and the gradients behind a rounded `out`.
 RATIO = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OPS = ("adaln_modulate", "gate_residual", "gate_residual_adaln")
-
-
-def compile_for_cpu(folder: Path, files: list[Path], options: list[str]) -> list[Path]:
-    """The object files of C++ and .cu files; -O1 because building takes longer than running."""
-    base = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-
-    def one(file: Path) -> Path:
-        made = folder / f"{file.stem}.o"
-        command = [*base, *options, f"-I{HERE}", "-x", "c++", "-c", str(file), "-o", str(made)]
-        said = subprocess.run(command, capture_output=True, text=True)
-        assert said.returncode == 0, said.stderr[-3000:]
-        return made
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(one, files))
-
-
-def link(folder: Path, name: str, objects: list[Path]) -> Path:
-    made = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(made)], check=True)
-    return made
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, ctypes.CDLL]:
-    """The module `_cuda`, compiled for the CPU, and the same file as a plain library."""
-    pybind11 = pytest.importorskip("pybind11")
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    files = [HERE / "machine.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    bindings = ROOT / "csrc/cuda/bindings.cpp"
-    python = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-    python += ["-O0", "-fvisibility=hidden", '-DETUDE_CUDA_VERSION="none"']
-    with ThreadPoolExecutor() as pool:
-        glue = pool.submit(compile_for_cpu, folder, [bindings], python)
-        objects = compile_for_cpu(folder, files, [])
-    path = link(folder, "_cuda", objects + glue.result())
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, ctypes.CDLL(str(path))
-
-
-@pytest.fixture(scope="session")
-def on_cpu(built) -> ModuleType:
-    """The CUDA operators take CPU tensors in this process."""
-    from etude.kernels import adaln, adaln_cuda
-
-    made = adaln.implementations(adaln_cuda._forward, adaln_cuda._backward)
-    for name, kernel in made.items():
-        adaln._library.impl(f"cuda_{name}", kernel, "CPU")
-    return built[0]
-
-
-@pytest.fixture
-def cuda(on_cpu, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The public functions take the CUDA twin wherever there is one for the dtypes."""
-
-    def pick(op: str, device: str, *dtypes: torch.dtype, twins: tuple[str, ...]) -> str:
-        known = all(d in backends.DTYPES["cuda"] for d in dtypes)
-        return "cuda" if "cuda" in twins and known else "reference"
-
-    monkeypatch.setattr(backends, "cuda", lambda: on_cpu)
-    monkeypatch.setattr(backends, "pick", pick)
-    return on_cpu
-
-
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that operators allocate is NaN, and has margins that nobody may write."""
-    margins: list[Tensor] = []
-    new_empty = Tensor.new_empty
-
-    def made(self: Tensor, size, **options) -> Tensor:
-        dtype = options.get("dtype") or self.dtype
-        shape = torch.Size(size)
-        whole = new_empty(self, (shape.numel() + 128,), dtype=dtype).fill_(float("nan"))
-        margins.extend((whole[:64], whole[64 + shape.numel() :]))
-        return whole[64 : 64 + shape.numel()].view(shape)
-
-    monkeypatch.setattr(Tensor, "new_empty", made)
-    yield
-    assert all(m.isnan().all() for m in margins)
 
 
 def make(shape: tuple[int, int, int], dtype: torch.dtype, branch: torch.dtype) -> dict[str, Tensor]:
@@ -412,17 +321,6 @@ def test_found_inf_leaves_everything_as_it_was(cuda, flag) -> None:
     bad = [torch.full(s, float("nan")) for s in SIZES]
     step(state, bad, found_inf=torch.tensor(flag))
     assert all(torch.equal(a, b) for a, b in zip(flat(state), before, strict=True))
-
-
-@pytest.fixture(scope="module")
-def launch_fault(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("faults")
-    objects = compile_for_cpu(folder, [HERE / "machine.cpp", HERE / "faults.cu"], [])
-    library = ctypes.CDLL(str(link(folder, "faults", objects)))
-    library.launch_fault.restype = ctypes.c_char_p
-    return library
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from etude import kernels
+from etude.kernels import backends
 
 pytestmark = pytest.mark.gpu
+no_cuda = pytest.mark.skipif(not backends.HAS_CUDA, reason="the CUDA kernels are not built")
 
 
 def rows(count: int, width: int, seed: int) -> torch.Tensor:
@@ -40,13 +42,14 @@ def test_neighbours_are_the_references(n, m, width, k, dtype) -> None:
             assert float(distance[1, 0]) == 0.0
 
 
-def test_counts_are_the_references_but_for_pairs_at_a_radius() -> None:
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=no_cuda)])
+def test_counts_are_the_references_but_for_pairs_at_a_radius(backend: str) -> None:
     x, y = rows(3000, 2048, 2), rows(5000, 2048, 3)
     with kernels.use_backend("reference"):
         radii = kernels.knn_radii(y, 5)
         low = kernels.membership_counts(x, y, radii * (1 - 1e-5))
         high = kernels.membership_counts(x, y, radii * (1 + 1e-5))
-    with kernels.use_backend("triton"):
+    with kernels.use_backend(backend):
         got = kernels.membership_counts(x.cuda(), y.cuda(), radii.cuda())
         again = kernels.membership_counts(x.cuda(), y.cuda(), radii.cuda())
     for found, repeated, least, most in zip(got, again, low, high, strict=True):

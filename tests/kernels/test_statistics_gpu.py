@@ -4,18 +4,22 @@ import pytest
 import torch
 
 from etude import kernels
+from etude.kernels import backends
 
 pytestmark = pytest.mark.gpu
+no_cuda = pytest.mark.skipif(not backends.HAS_CUDA, reason="the CUDA kernels are not built")
+each_twin = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=no_cuda)])
 
 
+@each_twin
 @pytest.mark.parametrize(
     "shape", [(5000, 2048), (70_000, 64), (300, 1000), (3, 7), (1, 1)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_sums_are_the_references(shape, dtype: torch.dtype) -> None:
+def test_sums_are_the_references(backend: str, shape, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(*shape, generator=g) * 2 + 5).to("cuda", dtype)
-    with kernels.use_backend("triton"):
+    with kernels.use_backend(backend):
         mean, scatter = kernels.moments(x)
         again = kernels.moments(x)
     with kernels.use_backend("reference"):
@@ -29,9 +33,10 @@ def test_sums_are_the_references(shape, dtype: torch.dtype) -> None:
     assert float((mean.cpu() - want_mean).abs().max()) <= bound * float(x.abs().max())
 
 
-def test_no_host_synchronisation() -> None:
+@each_twin
+def test_no_host_synchronisation(backend: str) -> None:
     x = torch.randn(500, 100, device="cuda")
-    with kernels.use_backend("triton"):
+    with kernels.use_backend(backend):
         kernels.moments(x)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -40,10 +45,11 @@ def test_no_host_synchronisation() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
+@each_twin
+def test_rows_beyond_two_to_the_31_elements(backend: str) -> None:
     x = torch.zeros(1_100_000, 2048, device="cuda", dtype=torch.float16)  # 2.25e9 elements
     x[-1, 3], x[-1, 2047] = 2.0, 4.0
-    with kernels.use_backend("triton"):
+    with kernels.use_backend(backend):
         mean, scatter = kernels.moments(x)
     n = len(x)
     assert float(mean[3]) == pytest.approx(2 / n) and float(mean[0]) == 0.0

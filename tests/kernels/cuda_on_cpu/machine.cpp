@@ -1,8 +1,8 @@
 // One block at a time, one thread at a time: fibers by ucontext, switched by _setjmp and _longjmp
 // (which, unlike swapcontext, make no system call).
 //
-// The scheduler runs every runnable fiber until it waits or returns, then looks at who waits for
-// what: warps whose lanes are all at one shuffle go on, then, if nobody can, the block's barrier
+// The scheduler runs every runnable fiber (or, when the order is changed, those of one warp, as long
+// as it has any) until it waits or returns, then looks at who waits for what: warps whose lanes are all at one shuffle go on, then, if nobody can, the block's barrier
 // opens. What is left over is a divergence, and the launch fails with a sentence.
 #include "cuda_runtime.h"
 
@@ -25,7 +25,7 @@ alignas(1024) unsigned char shared_bytes[kSharedLimit + kMargin];
 }  // namespace etude
 
 // Called by the tests. Order of threads and blocks: 0 ascending, 1 descending, more: that seed's
-// permutation. The most shared memory that a launch since the last call asked for.
+// permutation; in all but 0 a warp runs ahead of the others up to the block's barrier. The most shared memory that a launch since the last call asked for.
 extern "C" void cuda_on_cpu_order(unsigned order);
 extern "C" size_t cuda_on_cpu_most_shared();
 
@@ -176,8 +176,13 @@ bool run_block(size_t shared) {
   const std::vector<unsigned> sequence = permutation(count, blockIdx.x);
   while (true) {
     bool ran = false, left = false;
+    // In order 0 warps keep step; in the others each runs as far ahead as it can.
+    unsigned chosen = 32;  // more than a block has
     for (unsigned i : sequence) {
-      if (fibers[i].state != State::kRunnable) continue;
+      if (fibers[i].state != State::kRunnable || (order > 0 && chosen < 32 && i / 32 != chosen)) {
+        continue;
+      }
+      chosen = i / 32;
       resume(static_cast<int>(i));
       ran = true;
     }
