@@ -41,14 +41,11 @@ from torch import Tensor
 
 from . import backends
 from .catalogue import Operator
+from .tensors import new_like, wide_dtype
 
 _FORMS = ("tanh", "none")
 _ABSENT = (0, 0, 0, 0)
 PLANS = tuple(backends.OWN_CHOICES["mlp"])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def bias_gelu_reference(
@@ -59,7 +56,7 @@ def bias_gelu_reference(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`bias_gelu` in plain torch, differentiated by autograd."""
-    z = x.to(_wide(x))
+    z = x.to(wide_dtype(x))
     z = z if bias is None else z + bias.to(z.dtype)
     return F.gelu(z, approximate=approximate).to(out_dtype or x.dtype)
 
@@ -69,7 +66,7 @@ def swiglu_reference(
 ) -> Tensor:
     """`swiglu` in plain torch, differentiated by autograd."""
     gate, value = x.chunk(2, -1) if value is None else (x, value)
-    wide = _wide(x)
+    wide = wide_dtype(x)
     return (F.silu(gate.to(wide)) * value.to(wide)).to(out_dtype or x.dtype)
 
 
@@ -134,11 +131,6 @@ def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
     return t.data_ptr(), kind, 0, t.stride(0) if t.dim() == 2 else 0
 
 
-def new_output(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous, uninitialised tensor of t's shape (empty_like would keep t's strides)."""
-    return t.new_empty(t.shape, dtype=dtype or t.dtype)
-
-
 def new_sums(x: Tensor, bias: Tensor | None, sums: bool) -> Tensor:
     """The bias' gradient, of the bias' dtype; of size 0 where it is not wanted."""
     return (x if bias is None else bias).new_empty(x.shape[-1] if sums else 0)
@@ -161,7 +153,7 @@ def halves(x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
 def _bias_gelu_cpu(
     x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtype | None
 ) -> Tensor:
-    y = new_output(x, out_dtype)
+    y = new_like(x, out_dtype)
     if x.numel():
         given = flat(x), None if bias is None else bias.contiguous(), flat(y)
         size = tuple(given[0].shape)
@@ -175,7 +167,7 @@ def _bias_gelu_cpu(
 def _bias_gelu_backward_cpu(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dbias = new_output(x), new_sums(x, bias, sums)
+    dx, dbias = new_like(x), new_sums(x, bias, sums)
     if x.numel() == 0:
         return dx, dbias.zero_()
     rows = flat(x)
@@ -210,8 +202,8 @@ def _swiglu_cpu(x: Tensor, value: Tensor | None, out_dtype: torch.dtype | None) 
 
 
 def _swiglu_backward_cpu(dy: Tensor, x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-    dx = new_output(x)
-    dvalue = x.new_empty(0) if value is None else new_output(value)
+    dx = new_like(x)
+    dvalue = x.new_empty(0) if value is None else new_like(value)
     if dy.numel():
         made = halves(dx, None if value is None else dvalue)
         given = (flat(dy), *halves(x, value), *made)
@@ -235,12 +227,12 @@ for _name, _kernel in {
 
 @torch.library.register_fake("etude::bias_gelu", lib=_library)
 def _(x, bias, tanh, out_dtype):
-    return new_output(x, out_dtype)
+    return new_like(x, out_dtype)
 
 
 @torch.library.register_fake("etude::bias_gelu_backward", lib=_library)
 def _(dy, x, bias, tanh, sums):
-    return new_output(x), new_sums(x, bias, sums)
+    return new_like(x), new_sums(x, bias, sums)
 
 
 @torch.library.register_fake("etude::swiglu", lib=_library)
@@ -250,7 +242,7 @@ def _(x, value, out_dtype):
 
 @torch.library.register_fake("etude::swiglu_backward", lib=_library)
 def _(dy, x, value):
-    return new_output(x), x.new_empty(0) if value is None else new_output(value)
+    return new_like(x), x.new_empty(0) if value is None else new_like(value)
 
 
 def refuse_second_derivative(name: str) -> None:

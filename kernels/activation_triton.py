@@ -33,7 +33,6 @@ from .activation import (
     halves,
     linear_gelu_reference,
     mlp_reference,
-    new_output,
     new_sums,
     new_swiglu,
     ops,
@@ -43,6 +42,7 @@ from .activation import (
     swiglu_reference,
 )
 from .compiling import Build
+from .tensors import new_like
 
 
 @dataclass(frozen=True)
@@ -308,11 +308,6 @@ def product_kernel(
         )  # fmt: skip
 
 
-def _verifying() -> bool:
-    """Values are compared in eager calls only: under torch.compile there are none to look at."""
-    return backends.verifying() and not torch.compiler.is_compiling()
-
-
 def _column_sums(partial: Tensor, out: Tensor) -> None:
     chunks, D = partial.shape
     wrap_triton(column_sum_kernel)[(triton.cdiv(D, 64),)](
@@ -323,7 +318,7 @@ def _column_sums(partial: Tensor, out: Tensor) -> None:
 @triton_op("etude::triton_bias_gelu", mutates_args={})
 @backends.on_its_device
 def _bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtype | None) -> Tensor:
-    y = new_output(x, out_dtype)
+    y = new_like(x, out_dtype)
     if x.numel() == 0:
         return y
     rows = flat(x)
@@ -334,7 +329,7 @@ def _bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtyp
         BIASED=bias is not None, TANH=tanh, ROWS=config.rows, BLOCK=config.block,
         num_warps=config.warps,
     )  # fmt: skip
-    if _verifying():
+    if backends.verifying():
         want = bias_gelu_reference(x, bias, "tanh" if tanh else "none", out_dtype=out_dtype)
         backends.verify("triton bias_gelu", ("y",), (y,), (want,))
     return y
@@ -345,7 +340,7 @@ def _bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool, out_dtype: torch.dtyp
 def _bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dbias = new_output(x), new_sums(x, bias, sums)
+    dx, dbias = new_like(x), new_sums(x, bias, sums)
     if x.numel() == 0:
         return dx, torch.zeros_like(dbias)
     grad, rows = flat(dy), flat(x)
@@ -360,7 +355,7 @@ def _bias_gelu_backward(
     )  # fmt: skip
     if sums:
         _column_sums(partial, dbias)
-    if _verifying():
+    if backends.verifying():
         want = bias_gelu_backward_reference(dy, x, bias, tanh)
         made = dx, dbias if sums else None
         backends.verify("triton bias_gelu_backward", ("dx", "dbias"), made, want)
@@ -380,7 +375,7 @@ def _swiglu(x: Tensor, value: Tensor | None, out_dtype: torch.dtype | None) -> T
         gate, other, y, N, D, gate.stride(0), other.stride(0),
         ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
-    if _verifying():
+    if backends.verifying():
         want = swiglu_reference(x, value, out_dtype=out_dtype)
         backends.verify("triton swiglu", ("y",), (y,), (want,))
     return y
@@ -389,8 +384,8 @@ def _swiglu(x: Tensor, value: Tensor | None, out_dtype: torch.dtype | None) -> T
 @triton_op("etude::triton_swiglu_backward", mutates_args={})
 @backends.on_its_device
 def _swiglu_backward(dy: Tensor, x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-    dx = new_output(x)
-    dvalue = x.new_empty(0) if value is None else new_output(value)
+    dx = new_like(x)
+    dvalue = x.new_empty(0) if value is None else new_like(value)
     if dy.numel() == 0:
         return dx, dvalue
     grad, (gate, other) = flat(dy), halves(x, value)
@@ -402,7 +397,7 @@ def _swiglu_backward(dy: Tensor, x: Tensor, value: Tensor | None) -> tuple[Tenso
         *tensors, N, D, *(t.stride(0) for t in tensors),
         ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
-    if _verifying():
+    if backends.verifying():
         want = swiglu_backward_reference(dy, x, value)
         names = ("dx", "dvalue")[: len(want)]
         backends.verify("triton swiglu_backward", names, (dx, dvalue)[: len(want)], want)
@@ -430,7 +425,7 @@ def _linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, z) of shape (..., N)."""
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    z = new_output(y)
+    z = new_like(y)
     if y.numel() == 0:
         return y, z
     rows, weight = flat(x), weight.contiguous()
@@ -451,7 +446,7 @@ def _linear_gelu(
 ) -> tuple[Tensor, Tensor]:
     """(y, z): y = gelu(z) and z = x weight^T + bias, kept for backward."""
     y, z = _linear_forward(x, weight, bias, tanh)
-    if _verifying():
+    if backends.verifying():
         want = linear_gelu_reference(x, weight, bias, "tanh" if tanh else "none")
         backends.verify("triton linear_gelu", ("y",), (y,), (want,))
     return y, z
@@ -466,7 +461,7 @@ def _mlp(
     recomputing the hidden layer would read z and write hidden once more in backward."""
     hidden, z = _linear_forward(x, w1, b1, tanh)
     y = torch.nn.functional.linear(hidden, w2, b2)
-    if _verifying():
+    if backends.verifying():
         want = mlp_reference(x, w1, b1, w2, b2, "tanh" if tanh else "none")
         backends.verify("triton mlp", ("y",), (y,), (want,))
     return y, z, hidden
@@ -476,7 +471,7 @@ def _mlp(
 @backends.on_its_device
 def _mlp_hidden_backward(dy: Tensor, w2: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """(dz, db1) of the hidden layer: dz = (dy w2) gelu'(z), db1 its sums over rows."""
-    dz, db1 = new_output(z), z.new_empty(z.shape[-1])
+    dz, db1 = new_like(z), z.new_empty(z.shape[-1])
     if dz.numel() == 0:
         return dz, torch.zeros_like(db1)
     N = z.shape[-1]
@@ -488,7 +483,7 @@ def _mlp_hidden_backward(dy: Tensor, w2: Tensor, z: Tensor, tanh: bool) -> tuple
         rows, w2, b_k, b_n, None, z.contiguous().view(-1, N), dz.view(-1, N), partial, True, tanh
     )
     _column_sums(partial, db1)
-    if _verifying():
+    if backends.verifying():
         grad = torch.mm(rows.float(), w2.float()).view(z.shape)
         want = bias_gelu_backward_reference(grad, z, None, tanh)
         backends.verify("triton mlp_hidden_backward", ("dz", "db1"), (dz, db1), want)

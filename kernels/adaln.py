@@ -40,14 +40,11 @@ from torch import Tensor
 
 from . import backends
 from .catalogue import Operator
+from .tensors import dense, new_like, wide_dtype
 
 NORMS = ("layernorm", "rmsnorm")
 _ABSENT = (0, 0, 0, 0)
 _TWINS = ("cpp", "triton", "cuda")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _normed(x: Tensor, eps: float, rms: bool) -> Tensor:
@@ -67,7 +64,7 @@ def adaln_modulate_reference(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`adaln_modulate` in plain torch, differentiated by autograd."""
-    wide = _wide(x)
+    wide = wide_dtype(x)
     y = _normed(x.to(wide), eps, norm == "rmsnorm")
     y = y * (1 + scale.to(wide).unsqueeze(1)) + shift.to(wide).unsqueeze(1)
     return y.to(out_dtype or x.dtype)
@@ -77,7 +74,7 @@ def gate_residual_reference(
     x: Tensor, h: Tensor, gate: Tensor, *, bias: Tensor | None = None
 ) -> Tensor:
     """`gate_residual` in plain torch, differentiated by autograd."""
-    wide = _wide(x)
+    wide = wide_dtype(x)
     branch = h.to(wide) if bias is None else h.to(wide) + bias.to(wide)
     return (x.to(wide) + gate.to(wide).unsqueeze(1) * branch).to(x.dtype)
 
@@ -257,20 +254,15 @@ def implementations(forward: Callable, backward: Callable) -> dict[str, Callable
     return {function.__name__: function for function in made}
 
 
-def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous, uninitialised tensor of t's shape (empty_like would keep t's strides)."""
-    return t.new_empty(t.shape, dtype=dtype or t.dtype)
-
-
 def new_outputs(
     x: Tensor, gate: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Uninitialised (out, y, mean, rstd) of a forward launch; None for what it does not have."""
-    out = None if gate is None else _like(x)
+    out = None if gate is None else new_like(x)
     if scale is None:
         return out, None, None, None
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return out, _like(x, out_dtype), mean, rstd
+    return out, new_like(x, out_dtype), mean, rstd
 
 
 def new_gradients(
@@ -281,11 +273,11 @@ def new_gradients(
     bias: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Uninitialised (dx, dh, dmodulation, dbias) of a backward launch; without a norm no dx."""
-    dx = None if scale is None else _like(x)
+    dx = None if scale is None else new_like(x)
     dh = dbias = None
     vector, count = (scale if gate is None else gate), 2 * (scale is not None) + (gate is not None)
     if gate is not None:
-        dh, dbias = _like(h), gate.new_empty((0,)) if bias is None else _like(bias)
+        dh, dbias = new_like(h), gate.new_empty((0,)) if bias is None else new_like(bias)
     B, D = vector.shape
     return dx, dh, vector.new_empty((B, count, D)), dbias
 
@@ -380,11 +372,6 @@ def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
     strides = t.stride()
     batch = strides[0] if len(strides) > 1 else 0
     return t.data_ptr(), _KINDS[t.dtype], batch, strides[1] if len(strides) == 3 else 0
-
-
-def dense(t: Tensor | None) -> Tensor | None:
-    """t with a contiguous last dimension; the other strides are free."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def _forward_cpu(

@@ -34,7 +34,6 @@ from torch.library import triton_op, wrap_triton
 
 from . import backends
 from .adaln import (
-    dense,
     implementations,
     new_gradients,
     new_outputs,
@@ -43,6 +42,7 @@ from .adaln import (
     verify_forward,
 )
 from .compiling import Build
+from .tensors import dense
 
 # Of an H200 and H100; `for_shape` is given the real number.
 _SMS = 132
@@ -406,11 +406,6 @@ def config_of(x: Tensor) -> LaunchConfig:
     return LaunchConfig.for_shape(*(int(size) for size in x.shape), _multiprocessors(x.device))
 
 
-def verifying() -> bool:
-    """Values are compared in eager calls only: under torch.compile there are none to look at."""
-    return backends.verifying() and not torch.compiler.is_compiling()
-
-
 def _launch_forward(
     x: Tensor,
     h: Tensor | None,
@@ -441,7 +436,7 @@ def _launch_forward(
         )  # fmt: skip
     elif scale is not None:
         made[2].zero_(), made[3].zero_()
-    if verifying():
+    if backends.verifying():
         verify_forward(made[:2], x, h, gate, shift, scale, bias, eps, rms, out_dtype)
     return made
 
@@ -491,7 +486,7 @@ def _launch_backward(
         wrap_triton(bias_kernel)[(triton.cdiv(D, 32),)](
             partial, dbias, B, D, chunks, ROWS=16, BLOCK=32, num_warps=4
         )
-    if verifying():
+    if backends.verifying():
         verify_backward(op, made, dout, dy, x, h, gate, scale, bias, eps, rms)
     return made
 

@@ -32,12 +32,9 @@ from torch.nn.functional import layer_norm, linear, pad, rms_norm
 from . import attention_backends, backends
 from .attention_backends import BACKENDS, Options, QKNorm
 from .catalogue import Operator
+from .tensors import wide_dtype
 
 Rope = tuple[Tensor, Tensor]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _normalise(x: Tensor, norm: QKNorm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -58,7 +55,7 @@ def _rotate(x: Tensor, rope: Rope) -> Tensor:
 
 def _prepare(q: Tensor, k: Tensor, norm: QKNorm | None, rope: Rope | None) -> tuple[Tensor, Tensor]:
     """QK-norm and rotary embedding in float32 (float64 for float64), kept so."""
-    q, k = q.to(_wide(q)), k.to(_wide(k))
+    q, k = q.to(wide_dtype(q)), k.to(wide_dtype(k))
     if norm is not None:
         q = _normalise(q, norm, norm.q_weight, norm.q_bias)
         k = _normalise(k, norm, norm.k_weight, norm.k_bias)
@@ -95,7 +92,7 @@ def attention_reference(
     """`dot_product_attention` in plain torch, differentiated by autograd; it stores all scores."""
     options = Options(key_lengths, key_offsets, max_keys, bias, qk_norm, rope)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype, wide = q.dtype, _wide(q)
+    dtype, wide = q.dtype, wide_dtype(q)
     q, k = _prepare(q, k, qk_norm, rope)
     q, v = q.transpose(1, 2), v.to(wide)
     # Packed keys (T, H, d) serve all pictures; (B, Nk, H, d) one picture each.

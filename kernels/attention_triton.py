@@ -37,6 +37,7 @@ from .attention_long import (
 from .attention_short import short_bwd_kernel, short_fwd_kernel
 from .attention_tiles import head_tiles
 from .compiling import Build
+from .tensors import dense
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,6 @@ def _major(x: Tensor) -> int:
     Blackwell's tensor memory, and 99 KB of shared memory per block, which 8.x's tiles fit."""
     major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
     return 8 if major == 12 else major
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -143,7 +140,7 @@ class _Call:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, o: Options) -> "_Call":
         B, Nq, H, d = q.shape
-        bias = None if o.bias is None else _dense(o.bias)
+        bias = None if o.bias is None else dense(o.bias)
         steps = (0, 0, 0)
         if bias is not None:
             steps = (bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1), bias.stride(2))
@@ -227,7 +224,7 @@ def _prepared(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     _check(q, k, v, o)
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     c = _Call.of(q, k, o)
     out = q.new_empty((c.B, c.Nq, c.H, c.d))
     lse = q.new_empty((c.B, c.H, c.Nq), dtype=torch.float32)
@@ -274,7 +271,7 @@ def _backward(
 
     packed: dq is (B, N, 3, H, d), and dk and dv are empty.
     """
-    q, k, v, dout = _dense(q), _dense(k), _dense(v), _dense(dout)
+    q, k, v, dout = dense(q), dense(k), dense(v), dense(dout)
     c = _Call.of(q, k, o)
     if packed:
         dq = q.new_empty((c.B, c.Nq, 3, c.H, c.d))
@@ -473,7 +470,7 @@ def _attention_packed(
     options = Options(
         scale, key_lengths, None, bias, q_weight, q_bias, k_weight, k_bias, norm, eps, cos, sin
     )
-    return _forward(*_dense(qkv).unbind(2), options)
+    return _forward(*dense(qkv).unbind(2), options)
 
 
 @triton_op("etude::triton_attention_backward", mutates_args={})
@@ -531,7 +528,7 @@ def _attention_packed_backward(
     options = Options(
         scale, key_lengths, None, bias, q_weight, q_bias, k_weight, k_bias, norm, eps, cos, sin
     )
-    q, k, v = _dense(qkv).unbind(2)
+    q, k, v = dense(qkv).unbind(2)
     made = _backward(dout, dlse, q, k, v, out, lse, options, True, need_bias)
     return made[0], *made[3:]
 

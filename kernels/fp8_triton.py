@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import backends
-from .adaln import NORMS, dense, ops
+from .adaln import NORMS, ops
 from .adaln_triton import (
     LaunchConfig,
     _centred,
@@ -21,10 +21,10 @@ from .adaln_triton import (
     _stream,
     _vector,
     config_of,
-    verifying,
 )
 from .compiling import Build
 from .fp8 import E4M3, adaln_modulate_fp8_reference
+from .tensors import dense
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _operator(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     made = launch(x, shift, scale, eps, rms, out_dtype, keep)
-    if verifying():
+    if backends.verifying():
         values, row_scale, y = adaln_modulate_fp8_reference(
             x, shift, scale, eps=eps, norm=NORMS[rms], out_dtype=out_dtype
         )

@@ -29,10 +29,7 @@ from torch import Tensor
 
 from . import backends
 from .catalogue import Operator
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from .tensors import dense, new_like, wide_dtype
 
 
 def groupnorm_silu_reference(
@@ -49,7 +46,7 @@ def groupnorm_silu_reference(
 
     On the CPU torch takes a channels-last tensor's variance as E[x^2] - E[x]^2: it is copied first.
     """
-    wide = _wide(x)
+    wide = wide_dtype(x)
     last = x.dim() == 4 and is_channels_last(x)
     x, weight, bias, dtype = x.to(wide), weight.to(wide), bias.to(wide), out_dtype or x.dtype
     if x.numel():
@@ -100,15 +97,6 @@ for _name, _schema in _SCHEMAS.items():
 ops = torch.ops.etude
 
 
-def dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def new_output(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous, uninitialised tensor of t's shape (empty_like would keep t's strides)."""
-    return t.new_empty(t.shape, dtype=dtype or t.dtype)
-
-
 def group_values(x: Tensor, groups: int) -> Tensor:
     return x.new_empty((x.shape[0], groups), dtype=torch.float32)
 
@@ -136,7 +124,7 @@ def _forward_cpu(
     channels_last: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = new_output(x, out_dtype), group_values(x, groups), group_values(x, groups)
+    y, mean, rstd = new_like(x, out_dtype), group_values(x, groups), group_values(x, groups)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     size = B, S, C, _ = _size(x, groups, channels_last)
@@ -170,7 +158,7 @@ def _backward_cpu(
     silu: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = new_output(x), new_output(weight), new_output(bias)
+    made = new_like(x), new_like(weight), new_like(bias)
     if x.numel() == 0:
         return tuple(t.zero_() for t in made)
     size = B, S, C, _ = _size(x, mean.shape[1], channels_last)
@@ -217,12 +205,12 @@ _library.impl("groupnorm_silu_backward", _backward_cpu, "CPU")
 
 @torch.library.register_fake("etude::groupnorm_silu", lib=_library)
 def _(x, weight, bias, groups, eps, silu, channels_last, out_dtype):
-    return new_output(x, out_dtype), group_values(x, groups), group_values(x, groups)
+    return new_like(x, out_dtype), group_values(x, groups), group_values(x, groups)
 
 
 @torch.library.register_fake("etude::groupnorm_silu_backward", lib=_library)
 def _(dy, x, weight, bias, mean, rstd, silu, channels_last):
-    return new_output(x), new_output(weight), new_output(bias)
+    return new_like(x), new_like(weight), new_like(bias)
 
 
 def register_gradients(prefix: str) -> None:

@@ -29,13 +29,12 @@ from . import backends
 from .activation_triton import column_sum_kernel
 from .compiling import Build
 from .groupnorm import (
-    dense,
     group_values,
     groupnorm_silu_reference,
-    new_output,
     register_gradients,
     verify_backward,
 )
+from .tensors import dense, new_like
 
 
 @dataclass(frozen=True)
@@ -337,11 +336,6 @@ def gradient_kernel(
     tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _verifying() -> bool:
-    """Values are compared in eager calls only: under torch.compile there are none to look at."""
-    return backends.verifying() and not torch.compiler.is_compiling()
-
-
 @triton_op("etude::triton_groupnorm_silu", mutates_args={})
 @backends.on_its_device
 def _forward(
@@ -354,7 +348,7 @@ def _forward(
     channels_last: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = new_output(x, out_dtype), group_values(x, groups), group_values(x, groups)
+    y, mean, rstd = new_like(x, out_dtype), group_values(x, groups), group_values(x, groups)
     if x.numel() == 0:
         return y, torch.zeros_like(mean), torch.zeros_like(rstd)
     B, S, C = x.shape
@@ -383,7 +377,7 @@ def _forward(
             x, weight, bias, mean, rstd, y, S, C, groups, width, blocks, x.stride(0), x.stride(1),
             SILU=silu, **shape, num_warps=config.warps,
         )  # fmt: skip
-    if _verifying():
+    if backends.verifying():
         want = groupnorm_silu_reference(
             x.transpose(1, 2), groups, weight, bias, eps, silu, out_dtype=out_dtype
         )
@@ -403,7 +397,7 @@ def _backward(
     silu: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = new_output(x), new_output(weight), new_output(bias)
+    dx, dweight, dbias = new_like(x), new_like(weight), new_like(bias)
     if x.numel() == 0:
         return dx, torch.zeros_like(dweight), torch.zeros_like(dbias)
     (B, S, C), groups = x.shape, mean.shape[1]
@@ -442,7 +436,7 @@ def _backward(
         sums, both, B, 2 * C, ROWS=16, BLOCK=64, num_warps=4
     )
     made = dx, both[:C].to(weight.dtype, copy=True), both[C:].to(bias.dtype, copy=True)
-    if _verifying():
+    if backends.verifying():
         verify_backward("triton groupnorm_silu_backward", made, given[:4], mean, rstd, silu, True)
     return made
 

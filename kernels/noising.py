@@ -44,17 +44,14 @@ from torch import Tensor
 from . import backends
 from .catalogue import Operator
 from .philox import MASK, normals
+from .tensors import wide_dtype
 
 TARGETS = ("flow", "eps", "v", "x0")
 _ABSENT = (0, 0, 0, 0, 0)
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(_wide(like)).view(-1, *[1] * (like.dim() - 1))
+    return values.to(wide_dtype(like)).view(-1, *[1] * (like.dim() - 1))
 
 
 def noise_like_reference(x: Tensor, positions: Tensor, *, seed: int, stream: int) -> Tensor:
@@ -73,7 +70,7 @@ def diffuse_reference(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`diffuse` in plain torch, differentiated by autograd."""
-    eps = normals(seed, stream, positions, tuple(x0.shape[1:])).to(_wide(x0))
+    eps = normals(seed, stream, positions, tuple(x0.shape[1:])).to(wide_dtype(x0))
     return (_column(alpha, x0) * x0 + _column(sigma, x0) * eps).to(dtype or x0.dtype)
 
 
@@ -91,7 +88,7 @@ def diffusion_loss_reference(
     bound: Tensor | None = None,
 ) -> Tensor:
     """`diffusion_loss` in plain torch, differentiated by autograd."""
-    wide = _wide(prediction, x0)
+    wide = wide_dtype(prediction, x0)
     eps = normals(seed, stream, positions, tuple(x0.shape[1:])).to(wide)
     clean, output = x0.to(wide), prediction.to(wide)
     output, variance = output[:, : x0.shape[1]], output[:, x0.shape[1] :]
@@ -128,7 +125,7 @@ def diffusion_loss_gradient_reference(
     bound: Tensor | None = None,
 ) -> Tensor:
     """The gradient of `diffusion_loss` by its equations, where autograd cannot: `ETUDE_VERIFY`."""
-    wide, channels = _wide(prediction, x0), x0.shape[1]
+    wide, channels = wide_dtype(prediction, x0), x0.shape[1]
     eps = normals(seed, stream, positions, tuple(x0.shape[1:])).to(wide)
     clean, output = x0.to(wide), prediction.to(wide)
     wanted = _target(target, clean, eps, alpha, sigma)
@@ -262,7 +259,7 @@ def _noise_like_cpu(x: Tensor, positions: Tensor, seed: int, stream: int) -> Ten
         positions = positions.contiguous()
         key = (positions.data_ptr(), seed, stream)
         backends.cpp().diffuse(_sizes(x), key, _ABSENT, _field(out), 0, 0)
-    if backends.verifying() and not torch.compiler.is_compiling():
+    if backends.verifying():
         want = noise_like_reference(x, positions, seed=seed, stream=stream)
         backends.verify("noise_like C++", ("eps",), (out,), (want,))
     return out
@@ -284,7 +281,7 @@ def _diffuse_cpu(
         key = (positions.data_ptr(), seed, stream)
         scales = alpha.data_ptr(), sigma.data_ptr()
         backends.cpp().diffuse(_sizes(x0), key, _field(x0), _field(out), *scales)
-    if backends.verifying() and not torch.compiler.is_compiling():
+    if backends.verifying():
         want = diffuse_reference(x0, positions, alpha, sigma, seed=seed, stream=stream, dtype=dtype)
         backends.verify("diffuse C++", ("x_t",), (out,), (want,))
     return out
@@ -379,7 +376,7 @@ def _diffusion_loss_backward_cpu(
 
 def verify_loss(backend: str, loss: Tensor, *given) -> None:
     """Compare a twin's losses with the reference's where that is asked for."""
-    if backends.verifying() and not torch.compiler.is_compiling() and loss.numel():
+    if backends.verifying() and loss.numel():
         tensors, named = _by_name(given)
         want = diffusion_loss_reference(*tensors, **named)
         backends.verify(f"diffusion_loss {backend}", ("loss",), (loss,), (want,))
@@ -387,7 +384,7 @@ def verify_loss(backend: str, loss: Tensor, *given) -> None:
 
 def verify_loss_gradient(backend: str, made: Tensor, *given) -> None:
     """Compare a twin's gradient with the reference's where that is asked for."""
-    if backends.verifying() and not torch.compiler.is_compiling() and made.numel():
+    if backends.verifying() and made.numel():
         tensors, named = _by_name(given)
         want = diffusion_loss_gradient_reference(*tensors, **named)
         op, name = f"diffusion_loss {backend} backward", ("dprediction",)

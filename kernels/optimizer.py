@@ -400,7 +400,7 @@ def adamw_ema(
     backend = backends.pick("adamw_ema", device.type, params[0].dtype, twins=_TWINS)
     if backend == "reference" or not _fits(backend, params, grads, states, steps, copies or ()):
         return by_reference()
-    check = backends.verifying() and not torch.compiler.is_compiling()
+    check = backends.verifying()
     state = [*params, *(t for s in states for t in s), *steps, *(copies or ())] if check else []
     before = [t.clone() for t in state]
     averages = [t for profile in emas for t in profile]
