@@ -100,16 +100,21 @@ def exact(case: Case, inputs: Inputs) -> list[Tensor]:
 
 def tensors(outputs: object) -> list[Tensor]:
     made = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    return [t.detach().double() for t in made if isinstance(t, Tensor)]
+    return [t.detach() for t in made if isinstance(t, Tensor)]
 
 
 def error(got: object, want: list[Tensor]) -> float:
-    """Largest difference over the largest value, per output; infinite where one is missing."""
+    """Largest difference over the largest value, per output, in units of what its dtype allows.
+
+    Above 1 the values are wrong; infinite where an output is missing.
+    """
     found = tensors(got)
     if len(found) != len(want):
         return float("inf")
     worst = 0.0
     for a, b in zip(found, want, strict=True):
         if b.numel():
-            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+            scale = b.double().abs().max().clamp_min(1e-30)
+            apart = float((a.double() - b.double()).abs().max() / scale)
+            worst = max(worst, apart / BOUND.get(a.dtype, BOUND[torch.float32]))
     return worst

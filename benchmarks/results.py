@@ -38,7 +38,8 @@ def revision() -> str:
         return made.stdout.strip() if made.returncode == 0 else ""
 
     head = git("rev-parse", "HEAD") or os.environ.get("ETUDE_REVISION") or "unknown"
-    return head + ("+changes" if git("status", "-s") else "")
+    own = ":(exclude)results"  # rows just written are no change of what is measured
+    return head + ("+changes" if git("status", "-s", "--", ":/", own) else "")
 
 
 def versions() -> dict[str, str]:
