@@ -9,6 +9,7 @@ import sys
 import matplotlib
 
 matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "etude"})
 import matplotlib.pyplot as plt
 
 from benchmarks.case import ROOT
