@@ -9,7 +9,6 @@ import sys
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "etude"})
 import matplotlib.pyplot as plt
 
 from benchmarks.case import ROOT
@@ -35,6 +34,7 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def main() -> int:
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "etude"})
     cases = ratios(newest("operators_cpu"))
     figure, axes = plt.subplots(figsize=(9, 0.5 + 0.16 * len(cases)))
     names = sorted(cases, reverse=True)
