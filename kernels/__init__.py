@@ -1,9 +1,9 @@
-"""Etude's operators: each with one plain torch reference, and C++ and Triton twins.
+"""Etude's operators: each with one plain torch reference, and C++, Triton and CUDA twins.
 
 Light on purpose: nothing is registered, compiled or loaded before an operator is first used, and
 importing this package never raises (other libraries probe for a package of this folder's name).
-Called by the models (`adaln_modulate`, `gate_residual`, `gate_residual_adaln`), by the optimizer
-(`adamw_ema`) and by `etude kernels` and `etude doctor` (`status`).
+Called by the models, the diffusion objectives and samplers, the optimizer, the metrics and their
+extractors, `etude.fuse`, and by `etude kernels` and `etude doctor` (`status`, `attention_status`).
 """
 
 from typing import Any
