@@ -316,7 +316,7 @@ def _twin(backend: str) -> tuple[Launch, Callable[..., None]]:
 def _run(
     backend: str, lists: Sequence[list[Tensor]], scalars: Sequence[object], settings: Sequence
 ) -> None:
-    """The operator where a graph is recorded; elsewhere its launch function, past the dispatcher."""
+    """The operator where a graph is recorded, its launch function elsewhere."""
     launch, op = _twin(backend)
     eager = all(type(t) in (Tensor, torch.nn.Parameter) for t in lists[0])
     if not eager or torch.compiler.is_compiling():
