@@ -47,13 +47,19 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.frequencies // 2
-        # The angles reach 1000 radians, where bf16 has no fraction left: float32 at least.
-        dtype = torch.promote_types(t.dtype, torch.float32)
-        index = torch.arange(half, dtype=dtype, device=t.device)
-        angles = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) / half * index)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+def sinusoids(values: Tensor, channels: int) -> Tensor:
+    """Values of any shape to (..., channels): cosines, then sines, of value * 10000^(-i / half).
+
+    Float32 at least: the angles reach 1000 radians, where bf16 has no fraction left.
+    """
+    half = channels // 2
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    index = torch.arange(half, dtype=dtype, device=values.device)
+    angles = values.to(dtype)[..., None] * torch.exp(-math.log(10000.0) / half * index)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class LabelEmbedder(nn.Module):
