@@ -211,9 +211,9 @@ def _build(recipe: Recipe) -> nn.Module | None:
     """The model a recipe trains, without memory for its weights."""
     with torch.device("meta"):
         if recipe.kind == "ldm":
-            from etude.models.dit import DiT
+            from etude.models.families import build_denoiser
 
-            return DiT(recipe.model)
+            return build_denoiser(recipe.model)
         if recipe.kind == "autoencoder":
             from etude.external.diffusers import Autoencoder
 

@@ -32,7 +32,7 @@ from etude.diffusion.objectives import Objective
 from etude.diffusion.samplers import SamplerConfig, sample
 from etude.external.diffusers import WEIGHTS, Autoencoder
 from etude.kernels import solver
-from etude.models.dit import DiT
+from etude.models.families import build_denoiser
 
 from .pictures import picture_grid, png
 
@@ -46,7 +46,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def denoiser(model: Callable) -> Callable[[Tensor, Tensor, dict], Tensor]:
     """A model called with time in [0, 1000) as the (x, t in [0, 1], condition) callable."""
-    return lambda x, t, condition: model(x, t * 1000.0, condition["labels"])
+    return lambda x, t, condition: model(x, t * 1000.0, condition)
 
 
 @dataclass
@@ -193,7 +193,7 @@ def open_generator(
     with verify_checkpoint(checkpoint, hashes=False) as opened:
         extra, images_seen = opened.manifest["extra"], opened.images_seen
     weights = weights or recipe.default_weights()
-    model = DiT(recipe.model)
+    model = build_denoiser(recipe.model)
     model.load_state_dict(read_weights(checkpoint, weights, hashes=False))
     model.to(device).eval().requires_grad_(False)
     autoencoder, autoencoder_key = (

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from etude.kernels import attention_packed, mlp
+from etude.kernels import QKNorm, attention_packed, mlp, swiglu
+from etude.kernels.attention import Rope
 
 
 @contextmanager
@@ -76,15 +77,21 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, N, D) with a fused, biased query-key-value map."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+            self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        norm = None
+        if hasattr(self, "q_norm"):
+            norm = QKNorm("rmsnorm", self.q_norm.weight, self.k_norm.weight)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(attention_packed(qkv).flatten(2))
+        return self.proj(attention_packed(qkv, qk_norm=norm, rope=rope).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -99,9 +106,32 @@ class Mlp(nn.Module):
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
-def modulation(hidden_size: int, chunks: int) -> nn.Sequential:
-    """The adaLN map: conditioning (B, D) to (B, chunks * D), linear after SiLU."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+class SwiGLU(nn.Module):
+    """Gated MLP silu(x W_1) * (x W_2), then W_3 (Shazeer 2020); W_1 and W_2 are one map."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * inner_size)
+        self.w3 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(swiglu(self.w12(x)))
+
+
+def modulation(hidden_size: int, chunks: int, bottleneck: int = 1) -> nn.Sequential:
+    """The adaLN map: conditioning (B, D) to (B, chunks * D), linear after SiLU.
+
+    With a `bottleneck` above 1 there is a narrow layer before it, D / bottleneck wide.
+    """
+    if bottleneck == 1:
+        return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+    inner = hidden_size // bottleneck
+    return nn.Sequential(
+        nn.SiLU(),
+        nn.Linear(hidden_size, inner),
+        nn.SiLU(),
+        nn.Linear(inner, chunks * hidden_size),
+    )
 
 
 def positions_2d(hidden_size: int, grid: int) -> Tensor:

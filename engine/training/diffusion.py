@@ -17,7 +17,7 @@ from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch
 from etude.diffusion.objectives import Noise, Objective
 from etude.kernels import nearest_neighbours
-from etude.models.dit import DiT
+from etude.models.families import build_denoiser
 from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
 
@@ -46,7 +46,7 @@ class DiffusionJob(Job):
         self.objective = Objective(recipe.objective)
         if self.autoencoder is not None and recipe.latents.variants:
             self.loader = self._latent_loader()
-        self.model = DiT(recipe.model, seed=recipe.seed)
+        self.model = build_denoiser(recipe.model, seed=recipe.seed)
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
         self._training_pictures: np.ndarray | None = None
         if world.rank == 0:

@@ -11,7 +11,7 @@ from etude.data.loader import DataConfig
 from etude.diffusion.objectives import ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import AutoencoderConfig
-from etude.models.dit import DiTConfig
+from etude.models.families import ModelConfig
 
 
 class TrainRecipe(Recipe):
@@ -63,7 +63,7 @@ class LatentDiffusionRecipe(TrainRecipe):
     kind: Literal["ldm"]
     autoencoder: str = option("", "an autoencoder's run or folder; empty trains in pixels")
     latents: LatentConfig = option(LatentConfig(), "the cache of latents")
-    model: DiTConfig = option(..., "the diffusion transformer")
+    model: ModelConfig = option(..., "the denoiser; `family` says which kind, dit if left out")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
     drop_label: float = option(0.1, "share of samples trained without their label", ge=0, lt=1)
     sampler: SamplerConfig = option(..., "how pictures are drawn")

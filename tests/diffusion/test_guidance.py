@@ -252,7 +252,7 @@ def test_gradient_through_the_real_networks() -> None:
             GuidanceConfig(), learner, lambda x0: F.interpolate(x0, scale_factor=2.0)
         )
         return guide.gradient(
-            lambda x, t, condition: model(x, t * 1000, condition["labels"]),
+            lambda x, t, condition: model(x, t * 1000, condition),
             FLOW, x.to(dtype), x.to(dtype), t.to(dtype), {"labels": labels},
         )  # fmt: skip
 
