@@ -124,10 +124,9 @@ class DiTConfig(DenoiserConfig):
                 f"hidden_size={self.hidden_size} is not a multiple of"
                 f" modulation_bottleneck={self.modulation_bottleneck}"
             )
-        if self.conditioning.semantic == "text" or self.conditioning.semantic_path == "attention":
-            raise ValueError(
-                "family dit takes its class through adaLN: set family: pixart or mmdit"
-            )
+        asked = self.conditioning
+        if asked.semantic == "text" or asked.semantic_path == "attention":
+            raise ValueError("family dit takes a class through adaLN: set family: pixart or mmdit")
         return self
 
 
@@ -191,12 +190,9 @@ class DiT(nn.Module):
             if config.positions != "rope":
                 self.pos_embed = nn.Parameter(positions_2d(D, grid)[None], requires_grad=False)
             if config.positions != "table":
-                for name, table in zip(
-                    ("rope_cos", "rope_sin"),
-                    rope_2d(grid, grid, D // config.num_heads),
-                    strict=True,
-                ):
-                    self.register_buffer(name, table, persistent=False)
+                cos, sin = rope_2d(grid, grid, D // config.num_heads)
+                self.register_buffer("rope_cos", cos, persistent=False)
+                self.register_buffer("rope_sin", sin, persistent=False)
             self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
             self.final_layer = FinalLayer(D, config.patch_size, config.out_channels, config.norm)
             self._initialise()
