@@ -34,6 +34,7 @@ from etude.external.diffusers import WEIGHTS, Autoencoder
 from etude.kernels import solver
 from etude.models.families import build_denoiser
 
+from .conditions import Conditions
 from .pictures import picture_grid, png
 
 BLOCK = 64
@@ -59,11 +60,13 @@ class Generator:
     autoencoder: Autoencoder | None
     classes: list[str]
     latent_shape: tuple[int, int, int]
+    conditions: Conditions
     name: str = "generator"
     fingerprint: str = ""
     profile: str = "raw"
     training_shards: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -81,7 +84,7 @@ class Generator:
             "sampler": self.sampler.model_dump(mode="json"),
             "profile": self.profile,
             "rounding": "half to even",
-        }
+        } | ({"control": self.control} if self.control else {})
 
     def decode(self, latents: Tensor) -> Tensor:
         """Model-space latents (B, C, h, w) to pictures (B, C, H, W) in [-1, 1], differentiable."""
@@ -142,8 +145,8 @@ class Generator:
             where = positions * (1 << 24) + step
             return rng.normal(seed, stream, where, self.latent_shape, self.device)
 
-        condition = {"labels": torch.as_tensor(labels, device=self.device)}
-        null = {"labels": torch.full_like(condition["labels"], self.null_label)}
+        condition = self.conditions.asked(labels, control=self.control)
+        null = self.conditions.without(condition)
         latents = sample(
             denoiser(self.model),
             self.objective,
@@ -201,8 +204,15 @@ def open_generator(
     )
     size = recipe.model.input_size
     identity = json.dumps([extra["fingerprint"], images_seen, weights, autoencoder_key])
+    device = torch.device(device)
     return Generator(
         model=model,
+        conditions=Conditions(
+            recipe.model.conditioning,
+            recipe.model.num_classes,
+            recipe.data.augment.image_size,
+            device,
+        ),
         objective=Objective(recipe.objective),
         sampler=sampler or recipe.sampler,
         autoencoder=autoencoder,
@@ -212,7 +222,7 @@ def open_generator(
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
         profile=weights,
         training_shards=recipe.data.shards,
-        device=torch.device(device),
+        device=device,
     )
 
 

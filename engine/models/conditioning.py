@@ -56,7 +56,7 @@ class ConditioningConfig(Config):
     padding_noise: float = option(
         0.02, "noisy_replicate: noise over the standard deviation of the text's channels", ge=0
     )
-    control: tuple[ControlConfig, ...] = option((), "values that pictures are told apart by")
+    control: list[ControlConfig] = option([], "values that pictures are told apart by")
     control_embedding: Literal["separate", "concatenated", "micro"] = option(
         "separate",
         "separate: an MLP each, summed; concatenated: one MLP (SDXL); micro: slices (PixArt)",

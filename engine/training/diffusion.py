@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from etude.conditions import Conditions
 from etude.core import distributed, rng
 from etude.core.errors import UserError
 from etude.core.log import read_metrics
@@ -43,6 +44,12 @@ class DiffusionJob(Job):
             open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
         )
         self._check_shapes()
+        self.conditions = Conditions(
+            recipe.model.conditioning,
+            recipe.model.num_classes,
+            recipe.data.augment.image_size,
+            world.device,
+        )
         self.objective = Objective(recipe.objective)
         if self.autoencoder is not None and recipe.latents.variants:
             self.loader = self._latent_loader()
@@ -148,17 +155,12 @@ class DiffusionJob(Job):
         where = torch.as_tensor(positions, dtype=torch.int64, device=device)
         noise = Noise(where, seed, int(rng.Stream.NOISE))
         times = self.objective.times(self._uniform(rng.Stream.TIMESTEP, positions))
-        dropped = self._uniform(rng.Stream.DROP_SEMANTIC, positions) < self.recipe.drop_label
-        condition = {"labels": torch.where(dropped, self.null_label, self._labels(batch))}
+        condition = self.conditions.of_batch(batch)
+        condition |= self.conditions.noise(condition, seed, positions)
+        condition |= self.conditions.dropped(
+            seed, positions, self.recipe.drop_semantic, self.recipe.drop_control
+        )
         return self.objective.losses(denoiser(forward), x0, noise, times, condition)
-
-    @property
-    def null_label(self) -> int:
-        return self.recipe.model.num_classes
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = batch.labels.to(self.world.device)
-        return torch.where(labels < 0, self.null_label, labels)
 
     def _uniform(self, stream: rng.Stream, positions: np.ndarray) -> Tensor:
         values = rng.uniform(self.recipe.seed, stream, positions)[:, 0]
@@ -190,8 +192,8 @@ class DiffusionJob(Job):
         self.show_progress(images_seen)
         return means[self.recipe.default_weights()]
 
-    def held_out(self) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-        """Held-out x0 and noise (n, C, h, w), times (n,) in each of `BINS` slices, labels (n,)."""
+    def held_out(self) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Tensor]]:
+        """Held-out x0 and noise (n, C, h, w), times (n,) in each of `BINS` slices, condition."""
         batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
         batch.positions = positions = HELD_OUT + batch.positions
         x0 = self.clean(batch)
@@ -200,12 +202,11 @@ class DiffusionJob(Job):
         )
         within = self._uniform(rng.Stream.TIMESTEP, positions)
         times = [self.objective.schedule.snap((b + within) / BINS) for b in range(BINS)]
-        return x0, noise, times, self._labels(batch)
+        return x0, noise, times, self.conditions.of_batch(batch)
 
     def held_out_losses(self, model: Callable) -> list[float]:
-        """Mean loss in each slice of time, labels given, noise fixed per sample."""
-        x0, noise, times, labels = self.held_out()
-        condition = {"labels": labels}
+        """Mean loss in each slice of time, nothing dropped, noise fixed per sample."""
+        x0, noise, times, condition = self.held_out()
         losses = [self.objective.losses(denoiser(model), x0, noise, t, condition) for t in times]
         return [float(values.mean()) for values in losses]
 
@@ -225,6 +226,7 @@ class DiffusionJob(Job):
             self.autoencoder,
             self.train_set.classes,
             (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size),
+            self.conditions,
             device=self.world.device,
         )
         columns = min(max(generator.num_classes, 1), grid.max_classes)

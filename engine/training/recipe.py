@@ -65,7 +65,12 @@ class LatentDiffusionRecipe(TrainRecipe):
     latents: LatentConfig = option(LatentConfig(), "the cache of latents")
     model: ModelConfig = option(..., "the denoiser; `family` says which kind, dit if left out")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
-    drop_label: float = option(0.1, "share of samples trained without their label", ge=0, lt=1)
+    drop_semantic: float = option(
+        0.1, "share of samples trained without their class or text", ge=0, lt=1
+    )
+    drop_control: float = option(
+        0.1, "share of samples trained without their control values", ge=0, lt=1
+    )
     sampler: SamplerConfig = option(..., "how pictures are drawn")
     grid: GridConfig = option(GridConfig(), "the sample grid", affects_result=False)
     judge: str = option(
