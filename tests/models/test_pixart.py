@@ -309,9 +309,24 @@ def test_control_starts_without_effect_and_can_be_dropped(micro: bool) -> None:
         assert (change[:2] > 1e-5).all(), k
 
 
+def test_other_control_keeps_its_order_beside_the_micro_conditions() -> None:
+    names = ("aspect", "flip", "height", "crop", "width")
+    control = [{"name": name, "exponent": k} for k, name in enumerate(names)]
+    config = small(TEXT | {"control": control}, micro_conditions=True)
+    model = randomised(config)
+    for module in (model.csize_embedder, model.ar_embedder):
+        torch.nn.init.zeros_(module.mlp[2].weight)
+        torch.nn.init.zeros_(module.mlp[2].bias)
+    _, t, condition = inputs(config)
+    own = model.control_embedder(t, condition["control"][:, [1, 3]])
+    assert model.control_embedder.exponents == [1, 3]
+    expected = model.t_embedder(t) + own
+    torch.testing.assert_close(model._vector(t, condition), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("exponents", [(0, 0, 0), (0.5, 1, 3)])
 def test_micro_conditions_are_those_of_the_paper(exponents: tuple[float, ...]) -> None:
-    """Height and width by one embedder, aspect by another, a third of c each; they may come late."""
+    """Height and width by one embedder, aspect by another, a third of c each, from any time on."""
     control = [
         {"name": name, "exponent": exponent, "scale": scale}
         for name, exponent, scale in zip(
