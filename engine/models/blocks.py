@@ -95,12 +95,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two-layer perceptron with the tanh approximation of GELU."""
+    """Two-layer perceptron with the tanh approximation of GELU.
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    Its output has as many channels as its input where `out_size` is not given.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int, out_size: int | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.fc2 = nn.Linear(inner_size, out_size or hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -134,16 +137,18 @@ def modulation(hidden_size: int, chunks: int, bottleneck: int = 1) -> nn.Sequent
     )
 
 
-def positions_2d(hidden_size: int, grid: int) -> Tensor:
-    """Fixed sine-cosine embedding (grid * grid, D) float32 of integer token coordinates.
+def positions_2d(hidden_size: int, grid: int, coordinates: Tensor | None = None) -> Tensor:
+    """Fixed sine-cosine embedding (grid * grid, D) float32 of token coordinates.
 
     The first half of the channels holds the column, the second the row; in each half the sines come
-    first. Frequencies fall geometrically from 1 to 1/10000.
+    first. Frequencies fall geometrically from 1 to 1/10000. `coordinates` (grid,) of the tokens of
+    a row, and of a column, are 0, 1, 2, ... if not given.
     """
     quarter = hidden_size // 4
     index = torch.arange(quarter, dtype=torch.float64)
     frequency = 1.0 / 10000.0 ** (index / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    at = torch.arange(grid) if coordinates is None else coordinates
+    angles = at.to(torch.float64)[:, None] * frequency
     axis = torch.cat((angles.sin(), angles.cos()), dim=1)
     column = axis[None, :, :].expand(grid, -1, -1)
     row = axis[:, None, :].expand(-1, grid, -1)

@@ -144,10 +144,11 @@ class TextTokens(nn.Module):
     every prompt are padded alike: guidance must not learn from a length (`text_padding`).
     """
 
-    def __init__(self, config: ConditioningConfig) -> None:
+    def __init__(self, config: ConditioningConfig, *, null: str = "null") -> None:
+        """`null` names the buffer of the null text, for families that publish it."""
         super().__init__()
-        self.kind, self.noise = config.text_padding, config.padding_noise
-        self.register_buffer("null", torch.zeros(config.text_tokens, config.text_width))
+        self.kind, self.noise, self.null_name = config.text_padding, config.padding_noise, null
+        self.register_buffer(null, torch.zeros(config.text_tokens, config.text_width))
         if self.kind == "learned":
             self.padding = nn.Parameter(torch.zeros(config.text_width))
 
@@ -166,7 +167,8 @@ class TextTokens(nn.Module):
             )
         dropped = condition.get("drop_semantic")
         if dropped is not None:
-            text = torch.where(dropped[:, None, None], self.null.to(text.dtype), text)
+            null = getattr(self, self.null_name).to(text.dtype)
+            text = torch.where(dropped[:, None, None], null, text)
             if lengths is not None:
                 lengths = torch.where(dropped, text.shape[1], lengths)
         return text, lengths if self.kind == "mask" else None
