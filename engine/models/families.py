@@ -9,9 +9,11 @@ from pydantic import Discriminator, Tag
 from torch import nn
 
 from .dit import DiT, DiTConfig
+from .pixart import PixArt, PixArtConfig
 
 FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {
     "dit": (DiTConfig, DiT),
+    "pixart": (PixArtConfig, PixArt),
 }
 
 
@@ -21,7 +23,10 @@ def _family(value: Any) -> str:
 
 
 # A section without `family` is a DiT.
-ModelConfig = Annotated[Annotated[DiTConfig, Tag("dit")], Discriminator(_family)]
+ModelConfig = Annotated[
+    Annotated[DiTConfig, Tag("dit")] | Annotated[PixArtConfig, Tag("pixart")],
+    Discriminator(_family),
+]
 
 
 def build_denoiser(config: Any, *, seed: int = 0) -> nn.Module:
