@@ -118,7 +118,7 @@ class DiTBlock(nn.Module):
         D = x.shape[-1]
         # Six vectors: shift_1, scale_1, the neighbours gate_1, shift_2, scale_2, and gate_2.
         vectors = self.adaLN_modulation(c).split((D, D, 3 * D, D), 1)
-        x, y = _add_and_modulate(x, h, gate, vectors[0], vectors[1])
+        x, y = add_and_modulate(x, h, gate, vectors[0], vectors[1])
         x, y = gate_residual_adaln(x, self.attn(y), modulation=vectors[2])
         return x, self.mlp(y), vectors[3]
 
@@ -133,7 +133,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        _, y = _add_and_modulate(x, h, gate, shift, scale)
+        _, y = add_and_modulate(x, h, gate, shift, scale)
         return self.linear(y)
 
 
@@ -197,7 +197,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
 
-def _add_and_modulate(
+def add_and_modulate(
     x: Tensor, h: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add the pending branch, if any; returns the stream and its modulated normalisation."""
