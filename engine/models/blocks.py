@@ -104,20 +104,22 @@ def modulation(hidden_size: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
 
 
-def positions_2d(hidden_size: int, grid: int) -> Tensor:
-    """Fixed sine-cosine embedding (grid * grid, D) float32 of integer token coordinates.
+def positions_2d(hidden_size: int, grid: int, *, zero: int = 0, step: float = 1.0) -> Tensor:
+    """Fixed sine-cosine embedding (grid * grid, D) float32 of token coordinates.
 
-    The first half of the channels holds the column, the second the row; in each half the sines come
-    first. Frequencies fall geometrically from 1 to 1/10000.
+    Token i along an axis lies at (i - zero) * step. The first half of the channels holds the
+    column, the second the row; in each half the sines come first. Frequencies fall geometrically
+    from 1 to 1/10000.
     """
     quarter = hidden_size // 4
     index = torch.arange(quarter, dtype=torch.float64)
     frequency = 1.0 / 10000.0 ** (index / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    places = (torch.arange(grid, dtype=torch.float64) - zero) * step
+    angles = places[:, None] * frequency
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float32)
     column = axis[None, :, :].expand(grid, -1, -1)
     row = axis[:, None, :].expand(-1, grid, -1)
-    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size).to(torch.float32)
+    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size)
 
 
 def unpatchify(tokens: Tensor, channels: int, patch_size: int) -> Tensor:
