@@ -15,8 +15,9 @@ and in the first 13 blocks of its medium size the picture also attends to itself
 
 A class takes the text's place as `class_tokens` tokens of the text stream, and the pooled vector's
 place as one vector; `semantic_path: attention` leaves the vector out, of a class and of a text. A
-dropped text is the null text of `TextTokens`, its pooled vector zero. State-dict names are those of
-the published weights, `pos_embed` included, the table from whose centre positions are cropped.
+dropped text is the null text of `TextTokens`, its pooled vector zero. The publication masks no
+padding: give its weights whole texts, without `text_lengths`. State-dict names are those of the
+published weights, `pos_embed` included, the table from whose centre positions are cropped.
 """
 
 from typing import Any, Literal
@@ -63,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sd3-medium": _published(24, 192),
     "sd3.5-medium": _published(24, 384, qk_norm="rms", dual_attention_layers=13),
     "sd3.5-large": _published(38, 192, qk_norm="rms"),
-    # Widths of DiT-XL: Berrada et al. 2024 do not say which depth theirs has, nor how many heads.
+    # DiT-XL's width; the depth and the heads of Berrada et al. 2024 are not known to us.
     "mmDiT-XL-18/2": {"depth": 18, "hidden_size": 1152, "patch_size": 2},
     "mmDiT-XL-28/2": {"depth": 28, "hidden_size": 1152, "patch_size": 2},
 }

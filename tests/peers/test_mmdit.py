@@ -87,11 +87,10 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return pair_of(config_of(kind), spread)
 
 
-def batch(strength: float = 1.0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def batch() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     x, text, pooled = (
-        strength * torch.randn(shape, generator=generator)
-        for shape in ((3, 4, 8, 8), (3, 6, 20), (3, 12))
+        torch.randn(shape, generator=generator) for shape in ((3, 4, 8, 8), (3, 6, 20), (3, 12))
     )
     return x, torch.tensor([0.0, 417.25, 1000.0]), {"text": text, "pooled": pooled}
 
@@ -130,17 +129,13 @@ def test_forward_and_gradients_agree(pair: Pair, backend: str) -> None:
     shapes = {name: value.shape for name, value in pair.ours.state_dict().items()}
     gradients = to_ours(theirs, pair.table, shapes)
     unused = "joint_blocks.2.context_block.attn.ln_q.weight"  # queries whose answers nobody reads
-    worst = 0.0
     for name, value in pair.ours.named_parameters():
         if name == unused:
             assert not gradients[name].any()
             assert value.grad is None or not value.grad.any()
             continue
         assert gradients[name].any(), name
-        error = relative(value.grad, gradients[name])
-        assert error < 1e-4, name
-        worst = max(worst, error)
-    print(f"output {relative(output, expected):.1e}, worst gradient {worst:.1e}")
+        assert relative(value.grad, gradients[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize(
