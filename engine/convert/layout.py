@@ -25,13 +25,12 @@ class Entry:
     Attributes:
         ours: our name; "" for a tensor that only they have, which `make` writes.
         theirs: their names: one, or several for `stack` and `copies`; none for a tensor that only
-            we have, which `make` writes.
+            we have, which `make` gives when read and which is not written.
         how: same: equal; stack: theirs one after another along dimension 0 (a fused query, key and
             value); copies: each of theirs equals ours; swap: the halves of dimension 0 exchanged
             (shift and scale in the other order).
         shape: their shape where it differs from ours by ones or by order of flattening.
-        make: their tensor, where they store what we compute: it is compared when read; or ours,
-            where they have none.
+        make: the tensor of the side that has it alone; theirs is compared when read.
     """
 
     ours: str

@@ -149,10 +149,10 @@ def positions_2d(hidden_size: int, grid: int, coordinates: Tensor | None = None)
     frequency = 1.0 / 10000.0 ** (index / quarter)
     at = torch.arange(grid) if coordinates is None else coordinates
     angles = at.to(torch.float64)[:, None] * frequency
-    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float32)
     column = axis[None, :, :].expand(grid, -1, -1)
     row = axis[:, None, :].expand(-1, grid, -1)
-    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size).to(torch.float32)
+    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size)
 
 
 def unpatchify(tokens: Tensor, channels: int, patch_size: int) -> Tensor:

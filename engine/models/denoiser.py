@@ -19,6 +19,7 @@ second half is a variance. The weights are a function of the `seed` it is built 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -46,3 +47,17 @@ class DenoiserConfig(Config):
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+def fill_preset(data: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A configuration's fields with those of its `preset` filled in; contradictions are refused."""
+    sizes = presets.get(data.get("preset") or "") if isinstance(data, dict) else None
+    if not sizes:
+        return data
+    for name, value in sizes.items():
+        if data.get(name, value) != value:
+            raise ValueError(
+                f"{name}={data[name]} contradicts preset {data['preset']} ({name}={value}):"
+                f" leave out {name}, or the preset"
+            )
+    return data | dict(sizes)

@@ -42,7 +42,7 @@ from .blocks import (
     unpatchify,
 )
 from .conditioning import ControlEmbedder, labels_of
-from .denoiser import Condition, DenoiserConfig
+from .denoiser import Condition, DenoiserConfig, fill_preset
 
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
@@ -98,16 +98,7 @@ class DiTConfig(DenoiserConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        sizes = PRESETS.get(data.get("preset") or "") if isinstance(data, dict) else None
-        if not sizes:
-            return data
-        for name, value in sizes.items():
-            if data.get(name, value) != value:
-                raise ValueError(
-                    f"{name}={data[name]} contradicts preset {data['preset']} ({name}={value}):"
-                    f" leave out {name}, or the preset"
-                )
-        return data | sizes
+        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":

@@ -9,10 +9,12 @@ from pydantic import Discriminator, Tag
 from torch import nn
 
 from .dit import DiT, DiTConfig
+from .mmdit import MMDiT, MMDiTConfig
 from .pixart import PixArt, PixArtConfig
 
 FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {
     "dit": (DiTConfig, DiT),
+    "mmdit": (MMDiTConfig, MMDiT),
     "pixart": (PixArtConfig, PixArt),
 }
 
@@ -24,7 +26,9 @@ def _family(value: Any) -> str:
 
 # A section without `family` is a DiT.
 ModelConfig = Annotated[
-    Annotated[DiTConfig, Tag("dit")] | Annotated[PixArtConfig, Tag("pixart")],
+    Annotated[DiTConfig, Tag("dit")]
+    | Annotated[MMDiTConfig, Tag("mmdit")]
+    | Annotated[PixArtConfig, Tag("pixart")],
     Discriminator(_family),
 ]
 

@@ -56,7 +56,7 @@ from .conditioning import (
     labels_of,
     power_cosine,
 )
-from .denoiser import Condition, DenoiserConfig
+from .denoiser import Condition, DenoiserConfig, fill_preset
 
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 PRESETS = {
@@ -95,16 +95,7 @@ class PixArtConfig(DenoiserConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        sizes = PRESETS.get(data.get("preset") or "") if isinstance(data, dict) else None
-        if not sizes:
-            return data
-        for name, value in sizes.items():
-            if data.get(name, value) != value:
-                raise ValueError(
-                    f"{name}={data[name]} contradicts preset {data['preset']} ({name}={value}):"
-                    f" leave out {name}, or the preset"
-                )
-        return data | sizes
+        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "PixArtConfig":

@@ -139,6 +139,14 @@ def test_position_embedding_holds_the_column_first() -> None:
             np.testing.assert_allclose(table[row * grid + column], np.concatenate(parts), atol=1e-7)
 
 
+def test_positions_can_be_shifted_and_stretched() -> None:
+    moved = positions_2d(8, 7, 0.5 * (torch.arange(7) - 2)).unflatten(0, (7, 7))
+    plain = positions_2d(8, 3).unflatten(0, (3, 3))
+    torch.testing.assert_close(moved[2::2, 2::2], plain, rtol=0, atol=1e-7)
+    place = -2 * 0.5 * torch.tensor([1.0, 0.01])
+    torch.testing.assert_close(moved[0, 0, :4], torch.cat((place.sin(), place.cos())))
+
+
 def test_time_embedding_holds_the_cosines_first() -> None:
     embedder = TimestepEmbedder(8).double()
     t = np.array([0.0, 1.0, 731.25])
