@@ -216,7 +216,7 @@ class Stage:
         index: its number within the level.
         inputs, outputs: channels; on the way up the inputs hold those of the way down.
         depth: blocks of the transformer after the residual block; 0: no transformer.
-        resample: on the way down it is a halving and nothing else; on the way up a doubling ends it.
+        resample: on the way down it is a halving and nothing else; on the way up it ends doubling.
     """
 
     level: int
