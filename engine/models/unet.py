@@ -17,8 +17,9 @@ it has one, goes through `label_emb` into e. Control goes into e too: through th
 where it is SDXL's (`concatenated` with exponent 0, so that nothing depends on the time), otherwise
 through `ControlEmbedder`. What is dropped enters `label_emb` as zeros, as in SDXL.
 
-State-dict names are those of the published repositories; `class_embedder` and `control_embedder`
-are ours. The U-Net alone has 400,920,579 parameters for cin256-v2 (`ldm4` with 3 channels).
+State-dict names are those of the published repositories; `class_embedder`, `text_tokens` and
+`control_embedder` are ours. Without them cin256-v2 (`ldm4` with 3 channels) has 400,920,579
+parameters, SDXL 2,567,463,684.
 """
 
 from collections.abc import Iterator
