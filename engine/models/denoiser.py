@@ -55,9 +55,10 @@ def fill_preset(data: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     if not sizes:
         return data
     for name, value in sizes.items():
-        if data.get(name, value) != value:
+        given = data.get(name, value)
+        if (tuple(given) if isinstance(given, list) else given) != value:
             raise ValueError(
-                f"{name}={data[name]} contradicts preset {data['preset']} ({name}={value}):"
+                f"{name}={given} contradicts preset {data['preset']} ({name}={value}):"
                 f" leave out {name}, or the preset"
             )
     return data | dict(sizes)

@@ -11,11 +11,13 @@ from torch import nn
 from .dit import DiT, DiTConfig
 from .mmdit import MMDiT, MMDiTConfig
 from .pixart import PixArt, PixArtConfig
+from .unet import UNet, UNetConfig
 
 FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {
     "dit": (DiTConfig, DiT),
     "mmdit": (MMDiTConfig, MMDiT),
     "pixart": (PixArtConfig, PixArt),
+    "unet": (UNetConfig, UNet),
 }
 
 
@@ -28,7 +30,8 @@ def _family(value: Any) -> str:
 ModelConfig = Annotated[
     Annotated[DiTConfig, Tag("dit")]
     | Annotated[MMDiTConfig, Tag("mmdit")]
-    | Annotated[PixArtConfig, Tag("pixart")],
+    | Annotated[PixArtConfig, Tag("pixart")]
+    | Annotated[UNetConfig, Tag("unet")],
     Discriminator(_family),
 ]
 

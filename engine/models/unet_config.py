@@ -11,7 +11,7 @@ from pydantic import model_validator
 from etude.core.config import option
 
 from .conditioning import FREQUENCIES, ConditioningConfig, ControlConfig
-from .denoiser import DenoiserConfig
+from .denoiser import DenoiserConfig, fill_preset
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ldm4": {  # cin256-v2: latents of 3 x 64 x 64
@@ -116,17 +116,7 @@ class UNetConfig(DenoiserConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        shape = PRESETS.get(data.get("preset") or "") if isinstance(data, dict) else None
-        if not shape:
-            return data
-        for name, value in shape.items():
-            given = data.get(name, value)
-            if (tuple(given) if isinstance(given, list) else given) != value:
-                raise ValueError(
-                    f"{name}={given} contradicts preset {data['preset']} ({name}={value}):"
-                    f" leave out {name}, or the preset"
-                )
-        return data | shape
+        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "UNetConfig":
