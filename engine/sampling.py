@@ -36,6 +36,7 @@ from etude.models.families import build_denoiser
 
 from .conditions import Conditions
 from .pictures import picture_grid, png
+from .published import is_published, published_parts
 
 BLOCK = 64
 
@@ -178,13 +179,20 @@ def open_generator(
     sampler: SamplerConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> Generator:
-    """The generator of a latent-diffusion run, from its newest complete checkpoint.
+    """The generator of a latent-diffusion run, or of a published checkpoint's folder.
 
     Args:
-        run: the run's folder, or its name under `runs/`.
+        run: the run's folder, or its name under `runs/`: its newest complete checkpoint is taken;
+            or a folder as `published.py` describes it.
         weights: "raw" or "ema:<decay>"; by default the longest average that the run kept.
         sampler: replaces the sampler that the run's recipe names.
     """
+    if is_published(run):
+        if weights:
+            raise UserError(f"{run} holds one set of weights: leave out --weights")
+        generator = Generator(**published_parts(run, torch.device(device)))
+        generator.sampler = sampler or generator.sampler
+        return generator
     recipe, folder = load_run(run)
     if recipe.kind != "ldm":
         raise UserError(f"{folder} is a run of kind {recipe.kind!r}: name one of kind 'ldm'")
@@ -322,7 +330,8 @@ def sampling_protocol(
 def sample_folder(run: str | Path, protocol: dict) -> Path:
     """Where pictures of a protocol live when nobody says where: inside their run."""
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-    return load_run(run)[1] / "samples" / digest[:10]
+    folder = Path(run) if is_published(run) else load_run(run)[1]
+    return folder / "samples" / digest[:10]
 
 
 def contact_sheet(folder: Path, limit: int = 100) -> Path:
