@@ -51,14 +51,23 @@ class DenoiserConfig(Config):
 
 def fill_preset(data: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     """A configuration's fields with those of its `preset` filled in; contradictions are refused."""
-    sizes = presets.get(data.get("preset") or "") if isinstance(data, dict) else None
-    if not sizes:
+    if not isinstance(data, dict):
         return data
+    # A recipe's numbers come as a list, and a strict tuple field would refuse it from here on.
+    given = {name: tuple(v) if _numbers(v) else v for name, v in data.items()}
+    sizes = presets.get(given.get("preset") or "", {})
     for name, value in sizes.items():
-        given = data.get(name, value)
-        if (tuple(given) if isinstance(given, list) else given) != value:
+        if given.get(name, value) != value:
             raise ValueError(
-                f"{name}={given} contradicts preset {data['preset']} ({name}={value}):"
+                f"{name}={given[name]} contradicts preset {given['preset']} ({name}={value}):"
                 f" leave out {name}, or the preset"
             )
-    return data | dict(sizes)
+    return given | dict(sizes)
+
+
+def _numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, int | float) for item in value)
+    )
