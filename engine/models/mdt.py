@@ -224,7 +224,7 @@ def keep_indices(uniforms: Tensor, ratio: float) -> Tensor:
 
     Errors: ValueError for another ratio, or one that keeps nothing.
     """
-    # The margin is for products such as 100 * 0.93, a little less than 93 in floating point.
+    # The margin is for products such as 100 * 0.66, a little less than 66 in floating point.
     count = int(uniforms.shape[1] * (1.0 - ratio) + 1e-6)
     if not (0.0 <= ratio < 1.0 and count):
         raise ValueError(

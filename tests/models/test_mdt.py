@@ -157,7 +157,7 @@ def test_keep_indices_are_the_ranks_of_their_numbers() -> None:
         found = keep_indices(uniforms, ratio)
         expected = np.sort(np.argsort(uniforms.numpy(), axis=1)[:, :kept], axis=1)
         np.testing.assert_array_equal(found.numpy(), expected)
-    assert keep_indices(torch.zeros(1, 100), 0.07).tolist() == [list(range(93))]  # 100 * 0.93 < 93
+    assert keep_indices(torch.zeros(1, 100), 0.34).tolist() == [list(range(66))]
     assert keep_indices(torch.tensor([[0.5, 0.1, 0.5, 0.5]]), 0.5).tolist() == [[0, 1]]
     for ratio in (-0.1, 0.9999, 1.0):
         with pytest.raises(ValueError, match="must be 0 or more and leave one"):
@@ -316,8 +316,11 @@ def test_bfloat16_follows_float32(masked: bool) -> None:
     model = randomised(config).bfloat16()
     rounded = model(*inputs(config, masked=masked))
     rounded.float().square().mean().backward()
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - exact).norm() / exact.norm() < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = randomised(config)(*inputs(config, masked=masked))
+    for output in (rounded, cast):
+        assert output.dtype == torch.bfloat16
+        assert (output.float() - exact).norm() / exact.norm() < 0.03
 
 
 def test_a_masked_step_has_the_same_bits_when_repeated() -> None:

@@ -1,8 +1,8 @@
 """MDTv2 against the publication's mathematics in plain torch float64, with the same random weights.
 
-diffusers has no such class. The peer is written from Gao et al. 2023 and the repository's README,
-picture by picture and with Python's lists for what is kept: it shares no code with the model, and
-takes its weights by the published names.
+diffusers has no such class. The peer is written from Gao et al. 2023 and from what its public
+implementation computes, picture by picture, with Python's lists for what is kept. It shares no code
+with the model and takes its weights by the published names.
 """
 
 import copy
