@@ -13,6 +13,7 @@ A denoiser is a module `model(x, t, condition)`:
         control        (B, K) float32, a column for each entry of conditioning.control, in order
         drop_semantic  (B,) bool; rows drawn without class or text; absent: none
         drop_control   (B,) bool; rows drawn without control; absent: none
+        keep           (B, K) int64 tokens that a masked pass keeps, rising; absent: all
 
 and returns (B, C, H, W) in the parameters' dtype, or (B, 2 C, H, W) with `learn_sigma`, whose
 second half is a variance. The weights are a function of the `seed` it is built with.
