@@ -18,7 +18,7 @@ from torch import Tensor
 from etude.core.errors import UserError
 from etude.models.families import build_denoiser
 
-from . import dit, mmdit, pixart, unet
+from . import dit, mdt, mmdit, pixart, unet
 from .layout import Entry, to_ours, to_theirs
 
 Table = Callable[[Any], list[Entry]]
@@ -26,6 +26,7 @@ Table = Callable[[Any], list[Entry]]
 # it has another "original" here.
 LAYOUTS: dict[str, dict[str, Table]] = {
     "dit": {"diffusers": dit.diffusers_table},
+    "mdt": {"original": mdt.original_table},
     "mmdit": {"original": mmdit.original_table, "diffusers": mmdit.diffusers_table},
     "pixart": {"diffusers": pixart.diffusers_table},
     "unet": {"original": unet.original_table, "diffusers": unet.diffusers_table},

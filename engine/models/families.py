@@ -9,12 +9,14 @@ from pydantic import Discriminator, Tag
 from torch import nn
 
 from .dit import DiT, DiTConfig
+from .mdt import MDT, MDTConfig
 from .mmdit import MMDiT, MMDiTConfig
 from .pixart import PixArt, PixArtConfig
 from .unet import UNet, UNetConfig
 
 FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {
     "dit": (DiTConfig, DiT),
+    "mdt": (MDTConfig, MDT),
     "mmdit": (MMDiTConfig, MMDiT),
     "pixart": (PixArtConfig, PixArt),
     "unet": (UNetConfig, UNet),
@@ -29,6 +31,7 @@ def _family(value: Any) -> str:
 # A section without `family` is a DiT.
 ModelConfig = Annotated[
     Annotated[DiTConfig, Tag("dit")]
+    | Annotated[MDTConfig, Tag("mdt")]
     | Annotated[MMDiTConfig, Tag("mmdit")]
     | Annotated[PixArtConfig, Tag("pixart")]
     | Annotated[UNetConfig, Tag("unet")],

@@ -42,7 +42,7 @@ from .blocks import (
     unpatchify,
 )
 from .conditioning import ControlEmbedder, labels_of
-from .denoiser import Condition, DenoiserConfig
+from .denoiser import Condition, DenoiserConfig, fill_preset
 from .dit import SIZES, FinalLayer, Stream
 from .mdt_blocks import Kept, MDTBlock, complete
 
@@ -72,23 +72,20 @@ class MDTConfig(DenoiserConfig):
     decode_layer: int = option(4, "how many of them are the decoder's", unit="blocks", gt=0)
     num_heads: int = option(6, "attention heads", gt=0)
     mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
+    mask_ratio: tuple[float, float] | None = option(
+        (0.3, 0.5), "least and largest share that a step's second, masked pass leaves out; or null"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        sizes = PRESETS.get(data.get("preset") or "") if isinstance(data, dict) else None
-        if not sizes:
-            return data
-        for name, value in sizes.items():
-            if data.get(name, value) != value:
-                raise ValueError(
-                    f"{name}={data[name]} contradicts preset {data['preset']} ({name}={value}):"
-                    f" leave out {name}, or the preset"
-                )
-        return data | sizes
+        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "MDTConfig":
+        low, high = self.mask_ratio or (0.0, 0.0)
+        if not 0.0 <= low <= high < 1.0:
+            raise ValueError(f"mask_ratio={self.mask_ratio} must be two shares in order below 1")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}"

@@ -19,6 +19,7 @@ from etude.data.loader import Batch
 from etude.diffusion.objectives import Noise, Objective
 from etude.kernels import nearest_neighbours
 from etude.models.families import build_denoiser
+from etude.models.mdt import keep_indices
 from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
 
@@ -160,7 +161,26 @@ class DiffusionJob(Job):
         condition |= self.conditions.dropped(
             seed, positions, self.recipe.drop_semantic, self.recipe.drop_control
         )
-        return self.objective.losses(denoiser(forward), x0, noise, times, condition)
+        losses = self.objective.losses(denoiser(forward), x0, noise, times, condition)
+        if getattr(self.recipe.model, "mask_ratio", None) is None:
+            return losses
+        # MDTv2's second pass: the same latents and times, another noise, some tokens left out.
+        noise = Noise(where, seed, int(rng.Stream.SECOND_NOISE))
+        condition |= self.conditions.dropped(
+            seed, positions, self.recipe.drop_semantic, self.recipe.drop_control, turn=1
+        )
+        condition["keep"] = self._kept(positions)
+        return losses + self.objective.losses(denoiser(forward), x0, noise, times, condition)
+
+    def _kept(self, positions: np.ndarray) -> Tensor:
+        """The tokens that a masked pass keeps, (B, K) int64, for one share per step."""
+        model, seed = self.recipe.model, self.recipe.seed
+        step = positions[:1] // self.recipe.loop.global_batch
+        low, high = model.mask_ratio
+        ratio = low + (high - low) * float(rng.uniform(seed, rng.Stream.MASK_RATIO, step)[0, 0])
+        tokens = (model.input_size // model.patch_size) ** 2
+        uniforms = rng.uniform(seed, rng.Stream.MASK, positions, tokens)
+        return keep_indices(torch.as_tensor(uniforms, device=self.world.device), ratio)
 
     def _uniform(self, stream: rng.Stream, positions: np.ndarray) -> Tensor:
         values = rng.uniform(self.recipe.seed, stream, positions)[:, 0]

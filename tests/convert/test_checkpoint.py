@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from etude.convert.checkpoint import read_denoiser, read_file, write_denoiser
+from etude.convert.checkpoint import LAYOUTS, read_denoiser, read_file, write_denoiser
 from etude.convert.layout import Entry, to_ours, to_theirs
 from etude.core.errors import UserError
 from etude.models.families import FAMILIES, build_denoiser
@@ -14,6 +14,7 @@ from etude.models.families import FAMILIES, build_denoiser
 TEXT = {"semantic": "text", "text_tokens": 5, "text_width": 8}
 MODELS = {
     "dit": dict(input_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3),
+    "mdt": dict(input_size=8, hidden_size=16, depth=4, decode_layer=2, num_heads=2, num_classes=3),
     "mmdit": dict(input_size=4, hidden_size=128, depth=2, conditioning=TEXT | {"pooled_width": 6}),
     "pixart": dict(input_size=4, hidden_size=16, depth=2, num_heads=2, conditioning=TEXT),
     "unet": dict(
@@ -33,8 +34,10 @@ def model(family: str) -> torch.nn.Module:
     return network
 
 
-@pytest.mark.parametrize("layout", ["original", "diffusers"])
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in MODELS for layout in {"original": 0, **LAYOUTS[family]}],
+)
 def test_a_layout_is_found_and_gives_the_same_weights(family: str, layout: str, tmp_path) -> None:
     network = model(family)
     state = network.state_dict()
