@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from etude import cli
 from etude.convert.checkpoint import write_denoiser
 from etude.core.errors import UserError
 from etude.data.shards import ShardSet
@@ -37,12 +39,11 @@ def folder(tmp_path, monkeypatch):
     return folder, model
 
 
-def test_one_command_and_no_flag(folder, capsys) -> None:
-    from etude.cli import main
-
+def test_one_command_and_no_flag(folder, capsys, monkeypatch) -> None:
     where, _ = folder
+    monkeypatch.setattr(sys, "argv", ["etude", "sample", str(where)])
     with pytest.raises(SystemExit) as done:
-        main(["sample", str(where)])
+        cli.main()
     assert not done.value.code
     drawn = next((where / "samples").iterdir())
     assert len(ShardSet(drawn)) == 100

@@ -6,6 +6,7 @@ is opened with `weights_only`; published pickles nest the weights under "ema", "
 """
 
 import contextlib
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,11 @@ def read_file(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} could not be read ({reason}): copy it again") from None
-    except Exception as error:  # pickle.UnpicklingError is raised from inside torch's own
-        raise UserError(
-            f"{path} holds more than tensors ({type(error).__name__}): save its state dict alone"
-        ) from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors: save its state dict alone") from None
     while isinstance(found, dict) and not _is_state(found):
         inner = next((found[name] for name in _NESTS if isinstance(found.get(name), dict)), None)
         if inner is None:

@@ -18,7 +18,12 @@ MODELS = {
     "mmdit": dict(input_size=4, hidden_size=128, depth=2, conditioning=TEXT | {"pooled_width": 6}),
     "pixart": dict(input_size=4, hidden_size=16, depth=2, num_heads=2, conditioning=TEXT),
     "unet": dict(
-        input_size=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_classes=3
+        input_size=8,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        num_classes=3,
+        attention_downsamplings=(2,),
     ),
 }
 
@@ -45,7 +50,8 @@ def test_a_layout_is_found_and_gives_the_same_weights(family: str, layout: str, 
     found, name = read_denoiser(path, network.config)
     assert name == layout
     assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state)
+    absent = {"y_embedder.y_embedding"} if layout == "diffusers" else set()  # an empty prompt's
+    assert all(torch.equal(found[key], state[key]) for key in state.keys() - absent)
 
 
 def test_stable_diffusion_3_is_found_inside_a_file_with_other_networks(tmp_path) -> None:
