@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch reads this when imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 
