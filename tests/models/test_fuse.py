@@ -245,6 +245,7 @@ def test_activation_checkpointing_goes_through_the_fused_blocks() -> None:
 
 def test_a_fused_model_compiles() -> None:
     model, inputs = published()
+    model.blocks = model.blocks[:1]  # every further one would be compiled anew
     etude.fuse(drawn(model))
     want = run(model, inputs)
     torch._dynamo.reset()
