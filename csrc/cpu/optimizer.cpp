@@ -1,14 +1,14 @@
 // AdamW, any number of weight averages and a bfloat16 copy of the weights in one pass over each
 // tensor. The equations and the only caller are in kernels/optimizer.py.
 //
-// Sums and products are computed in float64 and rounded once, when they are stored. Compiled without
+// Sums and products are computed in float64 and rounded once, when stored. Compiled without
 // fused multiply-add, so the bits are the same at every processor level, for every thread count and
 // however a tensor is cut.
 //
 // What bounds it. Per float32 weight with one average 36 bytes move, and the processor executes
 // about 45 vector instructions per kLanes weights. Hence the economies here. Float64 roots and
 // quotients would take longer than all the rest: float32 seeds and one Newton step each do. A loop
-// over the lanes of exactly one float64 register converts with one instruction per load; a loop over
+// over the lanes of just one float64 register converts with one instruction per load; a loop over
 // float32 registers, which a compiler makes of mixed types by itself, unpacks and packs halves
 // around each conversion. And no operation is spent where a constant can absorb it (update_piece).
 //
