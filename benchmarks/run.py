@@ -25,8 +25,10 @@ def pytest_run(*arguments: str, **environment: str) -> int:
     """One run that shows a bar on a terminal, and failures."""
     shown = ("-qq", "-rfE", "--disable-warnings", "-p", "benchmarks.progress")
     command = [sys.executable, "-m", "pytest", *shown, *arguments]
-    # A GPU beside this CPU is none of its rivals' business.
-    seen = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    # A worker of pytest-xdist would hand its own settings on, under which nothing is timed, and a
+    # GPU beside this CPU is none of its rivals' business.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    seen = kept | {"CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.run(command, cwd=ROOT, env=seen).returncode
 
 

@@ -1,9 +1,9 @@
 """The optimizer's pass: AdamW, averages and copies, beside what torch has for the same end.
 
 A shape is (numbers in all, tensors, averages). Under ZeRO each rank has one flat float32 partition
-per group, DeepSpeed scales the gradients and writes the 16-bit weights itself. In training the state
-comes from memory, pushed out of the caches by a forward and a backward pass; here 32 million numbers,
-640 MB of state, are more than a processor's caches hold.
+per group, DeepSpeed scales the gradients and writes the 16-bit weights itself. In training the
+state comes from memory, pushed out of the caches by a forward and a backward pass; here 32 million
+numbers, 640 MB of state, are more than a processor's caches hold.
 """
 
 from collections.abc import Callable
