@@ -14,7 +14,7 @@ demo: setup
 
 test: export DS_ACCELERATOR := cpu
 test: setup
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	.venv/bin/python -m benchmarks.run

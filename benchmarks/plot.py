@@ -27,7 +27,9 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
         groups.setdefault(case, {})[row["provider"]] = row["p50_s"]
     found = {}
     for case, times in groups.items():
-        written = [t for name, t in times.items() if name not in SHOWN]
+        written = [
+            t for name, t in times.items() if name != "compiled" and not name.startswith("cpp")
+        ]
         if written and any(name.startswith("cpp") for name in times):
             found[case] = {n: min(written) / t for n, t in times.items() if n in SHOWN}
     return found

@@ -23,16 +23,19 @@ HEAD = (
 
 
 def newest(name: str) -> list[dict]:
-    """The last row of every case and provider whose sources are those of the tree."""
+    """The last row of every case and provider whose shape and sources are those of the tree."""
     file = RESULTS / f"{name}.jsonl"
     if not file.exists():
         return []
-    now = {case.name: case.source_hash() for case in registry.cases()}
+    cases = registry.cases()
+    now = {case.name: case.source_hash() for case in cases}
+    shapes = {case.name: {*case.cpu_shapes, *case.gpu_shapes} for case in cases}
     rows = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)
         case = f"{row['op']} {row.get('variant', '')}"
-        if now.get(case) == row.get("source_hash") and "p50_s" in row:
+        known = row["shape"] in shapes.get(case, ())
+        if known and now[case] == row.get("source_hash") and "p50_s" in row:
             rows[case, row["shape"], row["dtype"], row["provider"]] = row
     return list(rows.values())
 

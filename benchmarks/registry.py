@@ -4,6 +4,7 @@ Used by `bench_operators.py` (pytest-benchmark, CPU) and `gpu_operators.py` (CUD
 `make bench`, `etude kernels bench` and `make gpu` run, and by `etude kernels tune`.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -106,15 +107,19 @@ def tensors(outputs: object) -> list[Tensor]:
 def error(got: object, want: list[Tensor]) -> float:
     """Largest difference over the largest value, per output, in units of what its dtype allows.
 
-    Above 1 the values are wrong; infinite where an output is missing.
+    Above 1 the values are wrong; infinite where one is missing, has another shape or is NaN.
     """
     found = tensors(got)
     if len(found) != len(want):
         return float("inf")
     worst = 0.0
     for a, b in zip(found, want, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
         if b.numel():
             scale = b.double().abs().max().clamp_min(1e-30)
             apart = float((a.double() - b.double()).abs().max() / scale)
+            if math.isnan(apart):
+                return float("inf")
             worst = max(worst, apart / BOUND.get(a.dtype, BOUND[torch.float32]))
     return worst

@@ -16,10 +16,14 @@ import torch
 
 RESULTS = Path(os.environ.get("ETUDE_RESULTS") or Path(__file__).parent / "results")
 
+# Etude's own requirements, and the rivals where they are installed.
+LIBRARIES = ("torch", "triton", "numpy", "deepspeed", "liger-kernel", "quack-kernels", "xformers")
+LIBRARIES += ("flash-attn", "flash-attn-3", "flash-attn-4")
 
-def processor() -> str:
-    """The CPU's name, or the GPU's where there is one."""
-    if torch.cuda.is_available():
+
+def processor(device: str = "") -> str:
+    """The CPU's name, or the GPU's where there is one and `device` is not "cpu"."""
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -44,7 +48,7 @@ def revision() -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "deepspeed"):
+    for name in LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -52,11 +56,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict:
-    """What every row says of where it was measured."""
+def machine(device: str = "") -> dict:
+    """What every row says of where it was measured; `device`: as for `processor`."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
+        "processor": processor(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),

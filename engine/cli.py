@@ -5,20 +5,15 @@ Verbs run recipes (`demo start train sample practice extract evaluate`); nouns l
 2; a job that was told to stop exits with 85 after saving, and the same command resumes it.
 """
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from etude import cli_kernels
+from etude.cli_output import print_json, print_result, print_table, say
 from etude.core.errors import UserError
-from etude.core.log import format_table
 from etude.core.signals import EXIT_REQUEUE, Stopper, StopRequested
 
 app = typer.Typer(
@@ -31,11 +26,10 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Data sets and weights, fetched by hash.")
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: what a job is.")
 runs_app = typer.Typer(no_args_is_help=True, help="Runs: what a job wrote.")
-kernels_app = typer.Typer(no_args_is_help=True, help="Kernels: which backend serves each op.")
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")
-app.add_typer(kernels_app, name="kernels")
+app.add_typer(cli_kernels.app, name="kernels")
 
 RecipeName = Annotated[
     str, typer.Argument(help="A shipped recipe such as ldm/digits, or the path of a YAML file.")
@@ -55,13 +49,12 @@ DryRun = Annotated[
     ),
 ]
 RunFolder = Annotated[str, typer.Argument(help="A run's folder, or its name under runs/.")]
-console = Console()
 
 
 def main() -> None:
     """Entry point of `etude` and `python -m etude`."""
     try:
-        _check_kernels()
+        cli_kernels.check_backends()
         status = app(standalone_mode=False)  # typer.Exit comes back as its status
     except UserError as error:
         print(f"etude: {error}", file=sys.stderr)
@@ -79,15 +72,9 @@ def main() -> None:
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
-def _check_kernels() -> None:
-    """A backend that `ETUDE_KERNELS` demands and this machine lacks, said in one sentence."""
-    if os.environ.get("ETUDE_KERNELS"):
-        try:
-            from etude.kernels import backends
-
-            backends.status()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(str(error)) from None
+# What to type for a recipe of a kind.
+_VERBS = dict.fromkeys(("autoencoder", "ldm", "judge", "study"), "train")
+_VERBS |= {kind: kind for kind in ("practice", "extract", "evaluate")}
 
 
 def _run(
@@ -109,7 +96,7 @@ def _run(
     if dry_run:
         from etude.dry_run import dry_run as try_out
 
-        try_out(loaded, print_line=_say)
+        try_out(loaded, print_line=say)
         return
     from etude.core import distributed
     from etude.jobs import run_recipe
@@ -119,7 +106,7 @@ def _run(
     world = distributed.start()
     folder, result = run_recipe(loaded, world=world, **({"name": run} | place))
     if world.rank == 0:
-        _print_result(folder, result)
+        print_result(folder, result)
     if world.size > 1:
         distributed.stop(world)
     if "stopped" in result:
@@ -143,32 +130,6 @@ def _place_of_run(overrides: list[str]) -> tuple[dict, list[str]]:
         else:
             fields.append(override)
     return place, fields
-
-
-_VERBS = {
-    "autoencoder": "train",
-    "ldm": "train",
-    "judge": "train",
-    "study": "train",
-    "practice": "practice",
-    "extract": "extract",
-    "evaluate": "evaluate",
-}
-
-
-def _print_result(folder: Path, result: dict) -> None:
-    if "stopped" in result:
-        _say(f"stopped ({result['stopped']}) and saved; type the same command to go on")
-        return
-    if "jobs" in result:
-        from etude.study import summary
-
-        _table("jobs", *summary(result["jobs"]))
-    else:
-        console.print_json(json.dumps(result.get("headline", result), default=str))
-    _say(f"run  {folder}")
-    if (folder / "page.html").exists():
-        _say(f"page {folder / 'page.html'}")
 
 
 @app.command()
@@ -268,7 +229,7 @@ def sample(
     with Stopper() as stopper:
         log.on_advance = stopper.check
         sample_to_shards(generator, folder, count, seed=seed, log=log, labels=labels)
-    _say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
+    say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
 
 
 @app.command()
@@ -315,7 +276,7 @@ def data_fetch(
     from etude.core.log import Log
     from etude.fetching import fetch
 
-    _say(fetch(name, folder=folder, file=file, log=Log(None)))
+    say(fetch(name, folder=folder, file=file, log=Log(None)))
 
 
 @data_app.command("list")
@@ -327,7 +288,7 @@ def data_list() -> None:
     from etude.fetching import describe_inputs
 
     columns, rows = describe_inputs()
-    _table("inputs", columns, rows)
+    print_table("inputs", columns, rows)
 
 
 @recipes_app.command("list")
@@ -339,7 +300,7 @@ def recipes_list() -> None:
     from etude.core.recipe import describe_shipped
 
     columns, rows = describe_shipped()
-    _table("recipes", columns, rows)
+    print_table("recipes", columns, rows)
 
 
 @recipes_app.command("show")
@@ -350,7 +311,7 @@ def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """
     from etude.core.recipe import sources
 
-    _table(recipe, ["field", "value", "from"], sources(recipe, overrides or []))
+    print_table(recipe, ["field", "value", "from"], sources(recipe, overrides or []))
 
 
 @recipes_app.command("diff")
@@ -367,7 +328,7 @@ def recipes_diff(
         [field, str(old), str(new)]
         for field, old, new in differences(load_recipe(first), load_recipe(second))
     ]
-    _table("differences", ["field", first, second], rows)
+    print_table("differences", ["field", first, second], rows)
 
 
 @recipes_app.command("copy")
@@ -381,7 +342,7 @@ def recipes_copy(
     from etude.core.recipe import copy_recipe, load_recipe
 
     written = copy_recipe(recipe, to)
-    _say(f"wrote {written}; run it with `etude {_VERBS[load_recipe(to).kind]} {to}`")
+    say(f"wrote {written}; run it with `etude {_VERBS[load_recipe(to).kind]} {to}`")
 
 
 @recipes_app.command("schema")
@@ -392,7 +353,7 @@ def recipes_schema(kind: Annotated[str, typer.Argument(help="A recipe's kind.")]
     """
     from etude.core.recipe import json_schema
 
-    console.print_json(json.dumps(json_schema(kind)))
+    print_json(json_schema(kind))
 
 
 @runs_app.command("list")
@@ -404,7 +365,7 @@ def runs_list() -> None:
     from etude.core.run import list_runs
 
     columns, rows = list_runs(Path("runs"))
-    _table("runs", columns, rows)
+    print_table("runs", columns, rows)
 
 
 @runs_app.command("replay")
@@ -419,8 +380,8 @@ def runs_replay(
     from etude.replay import replay
 
     columns, rows, picture = replay(run, at)
-    _table(f"step at {at}", columns, rows)
-    _say(f"pictures {picture}")
+    print_table(f"step at {at}", columns, rows)
+    say(f"pictures {picture}")
 
 
 @runs_app.command("diff")
@@ -434,84 +395,4 @@ def runs_diff(
     from etude.replay import diff_runs
 
     for line in diff_runs(first, second):
-        _say(line)
-
-
-@kernels_app.command("status")
-def kernels_status() -> None:
-    """Which backends serve each op on this machine, and why the others do not.
-
-    Example: etude kernels status
-    """
-    from etude import kernels
-
-    _table("kernels", *_status_table(kernels.status()))
-    _table("attention", *_status_table(kernels.attention_status()))
-
-
-@kernels_app.command("list")
-def kernels_list() -> None:
-    """Every op: what it computes, its backends, dtypes, Triton budget and tests.
-
-    Example: etude kernels list
-    """
-    from etude.kernels import catalogue
-
-    _table("ops", *_status_table(catalogue.rows()))
-
-
-@kernels_app.command("bench")
-def kernels_bench(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to time; none: all.")] = None,
-) -> None:
-    """Time ops on this CPU beside eager torch, torch.compile and others (in a checkout).
-
-    Example: etude kernels bench gate_residual_adaln
-    """
-    _in_checkout("run", *(ops or []))
-
-
-@kernels_app.command("tune")
-def kernels_tune(
-    file: Annotated[str, typer.Argument(help="File to write, for ETUDE_KERNELS=@FILE.")],
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to tune; none: all.")] = None,
-) -> None:
-    """Measure each op's backends on this machine and write the faster choices (in a checkout).
-
-    Example: etude kernels tune kernels.txt
-    """
-    _in_checkout("tune", str(Path(file).absolute()), *(ops or []))
-
-
-def _in_checkout(module: str, *arguments: str) -> None:
-    """Run benchmarks/<module>.py, which is part of a checkout and not of an installed package."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "benchmarks" / f"{module}.py").exists():
-        raise UserError(
-            "benchmarks are not installed with the package: clone the repository and type it there"
-        )
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    raise typer.Exit(subprocess.run(command, cwd=root).returncode)
-
-
-def _status_table(status: list[dict]) -> tuple[list[str], list[list[str]]]:
-    columns = list(status[0])
-    return columns, [[str(row[column]) for column in columns] for row in status]
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table as wide as it needs to be; in a terminal long cells are folded instead."""
-    if not console.is_terminal:
-        print(format_table(title, columns, rows))
-        return
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-
-
-def _say(line: object) -> None:
-    """A line as it is: paths are not wrapped, square brackets are no markup."""
-    console.print(str(line), soft_wrap=True, markup=False, highlight=False)
+        say(line)

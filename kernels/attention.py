@@ -235,6 +235,12 @@ def _check_options(q: Tensor, Nk: int, options: Options) -> None:
         raise ValueError(f"attention: q, k and v must be floating, got {q.dtype}")
     packed = options.key_offsets is not None
     _check_keys(options, B, Nk, packed)
+    tables = (("rope", t) for t in options.rope or ())
+    named = ("key_lengths", "key_offsets", "bias")
+    for name, t in (*((n, getattr(options, n)) for n in named), *tables):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"attention: {name} is on {t.device}; q is on {q.device}")
+    _check_counts(options, Nk)
     if options.bias is not None:
         _check_bias(options.bias, (B, H, Nq, Nk), packed)
     if options.qk_norm is not None:
@@ -257,9 +263,22 @@ def _check_keys(options: Options, batch: int, Nk: int, packed: bool) -> None:
             )
     if packed and options.key_lengths is not None:
         raise ValueError("attention: give key_lengths or key_offsets, not both")
-    offsets = options.key_offsets
-    if offsets is None or offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # values on a device are not looked at: that would wait for it
+
+
+def _check_counts(options: Options, Nk: int) -> None:
+    """Values are looked at on the CPU alone: elsewhere that would wait for the device."""
+
+    def known(t: Tensor | None) -> bool:
+        real = type(t) is Tensor and t.device.type == "cpu"  # not a fake one
+        return real and t.numel() > 0 and not torch.compiler.is_compiling()
+
+    lengths, offsets = options.key_lengths, options.key_offsets
+    if known(lengths):
+        for n in map(int, lengths.aminmax()):
+            if not 0 <= n <= Nk:
+                raise ValueError(f"attention: key_lengths holds {n}; there are {Nk} keys")
+    if not known(offsets):
+        return
     steps = offsets.diff()
     if int(offsets[0]) or int(offsets[-1]) != Nk or bool((steps < 0).any()):
         raise ValueError(f"attention: key_offsets must rise from 0 to {Nk}, the number of keys")
@@ -308,7 +327,7 @@ def dot_product_attention(
         q: (B, Nq, H, d); k, v: (B, Nk, H, d), or (T, H, d) with `key_offsets`; one dtype of
             float16, bfloat16, float32, float64; any strides, the last dimension best contiguous.
         scale: of the scores; 1 / sqrt(d) if not given.
-        key_lengths: (B,) int32; keys at or beyond it are ignored (they must be finite).
+        key_lengths: (B,) int32, 0 to Nk; keys at or beyond it are ignored (they must be finite).
         key_offsets: (B + 1,) int32, rising from 0; picture b has the keys from key_offsets[b] up
             to key_offsets[b + 1].
         max_keys: no picture has more keys than this (checked on the CPU alone); without it T stands

@@ -122,8 +122,9 @@ def _triton_norm(norm: QKNorm | None) -> tuple[Tensor | None | int | float, ...]
 
 
 def _query_offsets(q: Tensor) -> Tensor:
+    """Where each picture's queries begin, and where the last ones end: (B + 1,) int32."""
     B, Nq = q.shape[:2]
-    return torch.arange(0, (B + 1) * Nq, max(Nq, 1), dtype=torch.int32, device=q.device)[: B + 1]
+    return torch.arange(B + 1, dtype=torch.int32, device=q.device) * Nq
 
 
 def _flash_attn(module: str) -> Callable[[Tensor, Tensor, Tensor, float, Options], Tensor]:

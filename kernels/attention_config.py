@@ -43,7 +43,8 @@ class LaunchConfig:
         """None where a block's scores or a head's keys and values do not fit.
 
         64 queries for 4 warps: at 256 keys 128 registers of scores per thread, and two programs per
-        multiprocessor, of which one computes while the other waits for its keys. Norm and rotation
+        multiprocessor, of which one computes while the other waits for its keys. 512 keys of 64
+        spill on sm_90, with 4 warps and with 8 (`compiling` says so). Norm and rotation
         of 256 keys of 80 need the registers of 8 warps. On sm_80 the operands of the products live
         in registers too, and half the keys fit; likewise beside a tile of bias.
         """

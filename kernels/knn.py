@@ -41,6 +41,7 @@ from .catalogue import Operator
 _ROWS, _COLUMNS = 1024, 2048  # of a block: 8 MiB of products in float32
 _KEY = 1 << 32
 MOST = 1024  # neighbours
+_TWINS = ("cpp", "triton", "cuda")
 _LARGEST = 1e37  # squared norms beyond it leave float32 no room
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -328,7 +329,7 @@ def _check_radii(op: str, name: str, radii: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {radii.device}, the rows are on {rows.device}")
 
 
-def _pick(op: str, *sets: Tensor | None, twins: tuple[str, ...] = ("cpp", "triton")) -> str:
+def _pick(op: str, *sets: Tensor | None, twins: tuple[str, ...] = _TWINS) -> str:
     """16-bit floats are widened exactly, so what counts is whether there is a float64."""
     wide = [t for t in sets if t is not None and t.dtype == torch.float64]
     kind = torch.float64 if wide else torch.float32
@@ -354,6 +355,10 @@ def nearest_neighbours(x: Tensor, y: Tensor | None = None, *, k: int = 1) -> tup
         from . import knn_triton
 
         return knn_triton.nearest_neighbours(x, y, k)
+    if backend == "cuda":
+        from . import knn_cuda
+
+        return knn_cuda.nearest_neighbours(x, y, k)
     if backend == "cpp" and len(x):
         return ops.nearest_neighbours(x, y, k)
     return nearest_neighbours_reference(x, y, k)
@@ -376,7 +381,7 @@ def membership_counts(query: Tensor, reference: Tensor, radii: Tensor) -> tuple[
     """
     _check("membership_counts", query=query, reference=reference)
     _check_radii("membership_counts", "radii", radii, reference)
-    backend = _pick("membership_counts", query, reference, twins=("cpp", "triton", "cuda"))
+    backend = _pick("membership_counts", query, reference)
     if backend == "triton":
         from . import knn_triton
 
@@ -407,9 +412,7 @@ def neighbour_pairs(x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor) -> t
 
 
 OPERATORS = (
-    Operator("nearest_neighbours", "k nearest rows, no N x M matrix", ("cpp", "triton")),
-    Operator(
-        "membership_counts", "rows inside k-nearest-neighbour balls", ("cpp", "triton", "cuda")
-    ),
+    Operator("nearest_neighbours", "k nearest rows, no N x M matrix", _TWINS),
+    Operator("membership_counts", "rows inside k-nearest-neighbour balls", _TWINS),
     Operator("neighbour_pairs", "pairs closer than either row's radius", ("cpp",)),
 )

@@ -197,14 +197,16 @@ def diffuse_kernel(
 
 
 @triton.jit
-def loss_kernel(
-    prediction_ptr, variance_ptr, x0_ptr, positions_ptr, alpha_ptr, sigma_ptr, weight_ptr,
-    bound_ptr, partial_ptr, seed, numel, S, chunks,
-    prediction_b, prediction_c, prediction_p, x0_b, x0_c, x0_p,
-    TARGET: tl.constexpr, WEIGHTED: tl.constexpr, BOUND: tl.constexpr, DENSE: tl.constexpr,
-    COUNTERS: tl.constexpr,
+def missed(
+    prediction_ptr, variance_ptr, x0_ptr, positions_ptr, alpha_ptr, sigma_ptr,
+    seed, numel, S, chunks, prediction_b, prediction_c, prediction_p, x0_b, x0_c, x0_p,
+    TARGET: tl.constexpr, BOUND: tl.constexpr, DENSE: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """The sum over one chunk of one sample; variance_ptr is the prediction's second half."""
+    """prediction - target of one chunk of sample b, and what the bound needs beside it.
+
+    Returns (b, elements, which of them exist, difference, second half, x0); the last two are the
+    prediction where nothing reads them.
+    """
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
     first = (program % chunks).to(tl.int32) * COUNTERS
@@ -213,6 +215,8 @@ def loss_kernel(
     # Loads go first: they are on their way while the counters are computed.
     at = b * prediction_b + offsets(i, S, prediction_c, prediction_p, DENSE)
     prediction = tl.load(prediction_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    variance = prediction
+    x0 = prediction
     if BOUND:
         variance = tl.load(variance_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if TARGET != 1 or BOUND:
@@ -223,13 +227,30 @@ def loss_kernel(
     difference = prediction - p * eps
     if TARGET != 1:
         difference -= q * x0
+    return b, i, mask, difference, variance, x0
+
+
+@triton.jit
+def loss_kernel(
+    prediction_ptr, variance_ptr, x0_ptr, positions_ptr, alpha_ptr, sigma_ptr, weight_ptr,
+    bound_ptr, partial_ptr, seed, numel, S, chunks,
+    prediction_b, prediction_c, prediction_p, x0_b, x0_c, x0_p,
+    TARGET: tl.constexpr, WEIGHTED: tl.constexpr, BOUND: tl.constexpr, DENSE: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):  # fmt: skip
+    """The sum over one chunk of one sample; variance_ptr is the prediction's second half."""
+    b, i, mask, difference, variance, x0 = missed(
+        prediction_ptr, variance_ptr, x0_ptr, positions_ptr, alpha_ptr, sigma_ptr,
+        seed, numel, S, chunks, prediction_b, prediction_c, prediction_p, x0_b, x0_c, x0_p,
+        TARGET, BOUND, DENSE, COUNTERS,
+    )  # fmt: skip
     cost = difference * difference
     if WEIGHTED:
         cost *= tl.load(weight_ptr + b)
     if BOUND:
         term, _ = variance_term(bound_ptr, b, variance, x0, difference)
         cost += term * 1.4426950408889634
-    tl.store(partial_ptr + program, tl.sum(tl.where(mask, cost, 0.0), axis=0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, cost, 0.0), axis=0))
 
 
 @triton.jit
@@ -252,23 +273,11 @@ def loss_backward_kernel(
     DENSE: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one chunk of one sample; the second half gets zeros where ZERO."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // chunks
-    first = (program % chunks).to(tl.int32) * COUNTERS
-    i = 4 * first + tl.arange(0, 4 * COUNTERS)
-    mask = i < numel
-    at = b * prediction_b + offsets(i, S, prediction_c, prediction_p, DENSE)
-    prediction = tl.load(prediction_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if BOUND:
-        variance = tl.load(variance_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if TARGET != 1 or BOUND:
-        from_x0 = x0_ptr + b * x0_b + offsets(i, S, x0_c, x0_p, DENSE)
-        x0 = tl.load(from_x0, mask=mask, other=0.0).to(tl.float32)
-    eps = draw(positions_ptr, b, seed, first, COUNTERS)
-    p, q = target_scales(alpha_ptr, sigma_ptr, b, TARGET)
-    difference = prediction - p * eps
-    if TARGET != 1:
-        difference -= q * x0
+    b, i, mask, difference, variance, x0 = missed(
+        prediction_ptr, variance_ptr, x0_ptr, positions_ptr, alpha_ptr, sigma_ptr,
+        seed, numel, S, chunks, prediction_b, prediction_c, prediction_p, x0_b, x0_c, x0_p,
+        TARGET, BOUND, DENSE, COUNTERS,
+    )  # fmt: skip
     mean = tl.load(grad_ptr + b) / numel
     factor = 2.0 * mean
     if WEIGHTED:
@@ -282,9 +291,8 @@ def loss_backward_kernel(
         slope *= mean * 1.4426950408889634
         tl.store(dvariance_ptr + to, slope.to(dvariance_ptr.dtype.element_ty), mask=mask)
     if ZERO:
-        tl.store(
-            dvariance_ptr + to, tl.zeros_like(eps).to(dvariance_ptr.dtype.element_ty), mask=mask
-        )
+        zeros = tl.zeros_like(difference).to(dvariance_ptr.dtype.element_ty)
+        tl.store(dvariance_ptr + to, zeros, mask=mask)
 
 
 def _key(seed: int, stream: int) -> int:

@@ -18,11 +18,12 @@ itself, 8 for each average, 2 for the copy.
 
 Everything is computed in float64 and rounded once, when it is stored: a coefficient such as 0.999
 rounded to float32 alone would shift the second moment by 1e-5 over some thousand steps. Each result
-is therefore within a unit in the last place of float64, whatever cancels. The C++ twin takes root
-and quotient in float32 and corrects each by its remainder in float64, which leaves half a unit and
-a hundredth. The Triton twin reaches the same accuracy by pairs of float32 numbers, because many
-GPUs have next to no float64 units. A gradient beyond 5e20 in magnitude, whose second moment float32
-does not hold, makes a weight NaN in the twins: `found_inf` is for such steps.
+is therefore within a unit in the last place of float64, whatever cancels. The C++ and CUDA twins
+take float32 seeds of root and quotient and refine each by a Newton step in float64, which leaves
+half a unit and a hundredth (csrc/cpu/optimizer.cpp has the bound). The Triton twin reaches the same
+accuracy by pairs of float32 numbers, because many GPUs have next to no float64 units. A gradient
+beyond 5e20 in magnitude, whose second moment float32 does not hold, leaves a weight to its decay in
+that step and makes it NaN in the next one in the C++ and CUDA twins: `found_inf` is for such steps.
 """
 
 import math

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch reads this when imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
+
+LONGEST = ("test_training.py", "test_budgets.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say why."""
+    """Skip what this machine cannot run, and say why; begin with what takes longest.
+
+    A worker is given whole files: a long one at the end would leave the other workers idle.
+    """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     reasons = {"gpu": _no_gpu(), "root": _no_root()}
     for item in items:
         for name, reason in reasons.items():

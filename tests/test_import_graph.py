@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "engine"
 
 # A file directly in engine/ is in the room "jobs" unless it is named here.
-ROOM_OF_FILE = {"cli": "top", "__main__": "top", "doctor": "top", "__init__": "top"}
+TOP = ("__init__", "__main__", "cli", "cli_kernels", "cli_output", "doctor")
+ROOM_OF_FILE = dict.fromkeys(TOP, "top")
 FLOORS = {
     "external": 1,
     "core": 0,

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.case import Case, Inputs, Run, with_gradients
+from benchmarks.libraries import liger_swiglu, quack_linear_gelu, quack_mlp
 from etude import kernels
 
 SOURCES = (
@@ -93,13 +94,30 @@ def torch_mlp(inputs: Inputs) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
+def liger() -> Run:
+    swiglu = liger_swiglu()
+    return lambda inputs: swiglu(inputs["x"])
+
+
+def quack(op: str) -> Run:
+    names, run = (MLP, quack_mlp()) if op == "mlp" else (LINEAR, quack_linear_gelu())
+    return lambda inputs: run(*(inputs[n] for n in names))
+
+
 def case(
     op: str, variant: str, run: Run, rival: Run, make, names: tuple[str, ...], tensors: int
 ) -> Case:
     """tensors: how many times the size of dy is read or written at least once."""
     backward = variant.startswith(BACKWARD)
-    if backward:
-        run, rival = (with_gradients(r, names, ("dy",)) for r in (run, rival))
+
+    def finished(forward: Run) -> Run:
+        return with_gradients(forward, names, ("dy",)) if backward else forward
+
+    rivals = {"torch": lambda: finished(rival)}
+    if op == "swiglu":
+        rivals["Liger"] = lambda: finished(liger())
+    if op in ("linear_gelu", "mlp") and not backward:  # its backward takes no bias in its own MLP
+        rivals["quack"] = lambda: quack(op)
     products = {"linear_gelu": 1, "mlp": 2}.get(op, 0)
     cpu, gpu = (CPU_MLP, GPU_MLP) if products else (CPU, GPU)
 
@@ -114,13 +132,13 @@ def case(
         op,
         variant,
         make,
-        run,
+        finished(run),
         cpu,
         gpu,
         moved,
         flops=flops if products else None,
         sources=SOURCES,
-        rivals={"torch": lambda: rival},
+        rivals=rivals,
     )
 
 

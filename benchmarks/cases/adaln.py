@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.case import Case, Inputs, Run, with_gradients
+from benchmarks.libraries import LAYERNORMS, Unary
 from etude import kernels
 
 SOURCES = ("kernels/adaln.py", "kernels/adaln_triton.py", "csrc/cpu/adaln.cpp")
@@ -50,7 +51,11 @@ def packed_bias(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return kernels.gate_residual_adaln(x, h, modulation=inputs["mod"], bias=bias)
 
 
-def plain(op: str, bias: bool) -> Run:
+def torch_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def plain(op: str, bias: bool, norm: Unary) -> Run:
     """The operator as the published DiT writes it: in the tensors' own dtype."""
 
     def run(inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
@@ -59,7 +64,7 @@ def plain(op: str, bias: bool) -> Run:
         out = x + g * h if "gate" in op else x
         if op == "gate_residual":
             return out
-        y = F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        y = norm(out) * (1 + scale) + shift
         return (out, y) if "gate" in op else y
 
     return run
@@ -70,15 +75,22 @@ def case(op: str, variant: str, run: Run, tensors: int) -> Case:
     names = ("x", "mod") if op == "adaln_modulate" else ("x", "h", "mod")
     names += ("bias",) * ("bias" in variant)
     upstream = ("dout", "dy") if op == "gate_residual_adaln" else ("dy",)
-    rival = plain(op, "bias" in variant)
-    if variant.startswith(BACKWARD):
-        run, rival = (with_gradients(r, names, upstream) for r in (run, rival))
+
+    def finished(forward: Run) -> Run:
+        backward = variant.startswith(BACKWARD)
+        return with_gradients(forward, names, upstream) if backward else forward
+
+    rivals = {"DiT's lines": lambda: finished(plain(op, "bias" in variant, torch_norm))}
+    if op != "gate_residual":
+        for name, norm in LAYERNORMS.items():
+            rivals[f"DiT's lines, {name}"] = lambda norm=norm: finished(
+                plain(op, "bias" in variant, norm())
+            )
 
     def moved(inputs: Inputs) -> int:
         return tensors * inputs["x"].numel() * inputs["x"].element_size()
 
-    rivals = {"DiT's lines": lambda: rival}
-    return Case(op, variant, make, run, CPU, GPU, moved, sources=SOURCES, rivals=rivals)
+    return Case(op, variant, make, finished(run), CPU, GPU, moved, sources=SOURCES, rivals=rivals)
 
 
 CASES = (

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Case, Inputs, with_gradients
+from benchmarks.case import Case, Inputs, Run, with_gradients
+from benchmarks.libraries import liger_groupnorm
 from etude import kernels
 
 SOURCES = (
@@ -45,21 +46,28 @@ def peer(inputs: Inputs) -> Tensor:
     return F.silu(F.group_norm(inputs["x"], 32, inputs["weight"], inputs["bias"]))
 
 
+def liger() -> Run:
+    norm = liger_groupnorm(32)
+    return lambda inputs: F.silu(norm(inputs["x"], inputs["weight"], inputs["bias"]))
+
+
 def case(variant: str, layout: torch.memory_format, gpu: dict, tensors: int) -> Case:
-    run, rival = ours, peer
-    if variant.startswith(BACKWARD):
-        names = ("x", "weight", "bias")
-        run, rival = (with_gradients(r, names, ("dy",)) for r in (run, rival))
+    def finished(forward: Run) -> Run:
+        backward = variant.startswith(BACKWARD)
+        return with_gradients(forward, ("x", "weight", "bias"), ("dy",)) if backward else forward
 
     def moved(inputs: Inputs) -> int:
         return tensors * inputs["x"].numel() * inputs["x"].element_size()
 
-    rivals: dict[str, object] = {"torch": lambda: rival}
+    rivals = {
+        "torch": lambda: finished(peer),
+        "Liger GroupNorm, torch SiLU": lambda: finished(liger()),
+    }
     return Case(
         "groupnorm_silu",
         variant,
         make_in(layout),
-        run,
+        finished(ours),
         CPU,
         gpu,
         moved,

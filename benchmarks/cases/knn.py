@@ -36,6 +36,13 @@ def counts(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return kernels.membership_counts(inputs["x"], inputs["y"], inputs["radii"].float())
 
 
+def pairs(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The two lists, one after the other."""
+    reach = inputs["radii"].float()
+    one, two = kernels.neighbour_pairs(inputs["x"], inputs["y"], reach, reach)
+    return *one, *two
+
+
 def scikit_learn() -> Run:
     from sklearn.neighbors import NearestNeighbors
 
@@ -78,6 +85,19 @@ CASES = (
         counts,
         CPU,
         GPU,
+        moved,
+        flops,
+        dtypes=("float32",),
+        sources=SOURCES,
+        compiled=False,
+    ),
+    Case(
+        "neighbour_pairs",
+        "radii of k=5",
+        make,
+        pairs,
+        CPU,
+        {},  # on a GPU it is the reference
         moved,
         flops,
         dtypes=("float32",),

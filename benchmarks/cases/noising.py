@@ -47,6 +47,10 @@ def drawn(inputs: Inputs) -> list[Tensor]:
     return [inputs[k] for k in ("x0", "positions", "alpha", "sigma")]
 
 
+def noise(inputs: Inputs) -> Tensor:
+    return kernels.noise_like(inputs["x0"], inputs["positions"], **KEY)
+
+
 def noising(inputs: Inputs) -> Tensor:
     return kernels.diffuse(*drawn(inputs), **KEY)
 
@@ -79,6 +83,10 @@ def case(target: str, variant: str, double: bool) -> Case:
 
 
 CASES = (
+    Case(
+        "noise_like", "forward", make(False), noise, CPU, GPU, moved(1, 0), dtypes=("float32",),
+        sources=SOURCES,
+    ),
     Case(
         "diffuse", "forward", make(False), noising, CPU, GPU, moved(2, 0), dtypes=("float32",),
         sources=SOURCES,

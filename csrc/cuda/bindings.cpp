@@ -151,15 +151,29 @@ void scatter(const std::tuple<int64_t, int64_t>& shape, const std::vector<Addres
           place(where));
 }
 
-// memory: query, reference, centre, norms of both, radii, per_query, per_reference.
-void counts(const Shape& shape, const std::vector<Address>& memory, const Where& where) {
+// memory: query, reference, centre, norms of both.
+Sets sets(const Shape& shape, const std::vector<Address>& memory) {
   const auto [N, M, D] = shape;
-  membership_counts({N, M, D, floats(memory.at(0)), floats(memory.at(1)),
-                     constants<double>(memory.at(2)), constants<double>(memory.at(3)),
-                     constants<double>(memory.at(4)), floats(memory.at(5)),
+  return {N, M, D, constants<float>(memory.at(0)), constants<float>(memory.at(1)),
+          constants<double>(memory.at(2)), constants<double>(memory.at(3)),
+          constants<double>(memory.at(4))};
+}
+
+// memory: the sets', radii, per_query, per_reference.
+void counts(const Shape& shape, const std::vector<Address>& memory, const Where& where) {
+  membership_counts({sets(shape, memory), constants<float>(memory.at(5)),
                      reinterpret_cast<uint8_t*>(memory.at(6)),
                      reinterpret_cast<uint8_t*>(memory.at(7))},
                     place(where));
+}
+
+// memory: the sets', keys, distance, index.
+void nearest(const Shape& shape, const std::vector<Address>& memory, int k, bool own,
+             int64_t columns, int64_t parts, const Where& where) {
+  nearest_neighbours({sets(shape, memory), k, own, columns, parts,
+                      reinterpret_cast<uint64_t*>(memory.at(5)), floats(memory.at(6)),
+                      reinterpret_cast<int64_t*>(memory.at(7))},
+                     place(where));
 }
 
 }  // namespace
@@ -182,6 +196,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("resize_tf1", &tf1, release);
   m.def("moments", &scatter, release);
   m.def("membership_counts", &counts, release);
+  m.def("nearest_neighbours", &nearest, release);
 }
 
 }  // namespace etude

@@ -99,6 +99,7 @@ def on_cpu(built) -> ModuleType:
     for name, kernel in made.items():
         adaln._library.impl(f"cuda_{name}", kernel, "CPU")
     resizing_cuda._library.impl("cuda_resize", resizing_cuda._resize, "CPU")
+    knn_cuda._library.impl("cuda_nearest_neighbours", knn_cuda._nearest, "CPU")
     knn_cuda._library.impl("cuda_membership_counts", knn_cuda._counts, "CPU")
     statistics_cuda._library.impl("cuda_moments", statistics_cuda._moments, "CPU")
     return built[0]

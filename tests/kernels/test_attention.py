@@ -450,6 +450,7 @@ def test_verification_runs_the_reference_beside_it(monkeypatch: pytest.MonkeyPat
 
 GOOD = {"q": torch.zeros(2, 4, 3, 8), "k": torch.zeros(2, 5, 3, 8), "v": torch.zeros(2, 5, 3, 8)}
 INT = torch.int32
+ELSEWHERE = [torch.zeros(n, dtype=INT, device="meta") for n in (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -461,6 +462,14 @@ INT = torch.int32
         ({"v": torch.zeros(2, 5, 3, 8).double()}, "v is torch.float64 on cpu; q is torch.float32"),
         ({n: t.long() for n, t in GOOD.items()}, "must be floating"),
         ({"key_lengths": torch.zeros(2)}, "key_lengths must be (2,) of int32"),
+        ({"key_lengths": torch.tensor([5, 6], dtype=INT)}, "key_lengths holds 6; there are 5 keys"),
+        ({"key_lengths": torch.tensor([-1, 5], dtype=INT)}, "key_lengths holds -1; there are 5"),
+        ({"key_lengths": ELSEWHERE[0]}, "key_lengths is on meta; q is on cpu"),
+        (
+            {"key_offsets": ELSEWHERE[1], "k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)},
+            "key_offsets is on meta; q is on cpu",
+        ),
+        ({"bias": torch.zeros(1, 3, 4, 5, device="meta")}, "bias is on meta; q is on cpu"),
         ({"key_offsets": torch.zeros(3, dtype=INT)}, "k must be (T, H, d)"),
         ({"bias": torch.zeros(2, 3, 4, 4)}, "bias must be 1 or B of (2, 3, 4, 5)"),
         ({"bias": torch.zeros(1, 3, 4, 5, dtype=torch.bool)}, "got torch.bool"),

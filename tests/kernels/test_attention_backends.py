@@ -288,6 +288,12 @@ def test_what_cannot_run_is_an_error_not_a_fallback() -> None:
     assert choose("sdpa", "cpu", torch.float64, 36) == "sdpa"
 
 
+@pytest.mark.parametrize("queries", [0, 1, 7])
+def test_queries_of_a_picture_begin_where_the_last_ones_end(queries: int) -> None:
+    begin = attention_backends._query_offsets(torch.zeros(3, queries, 2, 8))
+    assert begin.dtype == torch.int32 and begin.tolist() == [n * queries for n in range(4)]
+
+
 class Library:
     """A stand-in for flash-attn or xformers: the reference behind the library's signatures."""
 

@@ -262,6 +262,33 @@ def test_one_step_is_within_a_unit_of_float64(choice: str) -> None:
     assert max(found.values()) <= 0.51, found
 
 
+@pytest.mark.parametrize("choice", [pytest.param("cpp", marks=needs_cpp), "reference"])
+def test_weights_that_the_update_cancels_and_second_moments_near_underflow(choice: str) -> None:
+    """Weight and update cancel to 2^-17 of themselves, which leaves an update's 2^-42 below half a
+    unit; gradients square to subnormal numbers, at 0 and around eps, and to nearly infinity."""
+    g = torch.Generator().manual_seed(9)
+    data = {name: torch.randn(4000, generator=g) for name in ("grad", "exp_avg", "ema0", "ema1")}
+    data["exp_avg_sq"] = torch.rand(4000, generator=g)
+    for first, size in enumerate((1e-22, 1e-20, 1e-8, 1e18)):
+        part = slice(500 * first, 500 * first + 500)
+        data["grad"][part] *= size
+        data["exp_avg_sq"][part] *= size**2
+    data["param"] = torch.zeros(4000)
+    update = -by_float64(data, 3.0, 1e-2, 1.0, data["param"])["param"]
+    off = 1 + 2.0 ** -(torch.rand(4000, generator=g, dtype=torch.float64) * 17)
+    data["param"] = (update * off / (1 - 1e-2 * HARD["weight_decay"])).float()
+    made = {name: t.clone() for name, t in data.items()}
+    with kernels.use_backend(choice):
+        kernels.adamw_ema(
+            [made["param"]], [made["grad"]], [made["exp_avg"]], [made["exp_avg_sq"]],
+            [[made["ema0"]], [made["ema1"]]], [torch.tensor(3.0)],
+            lr=1e-2, ema_decays=HARD_DECAYS, **HARD,
+        )  # fmt: skip
+    want = by_float64(data, 3.0, 1e-2, 1.0, made["param"])
+    found = {name: units(made[name], value) for name, value in want.items()}
+    assert max(found.values()) <= 1.0, found
+
+
 def drift(choice: str, steps: int, gradients: list[Tensor], want: list[Tensor]) -> float:
     """RMS distance of the weights from float64 after so many steps of one backend."""
     param = want[0].clone()

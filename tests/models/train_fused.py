@@ -1,7 +1,7 @@
 """Run by test_fuse.py under torchrun: a fused model in other people's training loops.
 
-`train_fused.py LOOP` with LOOP = ddp, fsdp2, zero3 or accelerate trains a small SD3 model of
-diffusers for three steps, as it is and fused; rank 0 prints the losses of both as JSON.
+`train_fused.py LOOP...` with LOOP = ddp, fsdp2, accelerate or zero3 trains a small SD3 model of
+diffusers for three steps, as it is and fused; rank 0 prints the losses of both as a line of JSON.
 """
 
 import copy
@@ -97,14 +97,19 @@ def losses(make_step: Callable[[nn.Module], Step], model: nn.Module, inputs: dic
 
 def main() -> None:
     dist.init_process_group("gloo")
-    make_step = {"ddp": ddp, "fsdp2": fsdp2, "zero3": zero3, "accelerate": accelerate}[sys.argv[1]]
-    model, inputs = sd3()
-    drawn(model)
-    fused = copy.deepcopy(model)
-    etude.fuse(fused)
-    found = {"plain": losses(make_step, model, inputs), "fused": losses(make_step, fused, inputs)}
-    if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
+    loops = {"ddp": ddp, "fsdp2": fsdp2, "accelerate": accelerate, "zero3": zero3}
+    for name in sys.argv[1:]:
+        model, inputs = sd3()
+        drawn(model)
+        fused = copy.deepcopy(model)
+        etude.fuse(fused)
+        found = {
+            "loop": name,
+            "plain": losses(loops[name], model, inputs),
+            "fused": losses(loops[name], fused, inputs),
+        }
+        if dist.get_rank() == 0:
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
 void allow_shared(size_t bytes);
 void barrier(int line);
 void warp_barrier(unsigned mask, int line);
-// `value` of lane `source` of this warp, once all lanes of `mask` are here.
+// `value` of lane `source` of this warp, once all lanes of `mask` are here; of kVotes, a bit per lane
+// whose value is not 0.
+constexpr int kVotes = -2;
 uint64_t exchange(unsigned mask, uint64_t value, int source, int line);
 int lane();
 void copy_later(void* to, const void* from, size_t bytes);
@@ -97,6 +99,16 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int flip, int line = __builtin_LINE()) {
   return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ flip, line);
 }
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LINE()) {
+  const int source = cuda_on_cpu::lane() - static_cast<int>(delta);
+  return cuda_on_cpu::shuffle(mask, value, source >= 0 ? source : cuda_on_cpu::lane(), line);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote, int line = __builtin_LINE()) {
+  return static_cast<unsigned>(cuda_on_cpu::exchange(mask, vote, cuda_on_cpu::kVotes, line));
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LINE()) {
   const int source = cuda_on_cpu::lane() + static_cast<int>(delta);

@@ -119,10 +119,14 @@ bool open_warps(bool* progress) {
     }
     if (!complete) continue;
     const unsigned mask = fiber.mask;
+    uint64_t votes = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      if (mask >> lane & 1) votes |= uint64_t{fibers[base + lane].value != 0} << lane;
+    }
     for (int lane = 0; lane < 32; ++lane) {
       if (!(mask >> lane & 1)) continue;
       Fiber& one = fibers[base + lane];
-      one.result = one.source < 0 ? 0 : fibers[base + one.source].value;
+      one.result = one.source >= 0 ? fibers[base + one.source].value : votes;
     }
     for (int lane = 0; lane < 32; ++lane) {
       if (mask >> lane & 1) fibers[base + lane].state = State::kRunnable;
