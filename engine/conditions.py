@@ -139,6 +139,11 @@ class Conditions:
             found["drop_control"] = torch.ones_like(found["drop_control"])
         return found
 
+    def nulls(self, condition: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What guidance contrasts with: without class or text, and then without control too."""
+        found = [self.without(condition)]
+        return [*found, self.without(condition, control=True)] if self.config.control else found
+
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         assert self.features is not None
         return {name: value.to(self.device) for name, value in self.features(captions).items()}

@@ -69,6 +69,13 @@ class Generator:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if len(self.sampler.guidance_weights) > 1 and not self.conditions.config.control:
+            raise UserError(
+                "sampler control_scale has no effect on a model without control values: leave it"
+                " out, or name them in model.conditioning.control"
+            )
+
     @property
     def num_classes(self) -> int:
         return len(self.classes)
@@ -147,14 +154,13 @@ class Generator:
             return rng.normal(seed, stream, where, self.latent_shape, self.device)
 
         condition = self.conditions.asked(labels, control=self.control)
-        null = self.conditions.without(condition)
         latents = sample(
             denoiser(self.model),
             self.objective,
             self.sampler,
             field_of(rng.Stream.SAMPLE_NOISE, 0),
             condition,
-            null_condition=null,
+            nulls=self.conditions.nulls(condition),
             guide=guide,
             step_noise=lambda step: field_of(rng.Stream.SAMPLE_STEP, step),
         )

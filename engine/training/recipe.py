@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from etude.core.config import Config, option
 from etude.core.loop import LoopConfig
 from etude.core.optim import OptimConfig, profile_name
@@ -78,3 +80,12 @@ class LatentDiffusionRecipe(TrainRecipe):
         "a frozen classifier's run; says which share of the grid it labels as asked",
         affects_result=False,
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "LatentDiffusionRecipe":
+        if len(self.sampler.guidance_weights) > 1 and not self.model.conditioning.control:
+            raise ValueError(
+                "sampler.control_scale has no effect on a model without control values: leave it"
+                " out, or name them in model.conditioning.control"
+            )
+        return self

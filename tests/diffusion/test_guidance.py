@@ -270,7 +270,7 @@ def test_full_batch_equals_one_by_one() -> None:
         options = steps(6, guidance_scale=1.5)
         null = {"labels": torch.full((len(rows),), 9)}
         condition = {"labels": labels[rows]}
-        return sample(Toy(), FLOW, options, z[rows], condition, null_condition=null, guide=guide)
+        return sample(Toy(), FLOW, options, z[rows], condition, nulls=[null], guide=guide)
 
     for fields in ({}, {"mode": "score"}, {"path": "stop_denoiser"}):
         together = run([0, 1, 2, 3, 4, 5], **fields)

@@ -50,7 +50,8 @@ class Mixture(nn.Module):
         means = AMPLITUDE * torch.stack([rows, columns, rows * columns])
         self.register_buffer("means", means[:, None])
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        labels = condition["labels"]
         sigma = (t / 1000.0).view(-1, 1, 1, 1)
         alpha = 1.0 - sigma
         mean = self.means[labels.clamp(max=len(CLASSES) - 1)]
