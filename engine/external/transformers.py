@@ -12,6 +12,7 @@ T5 and BERT (Reimers and Gurevych 2019).
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +50,11 @@ _TOKENIZER = (
     "merges.txt",
     "spiece.model",
 )
+
+
+# transformers replaces functions of its own while it reads a model: two threads at once would leave
+# them replaced, and later models with weights untied.
+_READING = threading.Lock()
 
 
 class Encoded(NamedTuple):
@@ -239,22 +245,23 @@ def _read(folder: Path, name: str, **options: Any) -> Any:
         raise UserError(
             "text encoders need the transformers library: pip install 'transformers>=5.12'"
         ) from error
-    shown = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        kind = getattr(transformers, name)
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{folder} could not be read as {name} of transformers ({reason}): copy the folder"
-            " again"
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(shown[0])
-        if shown[1]:
-            transformers.logging.enable_progress_bar()
+    with _READING:
+        shown = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            kind = getattr(transformers, name)
+            return kind.from_pretrained(str(folder), local_files_only=True, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{folder} could not be read as {name} of transformers ({reason}): copy the folder"
+                " again"
+            ) from error
+        finally:
+            transformers.logging.set_verbosity(shown[0])
+            if shown[1]:
+                transformers.logging.enable_progress_bar()
 
 
 def _weights(folder: Path) -> list[Path]:
