@@ -37,7 +37,7 @@ from etude.models.families import build_denoiser
 
 from .conditions import Conditions
 from .pictures import picture_grid, png
-from .texts import TextFeatures, first_captions
+from .texts import TextFeatures, captions_of
 
 BLOCK = 64
 
@@ -91,7 +91,11 @@ class Generator:
             "sampler": self.sampler.model_dump(mode="json"),
             "profile": self.profile,
             "rounding": "half to even",
-        } | ({"control": self.control} if self.control else {})
+        } | self._asked()
+
+    def _asked(self) -> dict:
+        control = {"control": self.control} if self.control else {}
+        return control | ({"prompts": _stated(self.prompts)} if self.asked_by_text else {})
 
     def decode(self, latents: Tensor) -> Tensor:
         """Model-space latents (B, C, h, w) to pictures (B, C, H, W) in [-1, 1], differentiable."""
@@ -260,7 +264,7 @@ def open_generator(
         objective=Objective(recipe.objective),
         sampler=sampler or recipe.sampler,
         autoencoder=autoencoder,
-        classes=list(extra["classes"]),
+        classes=[] if features else list(extra["classes"]),
         latent_shape=(recipe.model.in_channels, size, size),
         name=f"{folder.name} {weights} at {images_seen:,} images",
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
@@ -285,10 +289,10 @@ def _open_features(recipe: Any, extra: dict, device: torch.device) -> TextFeatur
 
 
 def _prompts(recipe: Any) -> list[str]:
-    """What the run's grid shows, where that can still be found."""
-    if recipe.grid.prompts or not Path(recipe.held_out).is_dir():
+    """The different held-out captions in stored order; the grid's prompts where they are gone."""
+    if not Path(recipe.held_out).is_dir():
         return list(recipe.grid.prompts)
-    return first_captions(ShardSet(recipe.held_out), recipe.grid.max_classes)
+    return list(dict.fromkeys(captions_of(ShardSet(recipe.held_out))))
 
 
 def open_autoencoder(
@@ -391,8 +395,16 @@ def sampling_protocol(
 ) -> dict:
     """What fixes a folder of drawn pictures; written beside them."""
     prompts = _wanted_prompts(generator, labels, prompts)
-    asked = {"prompts": prompts} if prompts else {"labels": list(labels) or "in turn"}
+    asked = {"prompts": _stated(prompts)} if prompts else {"labels": list(labels) or "in turn"}
     return generator.protocol | {"seed": seed, "count": count} | asked
+
+
+def _stated(prompts: Sequence[str]) -> list[str] | dict:
+    """Prompts as a protocol states them: word for word, or many of them by their sha256."""
+    if len(prompts) <= BLOCK:
+        return list(prompts)
+    text = json.dumps(list(prompts))
+    return {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _wanted_prompts(

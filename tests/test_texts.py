@@ -1,6 +1,7 @@
 """Captions to features: the cache, who fills it, and training and sampling by text."""
 
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from etude import cli
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import load_recipe
 from etude.data.shards import ShardSet, write_shards
 from etude.data.text_cache import TextCache, keyed, write_texts
+from etude.evaluation.sets import GeneratedPictures, Stages
 from etude.jobs import run_recipe
 from etude.models.conditioning import ConditioningConfig
 from etude.sampling import BLOCK, open_generator, sample_to_shards
@@ -215,8 +218,9 @@ def generator(run):
 
 def test_a_run_by_text_trains_draws_its_prompts_and_opens(run, generator, recipe) -> None:
     captions = ShardSet(load_recipe(recipe).held_out)
-    expected = list(dict.fromkeys(captions[i].caption for i in range(20)))[:3]
-    assert generator.prompts == expected and generator.asked_by_text
+    expected = list(dict.fromkeys(captions[i].caption for i in range(64)))
+    assert generator.prompts == expected and generator.asked_by_text and not generator.classes
+    expected = expected[:3]
     assert f"From left to right: {'; '.join(expected)}" in (run / "page.html").read_text()
     assert "features of 20 different captions" in (run / "log.txt").read_text()
     folders = [p for p in Path(load_recipe(recipe).text.folder).iterdir()]
@@ -234,7 +238,7 @@ def test_a_picture_depends_on_its_own_caption(generator) -> None:
     relabelled, _ = generator.draw(indices, zeros + 5, seed=0, captions=texts)
     assert np.array_equal(relabelled, whole)
     own, _ = generator.draw(indices, zeros, seed=0)
-    turns = [generator.prompts[i % 3] for i in range(4)]
+    turns = generator.prompts[:4]
     assert np.array_equal(own, generator.draw(indices, zeros, seed=0, captions=turns)[0])
 
 
@@ -251,6 +255,16 @@ def test_prompts_become_captioned_shards(generator, tmp_path) -> None:
         sample_to_shards(generator, folder, count, seed=1, log=QUIET, prompts=prompts[:1])
     with pytest.raises(UserError, match="is asked by text, not by class: give --prompt"):
         sample_to_shards(generator, folder, 2, seed=1, log=QUIET, labels=[1])
+
+
+def test_an_evaluation_draws_the_held_out_captions_in_turn(generator) -> None:
+    drawn = GeneratedPictures(generator, 5, seed=3, classes=["a", "b"])
+    found = drawn.read(2, 5, Stages())
+    texts = generator.prompts[2:5]
+    expected, _ = generator.draw(np.arange(2, 5), np.zeros(3), seed=3, captions=texts)
+    assert np.array_equal(found.images, expected)
+    assert found.labels.tolist() == [-1] * 3 and found.groups == [""] * 3
+    assert drawn.protocol["labels"] == "none" and drawn.protocol["prompts"] == generator.prompts
 
 
 def test_another_encoder_in_its_place_is_refused(run, generator, text_models, monkeypatch) -> None:
@@ -290,3 +304,42 @@ def test_recipes_that_make_no_sense_are_one_sentence(recipe, tiny, tmp_path) -> 
     ):
         with pytest.raises(UserError, match=match):
             run_recipe(load_recipe(recipe, [override]), root=tmp_path, quiet=True)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Call `etude` in this process: (status, output, errors)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["etude", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+def test_the_command_line_draws_prompts(run, recipe, command, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(run.parents[1])
+    (tmp_path / "prompts.txt").write_text("the moon\na blue cat\n")
+    words = ["sample", run.name, "--count", "4", "--to", str(tmp_path / "drawn")]
+    status, out, err = command(*words, "--prompt", "a dog", "--prompts", tmp_path / "prompts.txt")
+    assert status == 0 and "4 pictures in" in out, err
+    samples = ShardSet(tmp_path / "drawn")
+    captions = [samples[i].caption for i in range(4)]
+    assert captions == ["a dog", "the moon", "a blue cat", "a dog"]
+    status, _, err = command("sample", run.name, "--label", "3")
+    assert status == 2 and "is asked by text, not by class: give --prompt" in err
+    status, out, err = command("train", recipe, "--dry-run", f"text.folder={tmp_path}/none")
+    assert status == 0 and "4 pictures were drawn from it" in out, err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_asked_by_class_takes_no_prompt(tiny, tmp_path) -> None:
+    folder, _ = run_recipe(load_recipe(tiny.ldm, ["loop.images=16"]), root=tmp_path, quiet=True)
+    generator = open_generator(folder)
+    with pytest.raises(UserError, match="is asked by class, not by text: give --label"):
+        sample_to_shards(generator, tmp_path / "x", 1, seed=0, log=QUIET, prompts=["a cat"])
+    with pytest.raises(UserError, match="is asked by class, not by text: give labels"):
+        generator.draw(np.arange(1), np.zeros(1), seed=0, captions=["a cat"])
