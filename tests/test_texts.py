@@ -1,6 +1,8 @@
 """Captions to features: the cache, who fills it, and training and sampling by text."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 
 from etude import cli
 from etude.core.errors import UserError
-from etude.core.log import Log
+from etude.core.log import Log, read_metrics
 from etude.core.recipe import load_recipe
 from etude.data.shards import ShardSet, write_shards
 from etude.data.text_cache import TextCache, keyed, write_texts
@@ -286,6 +288,26 @@ def test_a_batch_by_batch_run_has_the_same_losses(run, recipe, tmp_path) -> None
     found, expected = ([loss for loss in column if loss] for column in rows)
     assert len(found) == 20 and found == pytest.approx(expected, rel=1e-4)
     assert not (tmp_path / "none").exists()
+
+
+def test_two_ranks_fill_one_cache_and_learn_what_one_does(run, recipe, tmp_path) -> None:
+    overrides = ["loop.images=32", "loop.evaluate_every=32", "optim.lr=5e-3", "drop_semantic=0.2"]
+    overrides += [f"text.folder={tmp_path}/text", "run=pair"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "etude", "train", recipe, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    pair = read_metrics(tmp_path / "runs/pair/metrics.jsonl", "train")
+    alone = read_metrics(run / "metrics.jsonl", "train")
+    # The first two steps, where the learning rates are still the same.
+    assert [row["loss"] for row in pair] == pytest.approx(
+        [row["loss"] for row in alone[:2]], rel=1e-4
+    )
+    (folder,) = (tmp_path / "text").iterdir()
+    assert len(list(folder.glob("text-*.safetensors"))) == 1
 
 
 def test_recipes_that_make_no_sense_are_one_sentence(recipe, tiny, tmp_path) -> None:
