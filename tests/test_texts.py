@@ -89,7 +89,10 @@ def test_ranks_share_the_work_and_agree(text_models, tmp_path, monkeypatch) -> N
     captions = [f"{one} {two}" for one in ("red", "blue") for two in ("cat", "sun", "dog", "tree")]
     asked = config(text_models, tmp_path)
     alone = prepared(asked.model_copy(update={"folder": str(tmp_path / "alone")}), captions)
-    ranks = [TextFeatures(asked) for _ in range(3)]
+    ranks, seen = [TextFeatures(asked) for _ in range(3)], []
+    for features in ranks:
+        encode = features.encoder.encode
+        monkeypatch.setattr(features.encoder, "encode", lambda c, e=encode: seen.extend(c) or e(c))
     threads = [
         threading.Thread(target=f.prepare, args=(captions,), kwargs={"rank": r, "world": 3})
         for r, f in enumerate(ranks)
@@ -99,6 +102,7 @@ def test_ranks_share_the_work_and_agree(text_models, tmp_path, monkeypatch) -> N
     for thread in threads:
         thread.join()
     assert len(list(ranks[0].folder.glob("text-*.safetensors"))) == 4
+    assert sorted(seen) == sorted(captions)
     for features in ranks:
         assert features.complete(captions) == 8
         assert equal(features(captions), alone(captions))
