@@ -56,7 +56,7 @@ class Conditions:
                 hint = f"did you mean {near}?" if near else f"give one of {', '.join(known)}"
                 raise UserError(f"no picture has a control value {control.name!r}; {hint}")
         if self.config.semantic == "text" and self.features is None:
-            raise UserError("a model asked by text needs a text encoder: set text.encoder")
+            raise UserError("a model asked by text needs a text encoder: set text.encoders")
 
     def of_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Everything the batch is known by, nothing dropped."""

@@ -61,6 +61,7 @@ def shrink(recipe: Recipe, root: Path) -> Recipe:
         changes = {"loop": recipe.loop.model_copy(update=step)}
         if recipe.kind == "ldm":
             changes["latents"] = recipe.latents.model_copy(update={"variants": 0})
+            changes["text"] = recipe.text.model_copy(update={"ahead": False})
     elif recipe.kind == "judge":
         changes = {"judge": recipe.judge.model_copy(update={"images": recipe.judge.batch_size})}
     elif recipe.kind == "practice":

@@ -180,6 +180,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(dotted field, path, role) of every field that names something on the disk."""
     for path, value, _ in leaves(recipe):
         key, text = path[-1], str(value)
+        if path == ("text", "encoders"):
+            yield from ((".".join(path), encoder, "file") for encoder in value)
         if not isinstance(value, str | Path) or not text or text.startswith(_FROM_JOB):
             continue
         profile = text == "raw" or text.startswith("ema:")

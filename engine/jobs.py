@@ -171,6 +171,8 @@ def _practice(recipe: Recipe, desk: Desk) -> dict:
     generator = open_generator(
         recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=desk.world.device
     )
+    if generator.asked_by_text:
+        raise UserError(f"practice needs labels, but {generator.name} is asked by text")
     result = practise(
         recipe,
         desk.run,

@@ -22,6 +22,7 @@ from etude.models.families import build_denoiser
 from etude.models.mdt import keep_indices
 from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
+from etude.texts import TextFeatures, captions_of, first_captions
 
 from .job import HELD_OUT_PICTURES, Job, Look
 from .recipe import LatentDiffusionRecipe
@@ -45,11 +46,13 @@ class DiffusionJob(Job):
             open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
         )
         self._check_shapes()
+        self.prompts, self.features = self._texts()
         self.conditions = Conditions(
             recipe.model.conditioning,
             recipe.model.num_classes,
             recipe.data.augment.image_size,
             world.device,
+            self.features,
         )
         self.objective = Objective(recipe.objective)
         if self.autoencoder is not None and recipe.latents.variants:
@@ -75,8 +78,9 @@ class DiffusionJob(Job):
         wanted = {
             "in_channels": channels,
             "input_size": side,
-            "num_classes": len(self.train_set.classes),
         }
+        if model.conditioning.semantic == "class":
+            wanted["num_classes"] = len(self.train_set.classes)
         wrong = [f"model.{k}={v}" for k, v in wanted.items() if getattr(model, k) != v]
         if wrong:
             latents = " and its autoencoder" if self.autoencoder else " without an autoencoder"
@@ -85,6 +89,39 @@ class DiffusionJob(Job):
                 f"{'' if self.autoencoder else 'add autoencoder=RUN (`etude runs list`), or '}"
                 f"set {' '.join(wrong)}"
             )
+
+    def _texts(self) -> tuple[list[str], TextFeatures | None]:
+        """The grid's prompts, and the captions' features: encoded by all ranks, or found."""
+        recipe, world, log = self.recipe, self.world, self.look.log
+        if recipe.model.conditioning.semantic == "class":
+            return [], None
+        for data in (self.train_set, self.held_out_set):
+            if not data.captioned:
+                raise UserError(
+                    f"{data.folder} has no captions: add a .txt to each picture, or set"
+                    " model.conditioning.semantic=class"
+                )
+        features = TextFeatures(recipe.text, world.device)
+        features.check(recipe.model.conditioning, recipe.name)
+        prompts = recipe.grid.prompts or first_captions(self.held_out_set, recipe.grid.max_classes)
+        if not recipe.text.ahead:
+            return prompts, features
+        captions = [*captions_of(self.train_set), *captions_of(self.held_out_set), *prompts]
+        stopped = None
+        try:
+            features.prepare(
+                captions, log=log, rank=world.rank, world=world.size, check=self.stopper.check
+            )
+        except StopRequested as reason:
+            stopped = str(reason)
+        found = distributed.exchange(world, "the captions", [features.key, stopped])
+        if len({key for key, _ in found}) > 1:
+            raise UserError("the ranks' text encoders differ: copy the same folders to every host")
+        if any(reason for _, reason in found):
+            raise StopRequested(next(reason for _, reason in found if reason))
+        count = features.complete(captions)
+        log.info(f"features of {count:,} different captions from {features.folder}")
+        return prompts, features
 
     def _latent_loader(self) -> LatentLoader:
         """The cache of latents: written by all ranks together, or found under its key."""
@@ -132,6 +169,10 @@ class DiffusionJob(Job):
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self.stopper.check()  # shards that are done stay, so encoding goes on where it was
         return self.autoencoder.encode(images)
+
+    def extra(self) -> dict:
+        texts = {"text": self.features.key} if self.features is not None else {}
+        return super().extra() | texts
 
     def clean(self, batch: Batch) -> Tensor:
         """The model's x0: cached latents, latents of a batch's pictures, or the pictures."""
@@ -237,7 +278,7 @@ class DiffusionJob(Job):
         return float(np.mean([float((t - t.mean(0)).square().mean()) for t in targets]))
 
     def draw_grid(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        """The grid's pictures and labels, a class a column, the same noises every time."""
+        """The grid's pictures and labels, a class or prompt a column, always the same noises."""
         recipe, grid = self.recipe, self.recipe.grid
         generator = Generator(
             model,
@@ -249,15 +290,18 @@ class DiffusionJob(Job):
             self.conditions,
             device=self.world.device,
         )
-        columns = min(max(generator.num_classes, 1), grid.max_classes)
+        columns = len(self.prompts) or min(max(generator.num_classes, 1), grid.max_classes)
         indices = np.arange(columns * grid.per_class)
         labels = balanced_labels(indices, columns)
-        return generator.draw(indices, labels, seed=grid.seed)[0], labels
+        captions = [self.prompts[label] for label in labels] if self.prompts else None
+        return generator.draw(indices, labels, seed=grid.seed, captions=captions)[0], labels
 
     def show_grid(self, samples: np.ndarray, labels: np.ndarray, images_seen: int) -> None:
         """The grid over time, each sample's nearest training picture, and a terminal preview."""
         columns = int(labels.max()) + 1
-        agreement = ""
+        agreement, shown = "", "A class a column"
+        if self.prompts:
+            shown = f"From left to right: {'; '.join(self.prompts)}"
         if self.judge is not None:
             share = float((self.judge(samples) == labels).mean())
             self.look.log.metrics("grid", images_seen, labelled_as_asked=share)
@@ -266,7 +310,7 @@ class DiffusionJob(Job):
             self.look.id("samples"),
             "Samples",
             picture_grid(samples, columns=columns),
-            f"A class a column, weights {self.recipe.default_weights()}{agreement}.",
+            f"{shown}, weights {self.recipe.default_weights()}{agreement}.",
             f"{images_seen:,} images",
             order=self.look.order + 1,
         )

@@ -14,6 +14,7 @@ from etude.diffusion.objectives import ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import AutoencoderConfig
 from etude.models.families import ModelConfig
+from etude.texts import TextConfig
 
 
 class TrainRecipe(Recipe):
@@ -57,15 +58,19 @@ class GridConfig(Config):
     per_class: int = option(4, "pictures per class", unit="pictures", gt=0, affects_result=False)
     max_classes: int = option(10, "classes shown", unit="classes", gt=0, affects_result=False)
     seed: int = option(0, "names the grid's initial noises", affects_result=False)
+    prompts: list[str] = option(
+        [], "texts to draw; [] takes the first held-out captions", affects_result=False
+    )
 
 
 class LatentDiffusionRecipe(TrainRecipe):
-    """A class-conditional diffusion transformer in an autoencoder's latents (or in pixels)."""
+    """A diffusion transformer asked by class or text, in an autoencoder's latents or in pixels."""
 
     kind: Literal["ldm"]
     autoencoder: str = option("", "an autoencoder's run or folder; empty trains in pixels")
     latents: LatentConfig = option(LatentConfig(), "the cache of latents")
     model: ModelConfig = option(..., "the denoiser; `family` says which kind, dit if left out")
+    text: TextConfig = option(TextConfig(), "what turns captions into features")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
     drop_semantic: float = option(
         0.1, "share of samples trained without their class or text", ge=0, lt=1
@@ -88,4 +93,19 @@ class LatentDiffusionRecipe(TrainRecipe):
                 "sampler.control_scale has no effect on a model without control values: leave it"
                 " out, or name them in model.conditioning.control"
             )
+        if self.model.conditioning.semantic == "text":
+            if not self.text.encoders:
+                raise ValueError("a model asked by text needs a text encoder: set text.encoders")
+            if self.judge:
+                raise ValueError("a judge tells classes, not texts: leave judge empty")
+            return self
+        for name, given in (
+            ("text.encoders", self.text.encoders),
+            ("grid.prompts", self.grid.prompts),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} is for a model asked by text: set model.conditioning.semantic=text, or"
+                    f" leave it out"
+                )
         return self
