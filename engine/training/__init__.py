@@ -50,6 +50,7 @@ def _train(job: Job, run: Run, stopper: Stopper) -> dict:
         loop.accumulation(world.size),
         loop.micro_batch,
     )
+    strategy = job.wrap(strategy)
     start, resumed = _resume(run, strategy, loop, look.log, world)
     facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
     distributed.all_agree(world, distributed.local_facts(**facts), run.folder)

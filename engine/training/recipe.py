@@ -13,6 +13,7 @@ from etude.data.loader import DataConfig
 from etude.diffusion.objectives import ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import AutoencoderConfig
+from etude.models.discriminator import DiscriminatorConfig, Game
 from etude.models.families import ModelConfig
 from etude.texts import TextConfig
 
@@ -33,11 +34,40 @@ class TrainRecipe(Recipe):
         return profile_name(max(self.optim.ema)) if self.optim.ema else "raw"
 
 
+class PerceptualConfig(Config):
+    """A distance of learned features, added to the reconstruction error."""
+
+    weights: str = option(..., "LPIPS weights: data/lpips/vgg16.safetensors or alexnet.safetensors")
+    weight: float = option(1.0, "weight beside the reconstruction error", gt=0)
+
+
+class AdversarialConfig(Config):
+    """A discriminator that learns to tell reconstructions from pictures, and judges them."""
+
+    weight: float = option(0.5, "weight of the generator's loss", gt=0)
+    start_images: int = option(
+        0, "the discriminator takes part in steps that start here or later", unit="images", ge=0
+    )
+    game: Game = option("hinge", "losses of the two sides")
+    lr: float | None = option(
+        None, "the discriminator's peak learning rate, scheduled as optim's; null: optim.lr", gt=0
+    )
+    adaptive: bool = option(
+        True,
+        "multiply weight by the ratio of gradient norms of reconstruction and generator loss at "
+        "the decoder's last layer; taken per micro batch over all ranks",
+    )
+    adaptive_limit: float = option(1e4, "largest such ratio", gt=0)
+    discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "the discriminator")
+
+
 class AutoencoderRecipe(TrainRecipe):
     """Pictures to latents and back: diffusers' AutoencoderKL."""
 
     kind: Literal["autoencoder"]
     model: AutoencoderConfig = option(..., "the autoencoder")
+    perceptual: PerceptualConfig | None = option(None, "perceptual loss; null for none")
+    adversarial: AdversarialConfig | None = option(None, "adversarial loss; null for none")
 
 
 class LatentConfig(Config):
