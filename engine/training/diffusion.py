@@ -24,6 +24,7 @@ from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
 
 from .job import HELD_OUT_PICTURES, Job, Look
+from .origin import begin
 from .recipe import LatentDiffusionRecipe
 
 HELD_OUT = 1 << 40  # positions of held-out samples: apart from every training position
@@ -85,6 +86,10 @@ class DiffusionJob(Job):
                 f"{'' if self.autoencoder else 'add autoencoder=RUN (`etude runs list`), or '}"
                 f"set {' '.join(wrong)}"
             )
+
+    def begin(self) -> None:
+        """Take the weights that the recipe starts from, if any."""
+        begin(self.recipe, self.model, self.train_set.classes, self.run, self.look.log)
 
     def _latent_loader(self) -> LatentLoader:
         """The cache of latents: written by all ranks together, or found under its key."""

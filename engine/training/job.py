@@ -62,6 +62,9 @@ class Job:
         self.loader = self.pictures
         self.loader_reason = self.pictures.decoder_reason
 
+    def begin(self) -> None:
+        """Prepare the model of a run that resumes nothing."""
+
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         raise NotImplementedError
 

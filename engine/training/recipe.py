@@ -12,6 +12,7 @@ from etude.diffusion.objectives import ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import AutoencoderConfig
 from etude.models.families import ModelConfig
+from etude.transfer import StartConfig
 
 
 class TrainRecipe(Recipe):
@@ -64,6 +65,7 @@ class LatentDiffusionRecipe(TrainRecipe):
     autoencoder: str = option("", "an autoencoder's run or folder; empty trains in pixels")
     latents: LatentConfig = option(LatentConfig(), "the cache of latents")
     model: ModelConfig = option(..., "the denoiser; `family` says which kind, dit if left out")
+    start: StartConfig = option(StartConfig(), "weights to start from, of another model")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
     drop_semantic: float = option(
         0.1, "share of samples trained without their class or text", ge=0, lt=1
