@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -427,7 +430,7 @@ def small_run(tiny, tmp_path_factory) -> Path:
 
 
 SHORT = ["loop.images=64", "loop.evaluate_every=64", "loop.checkpoint.every_images=32"]
-LARGER = ["data.augment.image_size=32", "model.input_size=32", "objective.shift=2.0", *SHORT]
+LARGER = ["data.augment.image_size=24", "model.input_size=24", "objective.shift=2.0", *SHORT]
 
 
 def tensors(run: Path, profile: str = "raw") -> dict[str, Tensor]:
@@ -480,6 +483,27 @@ def state(run: Path) -> dict[tuple[str, str], Tensor]:
     with verify_checkpoint(max((run / "checkpoints").glob("step-*"))) as found:
         keys = [(t["name"], t["state"]) for t in found.manifest["tensors"]]
         return {k: found.read(*k, 0, math.prod(found.shape(*k))) for k in keys}
+
+
+def test_two_ranks_of_zero_start_from_the_same_weights(tiny, small_run, tmp_path) -> None:
+    zero = ["strategy.kind=zero", "strategy.stage=3", "optim.lr=1e-30"]
+    fields = [*LARGER, f"start.from={small_run}", *zero]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *ranks, "-m", "etude", "train", tiny.ldm, *fields, "run=pair"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    average = load_recipe(tiny.ldm).default_weights()
+    source = tensors(small_run, average)
+    for profile in ("raw", average):
+        for name, value in tensors(tmp_path / "runs" / "pair", profile).items():
+            if name != "pos_embed":
+                assert torch.allclose(value, source[name], atol=1e-7), name
 
 
 @pytest.mark.parametrize(
@@ -546,8 +570,8 @@ def test_jobs_of_a_study_start_from_each_other(tiny, tmp_path) -> None:
             "set": {
                 "loop.images": 32,
                 "loop.evaluate_every": 32,
-                "data.augment.image_size": 32,
-                "model.input_size": 32,
+                "data.augment.image_size": 24,
+                "model.input_size": 24,
             },
             "grid": {"start.positions": ["interpolate", "extrapolate"]},
             "from": {"start.from": "small"},
