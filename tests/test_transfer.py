@@ -177,6 +177,17 @@ def test_a_chain_of_starts_goes_on_from_the_positions_before(family: str, chain:
 
 
 @pytest.mark.parametrize("family", ["dit", "pixart", "mmdit"])
+def test_interpolated_positions_can_be_extrapolated_and_stretched_again(family: str) -> None:
+    """Sides 4, 8, 16: a step of 1, then 1/2, then the same step or range."""
+    small, middle, large = (config(family, input_size=size) for size in (8, 16, 32))
+    middle = positioned(middle, small, "interpolate")
+    place = torch.arange(16, dtype=torch.float64)
+    for how, step in (("extrapolate", 0.5), ("interpolate", 0.25)):
+        table = grids(build_denoiser(positioned(large, middle, how)), 16)["pos_embed"]
+        assert torch.allclose(table[0, :, 0].double(), (place * step).sin(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dit", "pixart", "mmdit"])
 def test_a_larger_model_says_what_the_small_one_says(family: str) -> None:
     """Every second token sees the same picture at the same place; the others lie between."""
     small = filled(config(family))
@@ -248,6 +259,7 @@ def test_other_channels_have_new_ends(family: str) -> None:
     new = {name.rpartition(".")[0] for name in report.names("new")}
     unet = {"input_blocks.0.0", "out.2"}
     assert new == (unet if family == "unet" else {"x_embedder.proj", "final_layer.linear"})
+    assert len(report.names("new")) == 4  # weights and biases
     for name in report.names("new"):
         assert torch.equal(target.state_dict()[name], before[name])
     assert {n.rpartition(".")[0] for n in report.names("unused")} == new
