@@ -170,14 +170,13 @@ def _published(place: Path, start: StartConfig, target: Any) -> Weights:
     elif place.is_file() and _dit(target):
         with suppress(UserError):
             candidates.insert(0, dit_config(read_file(place), place))
-    refusal = None
+    file, refusal = place if place.is_file() else _only_file(place), None
     for config in candidates:
         try:
-            read_denoiser(place, config)
+            read_denoiser(file, config)
         except UserError as error:
             refusal = error
             continue
-        file = place if place.is_file() else _only_file(place)
         return Weights(file, place.name, config, None, file_sha256(file))
     raise UserError(
         f"{refusal}; where the source's model differs from this one, say so in start.model, for"
@@ -186,7 +185,14 @@ def _published(place: Path, start: StartConfig, target: Any) -> Weights:
 
 
 def _only_file(folder: Path) -> Path:
-    return next(path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(files) != 1:
+        held = ", ".join(path.name for path in files) or "none"
+        raise UserError(
+            f"start.from={folder} is no run, and holds {held} where one weights file should be:"
+            " name a run or a file"
+        )
+    return files[0]
 
 
 def _dit(config: Any) -> bool:
