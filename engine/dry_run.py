@@ -24,6 +24,7 @@ from .fetching import ensure_inputs
 from .jobs import run_recipe
 from .sampling import balanced_labels, open_autoencoder, open_generator
 from .study import StudyRecipe, instances, overrides
+from .training.origin import resolved
 
 
 def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
@@ -32,6 +33,7 @@ def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
         _dry_run_study(recipe, print_line)
         return
     ensure_inputs(recipe, Log(None, quiet=True))
+    recipe = resolved(recipe)
     print_line(f"{recipe.name}: resolved; its run would be runs/{folder_name(recipe)}")
     with tempfile.TemporaryDirectory(prefix="etude-dry-run-") as root:
         began = time.monotonic()

@@ -188,6 +188,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         role = "shards" if key in _SHARDS else "run" if key in _RUNS else ""
         if key in _FILES and not profile and "extractor" in path:
             role = "file"
+        if path == ("start", "from"):
+            role = "start"
         if isinstance(value, Path) and not role:
             role = "file"
         if role:
@@ -195,7 +197,7 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def _resolve(path: str, role: str) -> Path | None:
-    places = [Path(path), Path("runs") / path] if role in ("run", "file") else [Path(path)]
+    places = [Path(path), Path("runs") / path] if role != "shards" else [Path(path)]
     return next((place for place in places if place.exists()), None)
 
 
@@ -204,6 +206,8 @@ def _command(path: str, role: str) -> str:
         return f"put a model's folder at {path}, or name a run of yours (`etude runs list`)"
     if role == "run":
         return f"etude train RECIPE --run {Path(path).name} (`etude runs list` shows your runs)"
+    if role == "start":
+        return "name a run (`etude runs list`), a weights file or a folder with one in this field"
     if role == "shards":
         return "etude start FOLDER writes shards from your pictures; then set this field"
     return "etude data list shows what can be fetched; then set this field"

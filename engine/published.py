@@ -51,7 +51,7 @@ def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
         UserError: no autoencoder, several weights files, or a network that is not a DiT.
     """
     folder = Path(folder)
-    source, config = _network(folder)
+    source, config = network(folder)
     state, layout = read_denoiser(source, config)
     model = build_denoiser(config)
     model.load_state_dict(state)
@@ -108,7 +108,7 @@ def dit_config(state: dict[str, Tensor], where: Path) -> DiTConfig:
     )
 
 
-def _network(folder: Path) -> tuple[Path, DiTConfig]:
+def network(folder: Path) -> tuple[Path, DiTConfig]:
     """The weights (a file, or diffusers' folder) and the configuration of the network."""
     if (folder / "transformer").is_dir():
         return folder / "transformer", _diffusers_config(folder / "transformer" / "config.json")

@@ -155,6 +155,19 @@ def positions_2d(hidden_size: int, grid: int, coordinates: Tensor | None = None)
     return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size)
 
 
+def rotary_2d(d: int, grid: int, coordinates: Tensor) -> Rope:
+    """(cos, sin) of `kernels.rope_2d`, (grid * grid, d / 2), for tokens at other `coordinates`.
+
+    coordinates: (grid,) of the tokens of a row, and of a column; 0, 1, 2, ... give `rope_2d`.
+    """
+    frequency = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) * 4 / d)
+    axis = coordinates.to(torch.float64)[:, None] * frequency
+    row = axis[:, None, :].expand(-1, grid, -1)
+    column = axis[None, :, :].expand(grid, -1, -1)
+    angles = torch.cat((row, column), -1).flatten(0, 1)
+    return angles.cos().float(), angles.sin().float()
+
+
 def unpatchify(tokens: Tensor, channels: int, patch_size: int) -> Tensor:
     """Tokens (B, N, P * P * C) of a square grid to (B, C, H, W)."""
     grid = math.isqrt(tokens.shape[1])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from etude.core.config import option
-from etude.kernels import adaln_modulate, gate_residual_adaln, rope_2d
+from etude.kernels import adaln_modulate, gate_residual_adaln
 from etude.kernels.attention import Rope
 
 from .blocks import (
@@ -38,6 +38,7 @@ from .blocks import (
     TimestepEmbedder,
     modulation,
     positions_2d,
+    rotary_2d,
     seeded,
     unpatchify,
 )
@@ -88,6 +89,13 @@ class DiTConfig(DenoiserConfig):
     positions: Literal["table", "rope", "both"] = option(
         "table", "where a token says its place: added to it, turning its queries and keys, or both"
     )
+    position_base: int = option(
+        0,
+        "positions run from 0 to this over the picture, as on a grid of this side; 0: to the"
+        " picture's own side",
+        unit="tokens",
+        ge=0,
+    )
     modulation_start: Literal["zero", "gaussian"] = option(
         "zero", "weights of the modulation at the start: adaLN-Zero or adaLN-Gaussian"
     )
@@ -119,6 +127,13 @@ class DiTConfig(DenoiserConfig):
         if asked.semantic == "text" or asked.semantic_path == "attention":
             raise ValueError("family dit takes a class through adaLN: set family: pixart or mmdit")
         return self
+
+    @property
+    def coordinates(self) -> Tensor:
+        """Positions of the tokens of a row, and of a column: (grid,) float64."""
+        grid = self.input_size // self.patch_size
+        step = self.position_base / grid if self.position_base else 1.0
+        return torch.arange(grid, dtype=torch.float64) * step
 
 
 class DiTBlock(nn.Module):
@@ -179,9 +194,10 @@ class DiT(nn.Module):
             if config.conditioning.control:
                 self.control_embedder = ControlEmbedder(D, config.conditioning)
             if config.positions != "rope":
-                self.pos_embed = nn.Parameter(positions_2d(D, grid)[None], requires_grad=False)
+                table = positions_2d(D, grid, config.coordinates)[None]
+                self.pos_embed = nn.Parameter(table, requires_grad=False)
             if config.positions != "table":
-                cos, sin = rope_2d(grid, grid, D // config.num_heads)
+                cos, sin = rotary_2d(D // config.num_heads, grid, config.coordinates)
                 self.register_buffer("rope_cos", cos, persistent=False)
                 self.register_buffer("rope_sin", sin, persistent=False)
             self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))

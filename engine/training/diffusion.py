@@ -25,6 +25,7 @@ from etude.sampling import Generator, balanced_labels, denoiser, open_autoencode
 from etude.texts import TextFeatures, captions_of, first_captions
 
 from .job import HELD_OUT_PICTURES, Job, Look
+from .origin import begin
 from .recipe import LatentDiffusionRecipe
 
 HELD_OUT = 1 << 40  # positions of held-out samples: apart from every training position
@@ -122,6 +123,10 @@ class DiffusionJob(Job):
         count = features.complete(captions)
         log.info(f"features of {count:,} different captions from {features.folder}")
         return prompts, features
+
+    def begin(self) -> None:
+        """Take the weights that the recipe starts from, if any."""
+        begin(self.recipe, self.model, self.train_set.classes, self.run, self.look.log)
 
     def _latent_loader(self) -> LatentLoader:
         """The cache of latents: written by all ranks together, or found under its key."""

@@ -66,6 +66,9 @@ class Job:
         """The strategy that the loop gets, made of the model's."""
         return strategy
 
+    def begin(self) -> None:
+        """Prepare the model of a run that resumes nothing."""
+
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ from etude.external.diffusers import AutoencoderConfig
 from etude.models.discriminator import DiscriminatorConfig, Game
 from etude.models.families import ModelConfig
 from etude.texts import TextConfig
+from etude.transfer import StartConfig
 
 
 class TrainRecipe(Recipe):
@@ -101,6 +102,7 @@ class LatentDiffusionRecipe(TrainRecipe):
     latents: LatentConfig = option(LatentConfig(), "the cache of latents")
     model: ModelConfig = option(..., "the denoiser; `family` says which kind, dit if left out")
     text: TextConfig = option(TextConfig(), "what turns captions into features")
+    start: StartConfig = option(StartConfig(), "weights to start from, of another model")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
     drop_semantic: float = option(
         0.1, "share of samples trained without their class or text", ge=0, lt=1

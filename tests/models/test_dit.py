@@ -5,7 +5,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from etude.models.blocks import PatchEmbed, TimestepEmbedder, positions_2d, unpatchify
+from etude.convert.dit import diffusers_table
+from etude.core.errors import UserError
+from etude.kernels import rope_2d
+from etude.models.blocks import (
+    PatchEmbed,
+    TimestepEmbedder,
+    positions_2d,
+    rotary_2d,
+    unpatchify,
+)
 from etude.models.dit import DiT, DiTConfig
 
 
@@ -221,6 +230,19 @@ def test_bfloat16_follows_float32() -> None:
     rounded = randomised(config).bfloat16()(*inputs(config))
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() / exact.norm() < 0.03
+
+
+def test_rotations_at_whole_places_are_those_of_the_operator() -> None:
+    for d, grid in ((12, 5), (72, 16)):
+        found = rotary_2d(d, grid, torch.arange(grid))
+        for one, two in zip(found, rope_2d(grid, grid, d), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_positions_of_another_range_are_not_diffusers_ones() -> None:
+    assert DiT(small(position_base=4)).pos_embed.equal(DiT(small()).pos_embed)
+    with pytest.raises(UserError, match="options of the modern variant"):
+        diffusers_table(small(position_base=2))
 
 
 MODERN = dict(norm="rmsnorm", mlp="swiglu", qk_norm=True, positions="rope")
