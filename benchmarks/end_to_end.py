@@ -95,7 +95,7 @@ class Job:
 def loss_of(forward: Callable, latents: Tensor, noise: Tensor, times: Tensor, labels: Tensor):
     objective = Objective(ObjectiveConfig())
     return objective.losses(
-        lambda x, t, c: forward(x, t * 1000.0, c["labels"]),
+        lambda x, t, c: forward(x, t * 1000.0, c),
         latents, noise, times, {"labels": labels},
     ).mean()  # fmt: skip
 

@@ -199,6 +199,8 @@ def sample(
     weights: Annotated[str, typer.Option(help="raw or ema:<decay> [default: longest ema].")] = "",
     seed: Annotated[int, typer.Option(help="Names the sequence of pictures.")] = 0,
     label: Annotated[list[int] | None, typer.Option(help="Class to draw; repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to draw; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of texts, one on each line.")] = None,
     steps: Annotated[int, typer.Option(min=0, help="Sampler steps; 0 takes the recipe's.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale [default: the recipe's].")
@@ -217,18 +219,21 @@ def sample(
         sample_to_shards,
         sampling_protocol,
     )
+    from etude.texts import read_prompts
 
     generator = open_generator(run, weights=weights, device=default_device())
     changes = {"steps": steps} if steps else {}
     changes |= {"guidance_scale": guidance} if guidance is not None else {}
     settings = generator.sampler.model_dump() | changes
     generator.sampler = type(generator.sampler).model_validate(settings)
-    labels = label or []
-    folder = to or sample_folder(run, sampling_protocol(generator, count, seed, labels))
+    labels, texts = label or [], prompt or []
+    texts = [*texts, *read_prompts(prompts)] if prompts else texts
+    protocol = sampling_protocol(generator, count, seed, labels, texts)
+    folder = to or sample_folder(run, protocol)
     log = Log(None)
     with Stopper() as stopper:
         log.on_advance = stopper.check
-        sample_to_shards(generator, folder, count, seed=seed, log=log, labels=labels)
+        sample_to_shards(generator, folder, count, seed=seed, log=log, labels=labels, prompts=texts)
     say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
 
 

@@ -24,6 +24,7 @@ from .fetching import ensure_inputs
 from .jobs import run_recipe
 from .sampling import balanced_labels, open_autoencoder, open_generator
 from .study import StudyRecipe, instances, overrides
+from .training.origin import resolved
 
 
 def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
@@ -32,6 +33,7 @@ def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
         _dry_run_study(recipe, print_line)
         return
     ensure_inputs(recipe, Log(None, quiet=True))
+    recipe = resolved(recipe)
     print_line(f"{recipe.name}: resolved; its run would be runs/{folder_name(recipe)}")
     with tempfile.TemporaryDirectory(prefix="etude-dry-run-") as root:
         began = time.monotonic()
@@ -61,6 +63,7 @@ def shrink(recipe: Recipe, root: Path) -> Recipe:
         changes = {"loop": recipe.loop.model_copy(update=step)}
         if recipe.kind == "ldm":
             changes["latents"] = recipe.latents.model_copy(update={"variants": 0})
+            changes["text"] = recipe.text.model_copy(update={"ahead": False})
     elif recipe.kind == "judge":
         changes = {"judge": recipe.judge.model_copy(update={"images": recipe.judge.batch_size})}
     elif recipe.kind == "practice":

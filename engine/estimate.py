@@ -180,12 +180,16 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(dotted field, path, role) of every field that names something on the disk."""
     for path, value, _ in leaves(recipe):
         key, text = path[-1], str(value)
+        if path == ("text", "encoders"):
+            yield from ((".".join(path), encoder, "file") for encoder in value)
         if not isinstance(value, str | Path) or not text or text.startswith(_FROM_JOB):
             continue
         profile = text == "raw" or text.startswith("ema:")
         role = "shards" if key in _SHARDS else "run" if key in _RUNS else ""
         if key in _FILES and not profile and "extractor" in path:
             role = "file"
+        if path == ("start", "from"):
+            role = "start"
         if isinstance(value, Path) and not role:
             role = "file"
         if role:
@@ -193,7 +197,7 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def _resolve(path: str, role: str) -> Path | None:
-    places = [Path(path), Path("runs") / path] if role in ("run", "file") else [Path(path)]
+    places = [Path(path), Path("runs") / path] if role != "shards" else [Path(path)]
     return next((place for place in places if place.exists()), None)
 
 
@@ -202,6 +206,8 @@ def _command(path: str, role: str) -> str:
         return f"put a model's folder at {path}, or name a run of yours (`etude runs list`)"
     if role == "run":
         return f"etude train RECIPE --run {Path(path).name} (`etude runs list` shows your runs)"
+    if role == "start":
+        return "name a run (`etude runs list`), a weights file or a folder with one in this field"
     if role == "shards":
         return "etude start FOLDER writes shards from your pictures; then set this field"
     return "etude data list shows what can be fetched; then set this field"
@@ -211,9 +217,9 @@ def _build(recipe: Recipe) -> nn.Module | None:
     """The model a recipe trains, without memory for its weights."""
     with torch.device("meta"):
         if recipe.kind == "ldm":
-            from etude.models.dit import DiT
+            from etude.models.families import build_denoiser
 
-            return DiT(recipe.model)
+            return build_denoiser(recipe.model)
         if recipe.kind == "autoencoder":
             from etude.external.diffusers import Autoencoder
 

@@ -21,6 +21,7 @@ from etude.core.signals import Stopper, StopRequested
 from .fetching import ensure_inputs
 from .page import Page
 from .training import Look, train
+from .training.origin import resolved
 
 _ON_ALL_RANKS = ("autoencoder", "ldm", "study")
 _FOREVER_S = 30 * 24 * 3600.0  # the launcher ends the waiting ranks when rank 0 fails
@@ -99,6 +100,7 @@ def _run(
     label: str = "",
 ) -> tuple[Path, dict]:
     lead = world.rank == 0
+    recipe = resolved(recipe)
     if world.size > 1:  # before any wait: a rank with another recipe opens another folder
         fields = {".".join(map(str, path)): repr(value) for path, value, _ in leaves(recipe)}
         distributed.all_agree(world, distributed.local_facts(**fields))
@@ -171,6 +173,8 @@ def _practice(recipe: Recipe, desk: Desk) -> dict:
     generator = open_generator(
         recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=desk.world.device
     )
+    if generator.asked_by_text:
+        raise UserError(f"practice needs labels, but {generator.name} is asked by text")
     result = practise(
         recipe,
         desk.run,

@@ -56,7 +56,7 @@ def replay(run: str | Path, at: int) -> tuple[list[str], list[list[str]], Path]:
         dropped = rng.uniform(recipe.seed, rng.Stream.DROP_SEMANTIC, batch.positions)[:, 0]
         columns += ["noise level", "label dropped"]
         for row, time, share in zip(rows, times.tolist(), dropped, strict=True):
-            row += [f"{time:.6f}", "yes" if np.float32(share) < recipe.drop_label else ""]
+            row += [f"{time:.6f}", "yes" if np.float32(share) < recipe.drop_semantic else ""]
     picture = folder / "replay" / f"{start:012d}.png"
     picture.parent.mkdir(exist_ok=True)
     write_bytes_atomic(picture, png(picture_grid(to_uint8(batch.images), columns=16)))

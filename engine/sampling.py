@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,12 @@ from etude.diffusion.objectives import Objective
 from etude.diffusion.samplers import SamplerConfig, sample
 from etude.external.diffusers import WEIGHTS, Autoencoder
 from etude.kernels import solver
-from etude.models.dit import DiT
+from etude.models.families import build_denoiser
 
+from .conditions import Conditions
 from .pictures import picture_grid, png
+from .published import is_published, published_parts
+from .texts import TextFeatures, captions_of
 
 BLOCK = 64
 
@@ -46,12 +50,16 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def denoiser(model: Callable) -> Callable[[Tensor, Tensor, dict], Tensor]:
     """A model called with time in [0, 1000) as the (x, t in [0, 1], condition) callable."""
-    return lambda x, t, condition: model(x, t * 1000.0, condition["labels"])
+    return lambda x, t, condition: model(x, t * 1000.0, condition)
 
 
 @dataclass
 class Generator:
-    """Draws pictures by index; see `open_generator` for one made from a run."""
+    """Draws pictures by index; see `open_generator` for one made from a run.
+
+    Attributes:
+        prompts: what a model asked by text draws when nobody says what, in turn.
+    """
 
     model: nn.Module
     objective: Objective
@@ -59,11 +67,21 @@ class Generator:
     autoencoder: Autoencoder | None
     classes: list[str]
     latent_shape: tuple[int, int, int]
+    conditions: Conditions
     name: str = "generator"
     fingerprint: str = ""
     profile: str = "raw"
     training_shards: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dict[str, float] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.sampler.guidance_weights) > 1 and not self.conditions.config.control:
+            raise UserError(
+                "sampler control_scale has no effect on a model without control values: leave it"
+                " out, or name them in model.conditioning.control"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -81,7 +99,11 @@ class Generator:
             "sampler": self.sampler.model_dump(mode="json"),
             "profile": self.profile,
             "rounding": "half to even",
-        }
+        } | self._asked()
+
+    def _asked(self) -> dict:
+        control = {"control": self.control} if self.control else {}
+        return control | ({"prompts": _stated(self.prompts)} if self.asked_by_text else {})
 
     def decode(self, latents: Tensor) -> Tensor:
         """Model-space latents (B, C, h, w) to pictures (B, C, H, W) in [-1, 1], differentiable."""
@@ -97,6 +119,7 @@ class Generator:
         seed: int,
         learner: nn.Module | None = None,
         guidance: GuidanceConfig | None = None,
+        captions: Sequence[str] | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Pictures of `indices` (n,) int64 and `labels` (n,) int64, in any order.
@@ -105,12 +128,18 @@ class Generator:
             seed: names the sequence of pictures.
             learner: pictures (B, C, H, W) in [-1, 1] -> logits (B, classes), with `guidance` how
                 the reverse process is pushed toward what it finds hard.
+            captions: n texts, for a model asked by text, which ignores the labels; its `prompts`
+                in turn where there are none.
             advance: called with the number of pictures after each block.
 
         Returns:
             uint8 (n, H, W, C), and telemetry arrays of length n (those that guidance reports).
+
+        Raises:
+            UserError: no index, captions for a model asked by class, or none for one asked by text.
         """
         indices, labels = np.asarray(indices, np.int64), np.asarray(labels, np.int64)
+        texts = self._captions(indices, captions)
         images: np.ndarray | None = None
         telemetry: dict[str, np.ndarray] = {}
         for block in np.unique(indices // BLOCK):
@@ -118,10 +147,14 @@ class Generator:
             lanes = indices[rows] % BLOCK
             block_labels = np.full(BLOCK, self.null_label, np.int64)
             block_labels[lanes] = labels[rows]
+            block_texts = [texts[rows[0]]] * BLOCK if texts else []
+            if texts:
+                for row, lane in zip(rows, lanes, strict=True):
+                    block_texts[lane] = texts[row]
             guide = None
             if guidance is not None and learner is not None and guidance.omega > 0:
                 guide = EntropyGuidance(guidance, learner, self.decode)
-            pictures = to_uint8(self._block(int(block), block_labels, seed, guide))
+            pictures = to_uint8(self._block(int(block), block_labels, block_texts, seed, guide))
             if images is None:
                 images = np.empty((len(indices), *pictures.shape[1:]), np.uint8)
             images[rows] = pictures[lanes]
@@ -132,8 +165,31 @@ class Generator:
             raise UserError("no picture was asked for: pass at least one index")
         return images, telemetry
 
+    @property
+    def asked_by_text(self) -> bool:
+        return self.conditions.config.semantic == "text"
+
+    def _captions(self, indices: np.ndarray, captions: Sequence[str] | None) -> list[str]:
+        """A text for each index, or none for a model asked by class."""
+        if not self.asked_by_text:
+            if captions is not None:
+                raise UserError(f"{self.name} is asked by class, not by text: give labels")
+            return []
+        if captions is None and not self.prompts:
+            raise UserError(f"{self.name} is asked by text: give prompts")
+        if captions is None:
+            return [self.prompts[index % len(self.prompts)] for index in indices]
+        if len(captions) != len(indices):
+            raise ValueError(f"{len(captions)} captions for {len(indices)} pictures")
+        return list(captions)
+
     def _block(
-        self, block: int, labels: np.ndarray, seed: int, guide: EntropyGuidance | None
+        self,
+        block: int,
+        labels: np.ndarray,
+        captions: Sequence[str],
+        seed: int,
+        guide: EntropyGuidance | None,
     ) -> Tensor:
         positions = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64)
 
@@ -142,15 +198,14 @@ class Generator:
             where = positions * (1 << 24) + step
             return rng.normal(seed, stream, where, self.latent_shape, self.device)
 
-        condition = {"labels": torch.as_tensor(labels, device=self.device)}
-        null = {"labels": torch.full_like(condition["labels"], self.null_label)}
+        condition = self.conditions.asked(labels, captions, control=self.control)
         latents = sample(
             denoiser(self.model),
             self.objective,
             self.sampler,
             field_of(rng.Stream.SAMPLE_NOISE, 0),
             condition,
-            null_condition=null,
+            nulls=self.conditions.nulls(condition),
             guide=guide,
             step_noise=lambda step: field_of(rng.Stream.SAMPLE_STEP, step),
         )
@@ -175,13 +230,20 @@ def open_generator(
     sampler: SamplerConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> Generator:
-    """The generator of a latent-diffusion run, from its newest complete checkpoint.
+    """The generator of a latent-diffusion run, or of a published checkpoint's folder.
 
     Args:
-        run: the run's folder, or its name under `runs/`.
+        run: the run's folder, or its name under `runs/`: its newest complete checkpoint is taken;
+            or a folder as `published.py` describes it.
         weights: "raw" or "ema:<decay>"; by default the longest average that the run kept.
         sampler: replaces the sampler that the run's recipe names.
     """
+    if is_published(run):
+        if weights:
+            raise UserError(f"{run} holds one set of weights: leave out --weights")
+        generator = Generator(**published_parts(run, torch.device(device)))
+        generator.sampler = sampler or generator.sampler
+        return generator
     recipe, folder = load_run(run)
     if recipe.kind != "ldm":
         raise UserError(f"{folder} is a run of kind {recipe.kind!r}: name one of kind 'ldm'")
@@ -193,27 +255,58 @@ def open_generator(
     with verify_checkpoint(checkpoint, hashes=False) as opened:
         extra, images_seen = opened.manifest["extra"], opened.images_seen
     weights = weights or recipe.default_weights()
-    model = DiT(recipe.model)
+    model = build_denoiser(recipe.model)
     model.load_state_dict(read_weights(checkpoint, weights, hashes=False))
     model.to(device).eval().requires_grad_(False)
     autoencoder, autoencoder_key = (
         open_autoencoder(recipe.autoencoder, device) if recipe.autoencoder else (None, "")
     )
     size = recipe.model.input_size
-    identity = json.dumps([extra["fingerprint"], images_seen, weights, autoencoder_key])
+    device = torch.device(device)
+    features = _open_features(recipe, extra, device)
+    parts = [extra["fingerprint"], images_seen, weights, autoencoder_key]
+    identity = json.dumps([*parts, features.key] if features else parts)
     return Generator(
         model=model,
+        conditions=Conditions(
+            recipe.model.conditioning,
+            recipe.model.num_classes,
+            recipe.data.augment.image_size,
+            device,
+            features,
+        ),
         objective=Objective(recipe.objective),
         sampler=sampler or recipe.sampler,
         autoencoder=autoencoder,
-        classes=list(extra["classes"]),
+        classes=[] if features else list(extra["classes"]),
         latent_shape=(recipe.model.in_channels, size, size),
         name=f"{folder.name} {weights} at {images_seen:,} images",
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
         profile=weights,
         training_shards=recipe.data.shards,
-        device=torch.device(device),
+        device=device,
+        prompts=_prompts(recipe) if features else [],
     )
+
+
+def _open_features(recipe: Any, extra: dict, device: torch.device) -> TextFeatures | None:
+    """The text encoders that a run was trained with; others are refused."""
+    if recipe.model.conditioning.semantic == "class":
+        return None
+    features = TextFeatures(recipe.text, device)
+    if features.key != extra["text"]:
+        raise UserError(
+            f"{', '.join(recipe.text.encoders)} is another text encoder than the run was trained"
+            " with: put the one back that it had"
+        )
+    return features
+
+
+def _prompts(recipe: Any) -> list[str]:
+    """The different held-out captions in stored order; the grid's prompts where they are gone."""
+    if not Path(recipe.held_out).is_dir():
+        return list(recipe.grid.prompts)
+    return list(dict.fromkeys(captions_of(ShardSet(recipe.held_out))))
 
 
 def open_autoencoder(
@@ -245,6 +338,7 @@ def sample_to_shards(
     seed: int,
     log: Log,
     labels: Sequence[int] = (),
+    prompts: Sequence[str] = (),
 ) -> Path:
     """Draw `count` pictures into WebDataset shards with the protocol beside them; resumable.
 
@@ -253,11 +347,14 @@ def sample_to_shards(
 
     Args:
         labels: classes to draw in turn; all of them when empty.
+        prompts: of a model asked by text, drawn in turn; the generator's own when empty.
 
     Raises:
-        UserError: the folder holds other pictures, or a label is not one of the classes.
+        UserError: the folder holds other pictures, a label is not one of the classes, or the model
+            is asked otherwise.
     """
     folder, labels = Path(folder), list(labels)
+    prompts = _wanted_prompts(generator, labels, prompts)
     wrong = [label for label in labels if not 0 <= label < max(generator.num_classes, 1)]
     if wrong:
         raise UserError(
@@ -266,7 +363,7 @@ def sample_to_shards(
         )
     if count < 1:
         raise UserError(f"{count} pictures were asked for: ask for at least one")
-    protocol = sampling_protocol(generator, count, seed, labels)
+    protocol = sampling_protocol(generator, count, seed, labels, prompts)
     parts = folder.with_name(f".{folder.name}.blocks")
     for stated in (folder / "protocol.json", parts / "protocol.json"):
         if stated.exists() and read_json(stated) != protocol:
@@ -283,14 +380,16 @@ def sample_to_shards(
             indices = np.arange(start, min(start + BLOCK, count))
             if not target.exists():
                 wanted = _labels(indices, labels, generator.num_classes)
-                images, _ = generator.draw(indices, wanted, seed=seed)
+                texts = [prompts[i % len(prompts)] for i in indices] if prompts else None
+                images, _ = generator.draw(indices, wanted, seed=seed, captions=texts)
                 partial = target.with_suffix(".partial")
                 with partial.open("wb") as stream:
                     np.save(stream, images)
                 partial.rename(target)
             progress.advance(len(indices))
 
-    write_shards(parts / "shards", _samples(parts, labels, generator), classes=generator.classes)
+    samples = _samples(parts, labels, prompts, generator.classes)
+    write_shards(parts / "shards", samples, classes=[] if prompts else generator.classes)
     write_json_atomic(parts / "shards" / "protocol.json", protocol)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -302,17 +401,46 @@ def sample_to_shards(
 
 
 def sampling_protocol(
-    generator: Generator, count: int, seed: int, labels: Sequence[int] = ()
+    generator: Generator,
+    count: int,
+    seed: int,
+    labels: Sequence[int] = (),
+    prompts: Sequence[str] = (),
 ) -> dict:
     """What fixes a folder of drawn pictures; written beside them."""
-    stated = {"seed": seed, "count": count, "labels": list(labels) or "in turn"}
-    return generator.protocol | stated
+    prompts = _wanted_prompts(generator, labels, prompts)
+    asked = {"prompts": _stated(prompts)} if prompts else {"labels": list(labels) or "in turn"}
+    return generator.protocol | {"seed": seed, "count": count} | asked
+
+
+def _stated(prompts: Sequence[str]) -> list[str] | dict:
+    """Prompts as a protocol states them: word for word, or many of them by their sha256."""
+    if len(prompts) <= BLOCK:
+        return list(prompts)
+    text = json.dumps(list(prompts))
+    return {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _wanted_prompts(
+    generator: Generator, labels: Sequence[int], prompts: Sequence[str]
+) -> list[str]:
+    """The texts to draw in turn, none for a model asked by class."""
+    if not generator.asked_by_text:
+        if prompts:
+            raise UserError(f"{generator.name} is asked by class, not by text: give --label")
+        return []
+    if labels:
+        raise UserError(f"{generator.name} is asked by text, not by class: give --prompt")
+    if not (prompts or generator.prompts):
+        raise UserError(f"{generator.name} is asked by text: give --prompt or --prompts FILE")
+    return list(prompts or generator.prompts)
 
 
 def sample_folder(run: str | Path, protocol: dict) -> Path:
     """Where pictures of a protocol live when nobody says where: inside their run."""
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-    return load_run(run)[1] / "samples" / digest[:10]
+    folder = Path(run) if is_published(run) else load_run(run)[1]
+    return folder / "samples" / digest[:10]
 
 
 def contact_sheet(folder: Path, limit: int = 100) -> Path:
@@ -333,17 +461,19 @@ def _labels(indices: np.ndarray, labels: Sequence[int], num_classes: int) -> np.
     return balanced_labels(indices, num_classes)
 
 
-def _samples(parts: Path, labels: Sequence[int], generator: Generator) -> Iterator[dict]:
+def _samples(
+    parts: Path, labels: Sequence[int], prompts: Sequence[str], classes: Sequence[str]
+) -> Iterator[dict]:
     for part in sorted(parts.glob("*.npy")):
         images = np.load(part)
         indices = int(part.stem) + np.arange(len(images))
         for index, image, label in zip(
-            indices, images, _labels(indices, labels, generator.num_classes), strict=True
+            indices, images, _labels(indices, labels, len(classes)), strict=True
         ):
-            yield {
-                "key": f"{index:09d}",
-                "image": png(image[..., 0] if image.shape[-1] == 1 else image),
-                "extension": "png",
-                "label": int(label),
-                "caption": generator.classes[label] if generator.classes else "",
-            }
+            sample = {"key": f"{index:09d}", "extension": "png"}
+            sample["image"] = png(image[..., 0] if image.shape[-1] == 1 else image)
+            if prompts:
+                yield sample | {"caption": prompts[index % len(prompts)]}
+            else:
+                caption = classes[label] if classes else ""
+                yield sample | {"label": int(label), "caption": caption}

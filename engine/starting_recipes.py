@@ -191,7 +191,7 @@ model:
   num_classes: {pictures.classes}
   learn_sigma: false
 # One sample in ten trains without its class, which makes guidance possible.
-drop_label: 0.1
+drop_semantic: 0.1
 optim: {{lr: {"3.0e-4" if machine.gpu else "1.0e-3"}, betas: [0.9, 0.99], warmup_images: \
 {size.images // 20}, schedule: cosine, clip: 1.0, ema: [{"0.999" if machine.gpu else "0.99"}]}}
 {machine.strategy(pictures.size)}

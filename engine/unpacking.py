@@ -32,6 +32,13 @@ LARGEST_MEMBER = 1 << 30
 LARGEST_ARCHIVE = 4 << 30
 EMOJI_SIDE = 128
 EMOJI_GROUPS, EMOJI_COMPONENTS = 10, 2
+TONES = {  # the five modifiers, Fitzpatrick 1-2, 3, 4, 5 and 6
+    "1F3FB": "light",
+    "1F3FC": "medium-light",
+    "1F3FD": "medium",
+    "1F3FE": "medium-dark",
+    "1F3FF": "dark",
+}
 HELD_OUT_SHARE = 10  # one emoji in ten is held out
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -121,7 +128,8 @@ def idx_array(data: bytes) -> np.ndarray:
 def emoji(paths: Sequence[Path], folder: Path, log: Log) -> str:
     """Pictures on white at 128 pixels, captions in English, labels by emoji group.
 
-    All skin tones of one emoji stay on one side of the split.
+    All skin tones of one emoji stay on one side of the split. Each sample's `.json` states its skin
+    tone and category.
     """
     wanted = ("package/en/data.json", "package/meta/groups.json")
     texts = {name: json.loads(data) for name, data in members(paths[1]) if name in wanted}
@@ -140,10 +148,17 @@ def emoji(paths: Sequence[Path], folder: Path, log: Log) -> str:
         digest = int(hashlib.sha256(base.encode()).hexdigest(), 16)
         side = "test" if digest % HELD_OUT_SHARE == 0 else "train"
         sample = {"key": code.lower(), "image": _on_white(data), "extension": "png"}
+        sample["meta"] = {"tone": emoji_tone(code), "category": groups[str(group)]}
         sides[side].append(sample | {"label": numbers.index(group), "caption": caption})
     for side, samples in sides.items():
         write_shards(folder / side, samples, classes=classes)
     return f"{len(sides['train']):,} training and {len(sides['test']):,} test pictures as shards"
+
+
+def emoji_tone(code: str) -> str:
+    """The skin tone of a hexcode: none, one of five from light to dark, or mixed."""
+    tones = {TONES[part] for part in code.upper().split("-") if part in TONES}
+    return "mixed" if len(tones) > 1 else next(iter(tones), "none")
 
 
 def emoji_captions(rows: list[dict]) -> dict[str, tuple[str, int, str]]:

@@ -531,6 +531,7 @@ def joint_attention(
     scale: float | None = None,
     qk_norm: QKNorm | None = None,
     text_qk_norm: QKNorm | None = None,
+    key_lengths: Tensor | None = None,
     rope: Rope | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(image, text): attention over both streams, handed back as views of one output.
@@ -540,21 +541,25 @@ def joint_attention(
         text_tokens: Nt.
         qk_norm: of all tokens, or of the image alone where `text_qk_norm` is given: then both are
             applied here by torch, since a kernel has one pair of weights for the whole sequence.
+        key_lengths: (B,) int32, of the whole sequence; a text with padding must come last for it,
+            which is to give both functions the two streams in each other's place.
         rope: tables of Nt + Ni rows (`rope_2d` with prefix=Nt leaves the text unrotated).
 
     Returns:
         (B, Ni, H, d) and (B, Nt, H, d). Errors as in `dot_product_attention`.
     """
     if text_qk_norm is None:
-        out = attention_packed(qkv, scale=scale, qk_norm=qk_norm, rope=rope)
+        out = attention_packed(
+            qkv, scale=scale, key_lengths=key_lengths, qk_norm=qk_norm, rope=rope
+        )
     else:
         q, k, v = qkv.unbind(2)
-        _check(q, k, v, Options(qk_norm=text_qk_norm, rope=rope))
+        _check(q, k, v, Options(key_lengths, qk_norm=text_qk_norm, rope=rope))
         streams = (text_qk_norm, q[:, :text_tokens], k[:, :text_tokens])
         streams = (streams, (qk_norm, q[:, text_tokens:], k[:, text_tokens:]))
         made = [_prepare(q, k, norm, None) for norm, q, k in streams]
         q, k = (torch.cat(both, 1).to(qkv.dtype) for both in zip(*made, strict=True))
-        out = dot_product_attention(q, k, v, scale=scale, rope=rope)
+        out = dot_product_attention(q, k, v, scale=scale, key_lengths=key_lengths, rope=rope)
     return out[:, text_tokens:], out[:, :text_tokens]
 
 

@@ -17,7 +17,8 @@ predicts eps, v, a flow or x0, at x = alpha x_0 + sigma eps, and one of these ru
 (alpha', sigma'):
 
     ddim      x' = alpha' x0 + sigma' eps         (Song et al. 2021; Euler where the schedule is
-                                                  flow, and in sigma / alpha for any other)
+                                                  flow, and in sigma / alpha for any other); with
+              eta, noise of eta times ddpm's spread takes its share of sigma', and extra is noise
     dpmpp_2m  x' = sigma' / sigma x + (alpha' - alpha sigma' / sigma) D
               D = (1 + 1 / 2r) x0 - 1 / 2r extra,     r = (lambda - lambda_previous)
               / (lambda' - lambda), lambda = log(alpha / sigma), extra the previous step's x0
@@ -53,6 +54,7 @@ def solver_coefficients(
     *,
     alpha_previous: Tensor | None = None,
     sigma_previous: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """The rows (..., 8) float64 of `solver_step` for a way between points of a schedule.
 
@@ -61,6 +63,7 @@ def solver_coefficients(
         prediction: what the network returns: "flow", "eps", "v" or "x0".
         alpha, sigma, ..., sigma_next: (...); alpha_next 1 and sigma_next 0 end at x0.
         alpha_previous, sigma_previous: (...) the point before, for dpmpp_2m; None: first order.
+        eta: share of ddpm's noise in a ddim step; for 1 the two are one.
 
     Errors: ValueError for an unknown method or prediction.
     """
@@ -82,12 +85,16 @@ def solver_coefficients(
     else:
         power = a**2 + s**2
         estimates = (a / power, -s / power, s / power, a / power)
-    if method == "ddim":
+    ratio = a / b
+    spread = s**2 - ratio**2 * r**2
+    deviation = spread.clamp(min=0).sqrt() * r / s
+    if method == "ddim" and eta == 0.0:
         update = (zero, b, r, zero)
+    elif method == "ddim":
+        drawn = eta * deviation
+        update = (zero, b, (r**2 - drawn**2).clamp(min=0).sqrt(), drawn)
     elif method == "ddpm":
-        ratio = a / b
-        spread = s**2 - ratio**2 * r**2
-        update = (ratio * (r / s) ** 2, b * spread / s**2, zero, spread.clamp(min=0).sqrt() * r / s)
+        update = (ratio * (r / s) ** 2, b * spread / s**2, zero, deviation)
     else:
         gain = b - a * r / s
         slope = zero
@@ -338,7 +345,7 @@ def solver_step(
         coefficients: (8,) or (B, 8), of `solver_coefficients`, on x's device.
         guidance: (K - 1,) or (B, K - 1) weights on x's device, 1 or 2; None: K is 1.
         guided_channels: how many of the first channels are guided; None: all.
-        extra: (B, C, ...) the previous x0 (dpmpp_2m) or noise (ddpm).
+        extra: (B, C, ...) the previous x0 (dpmpp_2m) or noise (ddpm, ddim with eta).
 
     Where a gradient is asked for, the reference computes it. Errors: ValueError for shapes, dtypes
     or devices that do not fit; RuntimeError for a backend asked for by name that cannot run.

@@ -155,3 +155,56 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     for name, text in (("ldm", _LATENT_DIFFUSION), ("autoencoder", _AUTOENCODER)):
         (folder / f"{name}.yaml").write_text(text.format(folder=folder))
     return Tiny(folder, str(folder / "ldm.yaml"), str(folder / "autoencoder.yaml"))
+
+
+_WORDS = "a picture of the cat dog red blue hand sun moon house tree face star one two".split()
+
+
+def _tokenizer(folder: Path, start: str, end: str, pad: str) -> None:
+    """A tokenizer of whole words with start and end marks, as transformers reads it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = list(dict.fromkeys(mark for mark in (pad, start, end, "<unk>") if mark))
+    vocabulary = {word: number for number, word in enumerate([*_WORDS, *marks])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}".strip(),
+        special_tokens=[(mark, vocabulary[mark]) for mark in (start, end) if mark],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny random text encoders: clip_l, clip_g (both projected), clip, t5 and bert."""
+    import transformers as tf
+
+    root = tmp_path_factory.mktemp("text_models")
+    end = len(_WORDS) + 2  # the end mark's number in a vocabulary of pad, start, end, unknown
+    clip = {"vocab_size": 24, "intermediate_size": 32, "max_position_embeddings": 12}
+    clip |= {"num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": end}
+    shapes = {"clip_l": (16, 10), "clip_g": (20, 14), "clip": (16, 16)}
+    torch.manual_seed(0)
+    for name, (width, projection) in shapes.items():
+        config = tf.CLIPTextConfig(hidden_size=width, projection_dim=projection, **clip)
+        kind = tf.CLIPTextModel if name == "clip" else tf.CLIPTextModelWithProjection
+        kind(config).save_pretrained(root / name)
+        _tokenizer(root / name, "<s>", "</s>", "<pad>")
+    t5 = {"vocab_size": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    tf.T5EncoderModel(tf.T5Config(d_model=48, **t5)).save_pretrained(root / "t5")
+    _tokenizer(root / "t5", "", "</s>", "<pad>")
+    config = tf.BertConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+    )
+    tf.BertModel(config).save_pretrained(root / "bert")
+    _tokenizer(root / "bert", "<s>", "</s>", "<pad>")
+    return root

@@ -94,6 +94,8 @@ def test_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert files["data.shards"].present
     assert files["data.shards"].digest == "ba7816bf8f01cfea"  # of "abc", FIPS 180-2
     assert examine("ldm/cifar10") == 1
+    files = {item.field: item for item in estimate.needed_files(load_recipe("ldm/emoji"))}
+    assert files["text.encoders"].command == "etude data fetch minilm"
 
 
 def test_files_of_a_study_leave_out_what_its_jobs_make(tmp_path, monkeypatch) -> None:

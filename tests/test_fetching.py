@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from etude import fetching, unpacking
@@ -292,10 +293,30 @@ def test_emoji_tones_stay_on_one_side_and_lie_on_white(tmp_path: Path) -> None:
         sides[part] = {s.key.split("-")[0] for s in samples}
         assert all(s.caption.lower().startswith(f"hand {s.key.split('-')[0]}") for s in samples)
         assert {shards.classes[s.label] for s in samples} == {"group-1"}
+        found = {s.key: meta(tmp_path / "out" / part, s.key) for s in samples}
+        assert all(value["category"] == "group-1" for value in found.values())
+        named = dict(zip(tones, "light medium-light medium medium-dark dark".split(), strict=True))
+        for key, value in found.items():
+            assert value["tone"] == named.get(key.upper().partition("-")[2], "none")
         picture = np.asarray(Image.open(io.BytesIO(samples[0].data)))
         assert picture.shape == (128, 128, 3) and (picture == 255).all()
     assert not sides["train"] & sides["test"] and len(sides["train"] | sides["test"]) == 40
     assert sides["test"]
+
+
+def meta(folder: Path, key: str) -> dict:
+    """The content of a sample's `.json`."""
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as file:
+            if f"{key}.json" in file.getnames():
+                return json.load(file.extractfile(f"{key}.json"))
+    raise KeyError(key)
+
+
+def test_a_couple_of_two_skin_tones_is_mixed() -> None:
+    assert unpacking.emoji_tone("1F469-1F3FB-200D-1F91D-200D-1F468-1F3FF") == "mixed"
+    assert unpacking.emoji_tone("1f46b-1f3fb-1f3fb") == "light"
+    assert unpacking.emoji_tone("1F46B") == "none"
 
 
 def test_pickles_give_arrays_and_nothing_else(tmp_path: Path) -> None:
@@ -350,6 +371,37 @@ def test_fetched_cifar10_has_the_published_statistics() -> None:
     values = np.stack(every).reshape(-1, 3) / 255
     assert np.allclose(values.mean(0), [0.49140, 0.48216, 0.44653], atol=5e-5)
     assert np.allclose(values.std(0), [0.24703, 0.24349, 0.26159], atol=5e-5)
+
+
+@pytest.mark.fetched
+def test_fetched_emoji_have_captions_and_balanced_tones() -> None:
+    counts = {}
+    for part in ("train", "test"):
+        shards = ShardSet(fetched("emoji") / part)
+        assert shards.captioned and len(shards.classes) == 9
+        for path in (FETCHED / "emoji" / part).glob("*.tar"):
+            with tarfile.open(path) as file:
+                for name in (n for n in file.getnames() if n.endswith(".json")):
+                    tone = json.load(file.extractfile(name))["tone"]
+                    counts[tone] = counts.get(tone, 0) + 1
+    tones = [counts[name] for name in unpacking.TONES.values()]
+    assert sum(counts.values()) == 3374 and max(tones) == min(tones) > 200
+
+
+@pytest.mark.fetched
+def test_fetched_minilm_tells_what_is_alike() -> None:
+    """Cosines of mean-pooled texts, as the package's model has them."""
+    from etude.external.transformers import TextEncoder
+
+    encoder = TextEncoder.from_folder(fetched("minilm"))
+    assert (encoder.kind, encoder.width, encoder.limit) == ("bert", 384, 512)
+    texts = ["a photo of a cat", "picture of a kitten", "a cargo ship at sea"]
+    found = encoder.encode(texts, 16)
+    unit = torch.nn.functional.normalize(found.pooled, dim=1)
+    cosines = unit @ unit.T
+    assert found.lengths.tolist() == [7, 6, 7]
+    assert cosines[0, 1] == pytest.approx(0.80, abs=0.02)
+    assert cosines[0, 2] == pytest.approx(0.12, abs=0.02)
 
 
 @pytest.mark.fetched

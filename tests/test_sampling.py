@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from etude.conditions import Conditions
 from etude.core import rng
 from etude.core.errors import UserError
 from etude.core.log import Log
@@ -20,10 +21,13 @@ from etude.core.recipe import load_recipe
 from etude.core.signals import EXIT_REQUEUE, StopRequested
 from etude.data.decode_torch import decode_picture
 from etude.data.shards import ShardSet
-from etude.diffusion.samplers import sample
+from etude.diffusion.objectives import Objective, ObjectiveConfig
+from etude.diffusion.samplers import SamplerConfig, sample
 from etude.jobs import run_recipe
+from etude.models.conditioning import ConditioningConfig, ControlConfig
 from etude.sampling import (
     BLOCK,
+    Generator,
     balanced_labels,
     contact_sheet,
     denoiser,
@@ -98,7 +102,7 @@ def test_a_picture_is_what_the_sampler_alone_makes_of_its_noise(generator) -> No
         generator.sampler,
         noise,
         {"labels": torch.tensor([label])},
-        null_condition={"labels": torch.tensor([10])},
+        nulls=[{"labels": torch.tensor([10])}],
     )
     drawn, _ = generator.draw(np.array([index]), np.array([label]), seed=seed)
     assert close(drawn, to_uint8(latents.detach()))
@@ -184,3 +188,42 @@ def test_the_command_stops_with_85_and_goes_on(run, generator) -> None:
     assert len(ShardSet(folder)) == 256
     assert f"256 pictures in runs/{run.name}/samples/{folder.name}" in done.stdout
     assert json.loads((folder / "protocol.json").read_text())["sampler"]["steps"] == 60
+
+
+class Asked(torch.nn.Module):
+    """A model whose prediction says what it was asked by."""
+
+    def forward(self, x, t, condition):
+        labels = condition["labels"].float()
+        control = condition["control"][:, 0] * ~condition["drop_control"]
+        return (x * 0 + (labels + 100.0 * control).view(-1, 1, 1, 1)) / 1000.0
+
+
+def test_control_values_have_a_guidance_scale_of_their_own(tiny) -> None:
+    def generator(control: list[str], **fields) -> Generator:
+        config = ConditioningConfig(control=[ControlConfig(name=name) for name in control])
+        options = SamplerConfig(steps=1, guidance_convention="one_plus_lambda", **fields)
+        conditions = Conditions(config, 3, 8, torch.device("cpu"))
+        return Generator(
+            Asked(), Objective(ObjectiveConfig()), options, None, ["a", "b", "c"], (1, 8, 8),
+            conditions, control={"flip": 1.0} if control else {},
+        )  # fmt: skip
+
+    noise = torch.zeros(BLOCK, 1, 8, 8)
+    for control, scale in ((1.0, 2.0), (3.0, 2.0), (0.0, 1.0)):
+        made = generator(["flip"], guidance_scale=scale, control_scale=control)
+        condition = made.conditions.asked(np.full(BLOCK, 1), control=made.control)
+        nulls = made.conditions.nulls(condition)
+        got = sample(
+            denoiser(made.model), made.objective, made.sampler, noise, condition, nulls=nulls
+        )
+        # Label 1 with a flip, label 3 (none) with one, label 3 without.
+        expected = 3.0 + control * 100.0 + scale * (101.0 - 103.0)
+        torch.testing.assert_close(got, torch.full_like(got, -expected / 1000.0))
+        pictures, _ = made.draw(np.array([5]), np.array([1]), seed=0)
+        assert pictures.shape == (1, 8, 8, 1)
+    message = "control_scale has no effect on a model without control values"
+    with pytest.raises(UserError, match=message):
+        generator([], guidance_scale=2.0, control_scale=3.0)
+    with pytest.raises(UserError, match=message):
+        load_recipe(tiny.ldm, ["sampler.control_scale=3"])

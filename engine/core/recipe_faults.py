@@ -30,6 +30,11 @@ def explain(error: ValidationError, tree: Node, model: type[BaseModel]) -> str:
         path = (*taken, fault["loc"][-1])
         wanted = ".".join(map(str, path))
         return f"{node.place}: `{wanted}` is missing; add it{_about(model, tree, path)}{more}"
+    if fault["type"] == "union_tag_invalid":
+        tag, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "")
+        near = nearest(tag, known.split(", "))
+        hint = f"did you mean {near}?" if near else f"give one of {known}"
+        return f"{node.place}: `{'.'.join(map(str, taken))}` cannot be {tag!r}; {hint}"
     reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
     if isinstance(node.value, dict) and not fault["type"].endswith("_type"):
         field = ".".join(map(str, taken))

@@ -36,6 +36,10 @@ class Stream(IntEnum):
     SPLIT = 16
     SUBSET = 17  # subsampling in statistics
     INITIAL = 18  # weight initialisation
+    TEXT_NOISE = 19  # noise on the copies that pad a text
+    MASK = 20  # which tokens a masked pass keeps
+    MASK_RATIO = 21  # the share of tokens that a step's masked pass leaves out
+    SECOND_NOISE = 22  # the noise of a second pass over the same latents
 
 
 def bits(seed: int, stream: int, positions: np.ndarray, count: int) -> np.ndarray:

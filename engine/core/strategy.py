@@ -108,6 +108,9 @@ class Strategy(Protocol):
     def step(self, lr: float) -> None:
         """Average gradients over ranks, guard, clip, AdamW and EMA, clear gradients."""
 
+    def refuse(self, bad: Tensor) -> None:
+        """Make the coming step change nothing where `bad` (0-d bool) is true on some rank."""
+
     def weights(self, profile: str) -> AbstractContextManager[nn.Module]:
         """The model in eval mode with a profile's weights in full; all ranks enter together."""
 
@@ -171,6 +174,10 @@ class StrategyBase:
         self._loss_bad = torch.zeros((), dtype=torch.bool, device=world.device)
         if not self.trainable:
             raise UserError("the model has no trainable parameter")
+
+    def refuse(self, bad: Tensor) -> None:
+        """Make the coming step change nothing where `bad` (0-d bool) is true on some rank."""
+        self._loss_bad = self._loss_bad | bad
 
     def inventory(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """(name, state) -> shape of everything that a checkpoint of this strategy holds."""

@@ -109,6 +109,11 @@ class LocalStrategy(StrategyBase):
         self._sums = {}
         self._loss_bad = torch.zeros_like(self._loss_bad)
 
+    def has_nonfinite(self) -> Tensor:
+        """0-d bool device tensor: the losses or gradients of this step so far, on this rank."""
+        norms = torch._foreach_norm(list(self._gradients().values()))
+        return self._loss_bad | ~torch.isfinite(torch.stack(norms)).all()
+
     def _gradients(self) -> dict[str, Tensor]:
         """Float32 gradients by name; a parameter that took no part has zeros, as under ZeRO."""
         if self.dtype != torch.float32:

@@ -1,6 +1,13 @@
 """Guidance: classifier-free (Ho and Salimans 2022) and toward what a learner finds hard.
 
-Called by `samplers.py`. Entropy guidance (Askari-Hemmat et al. 2025, "Improving the Scaling Laws of
+Called by `samplers.py`. Classifier-free guidance contrasts predictions p(semantic, control) of one
+network under less and less that is asked for, of which the first alone is the conditional one:
+
+    one weight    p(s, c) + w (p(s, c) - p(0, c))                              two evaluations
+    two weights   p(s, c) + w (p(s, c) - p(0, c)) + u (p(0, c) - p(0, 0))      three
+
+which with w = lambda - 1 and u = beta - 1 is p(0, 0) + beta (p(0, c) - p(0, 0)) + lambda (p(s, c) -
+p(0, c)). Entropy guidance (Askari-Hemmat et al. 2025, "Improving the Scaling Laws of
 Synthetic Data with Deliberate Practice"; the normalised step is that of its predecessor, Hemmat et
 al. 2023) samples from a density weighted by exp(omega * H): the score gains omega * grad_x H, where
 H is the learner's entropy on the decoded clean estimate. Two modes:
@@ -14,7 +21,8 @@ H is the learner's entropy on the decoded clean estimate. Two modes:
                   omega is a share of the latent's length.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -34,53 +42,68 @@ Predictor = Callable[[Tensor, Tensor, float], Tensor]
 def stacked_predictor(
     denoiser: Denoiser,
     condition: dict[str, Any],
-    null_condition: dict[str, Any] | None,
+    nulls: Sequence[dict[str, Any]],
     *,
-    weight: float,
+    contrasts: int,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Predictor:
     """A predictor (x, t (B,), time) -> raw output of what classifier-free guidance needs.
 
-    The predictions with and without the condition, (2 B, ...) of one call on a doubled batch.
-    Outside `interval`, and for weight 0, the conditional one alone, (B, ...).
+    The predictions under the condition and under the first `contrasts` of `nulls`, in this order:
+    ((1 + contrasts) B, ...) of one call on a stacked batch. Outside `interval`, and for no
+    contrast, the conditional one alone, (B, ...).
     """
-    if weight == 0.0:
+    if contrasts == 0:
         return lambda x, t, time: denoiser(x, t, condition)
-    if null_condition is None:
-        raise ValueError("classifier-free guidance needs null_condition")
-    both = _concatenate(condition, null_condition)
+    if len(nulls) < contrasts:
+        raise ValueError(
+            f"classifier-free guidance needs nulls: {contrasts} conditions that ask for less and"
+            f" less, not {len(nulls)}"
+        )
+    stacked = _concatenate(condition, *nulls[:contrasts])
     low, high = interval
 
     def predict(x: Tensor, t: Tensor, time: float) -> Tensor:
         if not low <= time <= high:
             return denoiser(x, t, condition)
-        return denoiser(torch.cat((x, x)), torch.cat((t, t)), both)
+        copies = 1 + contrasts
+        return denoiser(torch.cat((x,) * copies), torch.cat((t,) * copies), stacked)
 
     return predict
 
 
+def power_cosine(time: float, power: float) -> float:
+    """Share of a guidance weight at a time: 0 at pure noise, 1 at the end (MDTv2; power 4)."""
+    return 0.5 * (1.0 - math.cos(math.pi * (1.0 - time) ** power))
+
+
 def classifier_free(
-    output: Tensor, x: Tensor, *, weight: float, channels: int | None = None
+    output: Tensor, x: Tensor, *, weights: Sequence[float], channels: int | None = None
 ) -> Tensor:
-    """cond + weight * (cond - uncond) of a `stacked_predictor`'s output at x: (B, ...).
+    """The guided prediction of a `stacked_predictor`'s output at x: (B, ...).
 
     Args:
+        weights: of the differences between neighbours of the stack; 0 leaves one out.
         channels: guide only the first channels of the prediction; the others, and a learned
             variance, are the conditional ones.
     """
     if len(output) == len(x):
         return output
-    conditional, unconditional = output.chunk(2)
+    parts = output.chunk(1 + len(weights))
     count = x.shape[1] if channels is None else min(channels, x.shape[1])
-    first = conditional[:, :count]
-    guided = first + weight * (first - unconditional[:, :count])
-    return torch.cat((guided, conditional[:, count:]), dim=1)
+    guided = parts[0][:, :count]
+    for weight, more, less in zip(weights, parts[:-1], parts[1:], strict=True):
+        guided = guided + weight * (more[:, :count] - less[:, :count])
+    return torch.cat((guided, parts[0][:, count:]), dim=1)
 
 
-def _concatenate(first: Any, second: Any) -> Any:
+def _concatenate(*parts: Any) -> Any:
+    first = parts[0]
     if isinstance(first, dict):
-        return {name: _concatenate(first[name], second[name]) for name in first}
-    return torch.cat((first, second)) if isinstance(first, Tensor) else [*first, *second]
+        return {name: _concatenate(*(part[name] for part in parts)) for name in first}
+    return (
+        torch.cat(parts) if isinstance(first, Tensor) else [row for part in parts for row in part]
+    )
 
 
 class GuidanceConfig(Config):

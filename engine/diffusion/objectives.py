@@ -7,7 +7,16 @@ network predicts one of
     eps    eps                             (Ho et al. 2020)
     v      alpha eps - sigma x_0           (Salimans and Ho 2022)
 
-Any of them goes with any schedule. A denoiser is a callable (x (B, C, H, W), t (B,) in [0, 1],
+Any of them goes with any schedule. The squared error is one of the prediction, unweighted, or
+weighted as that of x_0 with its weight capped (`weighting: min_snr`; Hang et al. 2023): with
+SNR = alpha^2 / sigma^2,
+
+    weight = min(SNR, gamma) (d x_0 / d prediction)^2 = min(alpha^2, gamma sigma^2) / k^2
+
+    k = alpha + sigma (flow), alpha (eps), alpha^2 + sigma^2 (v)
+
+which for alpha^2 + sigma^2 = 1 is the published min(SNR, gamma) / SNR of eps and
+min(SNR, gamma) / (SNR + 1) of v. A denoiser is a callable (x (B, C, H, W), t (B,) in [0, 1],
 condition) -> raw output (B, C, H, W), or (B, 2 C, H, W) whose second half is a variance.
 """
 
@@ -24,7 +33,7 @@ from etude.core.config import Config, option
 from etude.core.errors import UserError
 from etude.kernels.noising import diffuse, diffusion_loss
 
-from .schedules import Schedule, ScheduleName
+from .schedules import BETAS, TABLES, Schedule, ScheduleName
 
 Denoiser = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 NO_VARIANCE = (
@@ -50,26 +59,34 @@ class ObjectiveConfig(Config):
 
     prediction: Literal["flow", "eps", "v"] = option("flow", "what the network predicts")
     schedule: ScheduleName = option("flow", "how signal and noise are mixed over time")
-    train_steps: int = option(1000, "entries of the linear and scaled_linear tables", gt=1)
-    beta_start: float | None = option(None, "first beta of a table; none: as published")
-    beta_end: float | None = option(None, "last beta of a table; none: as published")
+    train_steps: int = option(1000, "entries of a table", gt=1)
+    beta_start: float | None = option(None, "first beta of a linear table; none: as published")
+    beta_end: float | None = option(None, "last beta of a linear table; none: as published")
     zero_terminal_snr: bool = option(False, "make the last entry of a table pure noise")
     shift: float = option(1.0, "divides the signal-to-noise amplitude; for larger pictures", gt=0)
     timesteps: Literal["uniform", "logit_normal"] = option("uniform", "distribution of times")
     logit_mean: float = option(0.0, "mean of the logit-normal times")
     logit_std: float = option(1.0, "standard deviation of the logit-normal times", gt=0)
+    weighting: Literal["none", "min_snr"] = option(
+        "none", "weight of a time's squared error; min_snr: that of x_0, capped at weighting_gamma"
+    )
+    weighting_gamma: float = option(5.0, "largest weight of min_snr", gt=0)
     variance: Literal["fixed", "learned_range"] = option(
         "fixed", "learned_range: train the second half of the output by the variational bound"
     )
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
-        table = self.schedule in ("linear", "scaled_linear")
-        if not table and (self.beta_start or self.beta_end or self.zero_terminal_snr):
-            raise ValueError(
-                f"beta_start, beta_end and zero_terminal_snr have no effect on schedule"
-                f" {self.schedule!r}: leave them out, or set schedule to linear"
-            )
+        table = self.schedule in TABLES
+        betas = self.beta_start is not None or self.beta_end is not None
+        useless = {"beta_start and beta_end": betas and self.schedule not in BETAS}
+        useless["zero_terminal_snr"] = self.zero_terminal_snr and not table
+        for names, given in useless.items():
+            if given:
+                raise ValueError(
+                    f"{names}: no effect on schedule {self.schedule!r}; leave out, or set schedule"
+                    " to linear"
+                )
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(
                 "prediction 'eps' says nothing at zero_terminal_snr's last entry: set prediction: v"
@@ -132,6 +149,14 @@ class Objective:
         alpha, sigma = self._coefficients(t, x0)
         return alpha * eps - sigma * x0
 
+    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """Factor of the squared error at points (alpha, sigma) of the schedule; None is one."""
+        if self.config.weighting == "none":
+            return None
+        slope = {"flow": alpha + sigma, "eps": alpha, "v": alpha**2 + sigma**2}
+        capped = torch.minimum(alpha**2, self.config.weighting_gamma * sigma**2)
+        return capped / slope[self.config.prediction] ** 2
+
     def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """A raw output into the prediction, in x's dtype, and the variance half or None.
 
@@ -166,7 +191,7 @@ class Objective:
         t: Tensor,
         condition: dict[str, Any],
     ) -> Tensor:
-        """Mean squared error of each sample, (B,) float32; plus the bound of a learned variance.
+        """Weighted squared error of each sample, (B,) float32, and a learned variance's bound.
 
         Args:
             denoiser: called once, at the noisy x.
@@ -182,6 +207,8 @@ class Objective:
         x = self.noise(x0, eps, t)
         prediction, variance = self.split(denoiser(x, t, condition), x)
         losses = (prediction - self.target(x0, eps, t)).square().flatten(1).mean(1)
+        weight = self.weight(*self.schedule.coefficients(t))
+        losses = losses if weight is None else weight * losses
         if self.config.variance == "fixed":
             return losses
         if variance is None:
@@ -201,7 +228,14 @@ class Objective:
             if output.shape[1] != 2 * x0.shape[1]:
                 raise UserError(NO_VARIANCE)
             bound = self._bound_rows(t)
-        return diffusion_loss(output, *drawn, **key, target=self.config.prediction, bound=bound)
+        return diffusion_loss(
+            output,
+            *drawn,
+            **key,
+            target=self.config.prediction,
+            weight=self.weight(alpha, sigma),
+            bound=bound,
+        )
 
     def _bound_rows(self, t: Tensor) -> Tensor:
         """The bound's numbers of `diffusion_loss` at times t (B,): (B, 4) float64."""

@@ -3,9 +3,11 @@
 Called by `objectives.py` and `samplers.py`. Two families share one time axis:
 
 - continuous: "flow" (alpha = 1 - t, sigma = t) and "cosine" (alpha = cos, sigma = sin of pi t / 2);
-- tables of `steps` entries: "linear" (Ho et al. 2020) and "scaled_linear" (linear in the root of
-  beta, as latent diffusion and Stable Diffusion use under the name "linear"). Entry i lies at time
-  t = i / steps, so a network that takes t * 1000 sees the published index of a 1000-step table.
+- tables of `steps` entries: "linear" (Ho et al. 2020), "scaled_linear" (linear in the root of
+  beta, as latent diffusion and Stable Diffusion use under the name "linear") and "cosine_table"
+  (Nichol and Dhariwal 2021, betas capped at 0.999; "squaredcos_cap_v2" elsewhere). Entry i lies at
+  time t = i / steps, so a network that takes t * 1000 sees the published index of a 1000-step
+  table.
 
 `shift` divides the amplitude signal-to-noise ratio alpha / sigma by a constant, as larger pictures
 need (Esser et al. 2024: for flow, t -> s t / (1 + (s - 1) t)).
@@ -18,8 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ScheduleName = Literal["flow", "cosine", "linear", "scaled_linear"]
+ScheduleName = Literal["flow", "cosine", "linear", "scaled_linear", "cosine_table"]
 BETAS = {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
+TABLES = (*BETAS, "cosine_table")
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class Schedule:
     ) -> None:
         """
         Args:
-            name: one of "flow", "cosine", "linear", "scaled_linear".
+            name: one of "flow", "cosine", "linear", "scaled_linear", "cosine_table".
             steps: entries of a table; unused by the continuous schedules.
-            beta_start: first beta of a table; None: the published value of its name.
-            beta_end: last beta of a table; None: the published value of its name.
+            beta_start: first beta of a linear table; None: the published value of its name.
+            beta_end: last beta of a linear table; None: the published value of its name.
             zero_terminal_snr: rescale a table so that its last entry is pure noise (Lin et al.
                 2024, algorithm 1).
             shift: divides alpha / sigma; 1 leaves the schedule alone.
@@ -82,18 +85,11 @@ class Schedule:
         self.name = name
         self.steps = steps
         self.shift = shift
-        self.discrete = name in BETAS
+        self.discrete = name in TABLES
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         if self.discrete:
-            first, last = BETAS[name]
-            self._alpha_bar = _alpha_bar(
-                name,
-                steps,
-                first if beta_start is None else beta_start,
-                last if beta_end is None else beta_end,
-                zero_terminal_snr,
-                shift,
-            )
+            beta = _betas(name, steps, beta_start, beta_end)
+            self._alpha_bar = _alpha_bar(beta, zero_terminal_snr, shift)
         self.reaches_noise = not self.discrete or zero_terminal_snr
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -158,14 +154,21 @@ class Schedule:
         return self._tables[key]
 
 
-def _alpha_bar(
-    name: str, steps: int, first: float, last: float, zero_terminal_snr: bool, shift: float
-) -> Tensor:
-    """Squared signal scale of every entry, (steps,) float64."""
+def _betas(name: str, steps: int, first: float | None, last: float | None) -> Tensor:
+    """What every entry of a table adds of noise, (steps,) float64."""
+    if name == "cosine_table":
+        t = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+        bar = torch.cos(0.5 * math.pi * (t + 0.008) / 1.008) ** 2
+        return (1.0 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    first = BETAS[name][0] if first is None else first
+    last = BETAS[name][1] if last is None else last
     if name == "linear":
-        beta = torch.linspace(first, last, steps, dtype=torch.float64)
-    else:
-        beta = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(first, last, steps, dtype=torch.float64)
+    return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+
+
+def _alpha_bar(beta: Tensor, zero_terminal_snr: bool, shift: float) -> Tensor:
+    """Squared signal scale of every entry, (steps,) float64."""
     alpha_bar = torch.cumprod(1.0 - beta, dim=0)
     if zero_terminal_snr:
         root = alpha_bar.sqrt()

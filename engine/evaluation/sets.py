@@ -213,7 +213,8 @@ class FolderPictures:
 
 
 class GeneratedPictures:
-    """Pictures 0 to count - 1 of a generator, classes in turn.
+    """Pictures 0 to count - 1 of a generator, classes in turn; of one asked by text its prompts in
+    turn, without labels.
 
     Args:
         seed: names the sequence of pictures.
@@ -225,7 +226,9 @@ class GeneratedPictures:
     ) -> None:
         self.generator, self._count, self.seed = generator, count, seed
         self.name, self.classes = generator.name, list(classes)
-        self.protocol = dict(generator.protocol) | {"seed": seed, "labels": "in turn"}
+        self._labelled = "prompts" not in generator.protocol
+        labels = "in turn" if self._labelled else "none"
+        self.protocol = dict(generator.protocol) | {"seed": seed, "labels": labels}
         parts = [generator.fingerprint, self.protocol, count, self.classes]
         self.fingerprint = _sha256(["generated", *parts])
 
@@ -235,7 +238,9 @@ class GeneratedPictures:
     def read(self, start: int, stop: int, stages: Stages) -> Pictures:
         """Draws pictures start to stop."""
         indices = np.arange(start, stop, dtype=np.int64)
-        labels = indices % max(len(self.classes), 1)
+        labels = (
+            indices % max(len(self.classes), 1) if self._labelled else np.full_like(indices, -1)
+        )
         with stages("draw"):
             drawn = self.generator.draw(indices, labels, seed=self.seed)
         images = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)

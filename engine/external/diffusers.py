@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from etude.core.config import Config, option
 from etude.core.errors import UserError
 
+LAST_LAYER = {"kernel": 3, "padding": 1}  # the convolution that ends a decoder
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -36,6 +37,9 @@ class AutoencoderConfig(Config):
     scaling_factor: float = option(1.0, "multiplies latents for the denoiser", gt=0)
     shift_factor: float = option(0.0, "subtracted from latents before scaling")
     loss: Literal["l1", "l2"] = option("l1", "reconstruction error of a pixel")
+    reduction: Literal["mean", "sum"] = option(
+        "mean", "of a picture's loss over pixels and latent elements; published losses are sums"
+    )
     kl_weight: float = option(1e-6, "weight of the divergence from a standard normal", ge=0)
 
 
@@ -134,27 +138,43 @@ class Autoencoder(nn.Module):
         update = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
         self.config = self.config.model_copy(update=update)
 
-    def reconstruction_loss(self, images: Tensor, eps: Tensor) -> Tensor:
+    def pixel_loss(self, rebuilt: Tensor, images: Tensor) -> Tensor:
+        """Reconstruction error of each picture, (B,) float32: |error| ("l1") or error^2 ("l2")."""
+        error = rebuilt.float() - images.float()
+        return self._reduce(error.abs() if self.config.loss == "l1" else error.square())
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        values = values.flatten(1)
+        return values.mean(1) if self.config.reduction == "mean" else values.sum(1)
+
+    def forward(
+        self, images: Tensor, eps: Tensor, *, parts: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Reconstruction error plus weighted divergence of each picture, (B,) float32.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             eps: standard normal, of the latents' shape (B, c, H / downscale, W / downscale).
+            parts: return more, for losses that are added outside.
 
         Returns:
-            mean over pixels of |error| ("l1") or error^2 ("l2"), plus kl_weight times the mean
-            over latent elements of KL(N(mean, std^2) || N(0, 1)) in nats.
+            `pixel_loss` plus kl_weight times KL(N(mean, std^2) || N(0, 1)) in nats, both averaged
+            or summed over elements; with `parts` also the reconstruction (B, C, H, W) and,
+            detached, the input (B, w, H, W) of the decoder's last layer (`LAST_LAYER`).
         """
         mean, std = self.encode(images)
-        error = self.decode(mean + std * eps.to(mean.dtype)).float() - images.float()
-        pixels = error.abs() if self.config.loss == "l1" else error.square()
+        kept: list[Tensor] = []
+        last = self.network.decoder.conv_out
+        hook = last.register_forward_pre_hook(lambda _, given: kept.append(given[0].detach()))
+        try:
+            rebuilt = self.decode(mean + std * eps.to(mean.dtype))
+        finally:
+            hook.remove()
+        pixels = self.pixel_loss(rebuilt, images)
         mean, std = mean.float(), std.float()
         divergence = 0.5 * (mean.square() + std.square() - 1.0) - std.log()
-        return pixels.flatten(1).mean(1) + self.config.kl_weight * divergence.flatten(1).mean(1)
-
-    def forward(self, images: Tensor, eps: Tensor) -> Tensor:
-        """`reconstruction_loss`, so that a training strategy can wrap the module."""
-        return self.reconstruction_loss(images, eps)
+        loss = pixels + self.config.kl_weight * self._reduce(divergence)
+        return (loss, rebuilt, kept[0]) if parts else loss
 
 
 def estimate_scaling(mean: Tensor, std: Tensor) -> tuple[float, float]:

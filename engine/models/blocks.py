@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from etude.kernels import attention_packed, mlp
+from etude.kernels import QKNorm, attention_packed, mlp, swiglu
+from etude.kernels.attention import Rope
 
 
 @contextmanager
@@ -47,13 +48,19 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.frequencies // 2
-        # The angles reach 1000 radians, where bf16 has no fraction left: float32 at least.
-        dtype = torch.promote_types(t.dtype, torch.float32)
-        index = torch.arange(half, dtype=dtype, device=t.device)
-        angles = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) / half * index)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+def sinusoids(values: Tensor, channels: int) -> Tensor:
+    """Values of any shape to (..., channels): cosines, then sines, of value * 10000^(-i / half).
+
+    Float32 at least: the angles reach 1000 radians, where bf16 has no fraction left.
+    """
+    half = channels // 2
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    index = torch.arange(half, dtype=dtype, device=values.device)
+    angles = values.to(dtype)[..., None] * torch.exp(-math.log(10000.0) / half * index)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class LabelEmbedder(nn.Module):
@@ -70,48 +77,95 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, N, D) with a fused, biased query-key-value map."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+            self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        norm = None
+        if hasattr(self, "q_norm"):
+            norm = QKNorm("rmsnorm", self.q_norm.weight, self.k_norm.weight)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(attention_packed(qkv).flatten(2))
+        return self.proj(attention_packed(qkv, qk_norm=norm, rope=rope).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Two-layer perceptron with the tanh approximation of GELU."""
+    """Two-layer perceptron with the tanh approximation of GELU.
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    Its output has as many channels as its input where `out_size` is not given.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int, out_size: int | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.fc2 = nn.Linear(inner_size, out_size or hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
-def modulation(hidden_size: int, chunks: int) -> nn.Sequential:
-    """The adaLN map: conditioning (B, D) to (B, chunks * D), linear after SiLU."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+class SwiGLU(nn.Module):
+    """Gated MLP silu(x W_1) * (x W_2), then W_3 (Shazeer 2020); W_1 and W_2 are one map."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * inner_size)
+        self.w3 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(swiglu(self.w12(x)))
 
 
-def positions_2d(hidden_size: int, grid: int) -> Tensor:
-    """Fixed sine-cosine embedding (grid * grid, D) float32 of integer token coordinates.
+def modulation(hidden_size: int, chunks: int, bottleneck: int = 1) -> nn.Sequential:
+    """The adaLN map: conditioning (B, D) to (B, chunks * D), linear after SiLU.
+
+    With a `bottleneck` above 1 there is a narrow layer before it, D / bottleneck wide.
+    """
+    if bottleneck == 1:
+        return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+    inner = hidden_size // bottleneck
+    return nn.Sequential(
+        nn.SiLU(),
+        nn.Linear(hidden_size, inner),
+        nn.SiLU(),
+        nn.Linear(inner, chunks * hidden_size),
+    )
+
+
+def positions_2d(hidden_size: int, grid: int, coordinates: Tensor | None = None) -> Tensor:
+    """Fixed sine-cosine embedding (grid * grid, D) float32 of token coordinates.
 
     The first half of the channels holds the column, the second the row; in each half the sines come
-    first. Frequencies fall geometrically from 1 to 1/10000.
+    first. Frequencies fall geometrically from 1 to 1/10000. `coordinates` (grid,) of the tokens of
+    a row, and of a column, are 0, 1, 2, ... if not given.
     """
     quarter = hidden_size // 4
     index = torch.arange(quarter, dtype=torch.float64)
     frequency = 1.0 / 10000.0 ** (index / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    at = torch.arange(grid) if coordinates is None else coordinates
+    angles = at.to(torch.float64)[:, None] * frequency
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float32)
     column = axis[None, :, :].expand(grid, -1, -1)
     row = axis[:, None, :].expand(-1, grid, -1)
-    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size).to(torch.float32)
+    return torch.cat((column, row), dim=2).reshape(grid * grid, hidden_size)
+
+
+def rotary_2d(d: int, grid: int, coordinates: Tensor) -> Rope:
+    """(cos, sin) of `kernels.rope_2d`, (grid * grid, d / 2), for tokens at other `coordinates`.
+
+    coordinates: (grid,) of the tokens of a row, and of a column; 0, 1, 2, ... give `rope_2d`.
+    """
+    frequency = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) * 4 / d)
+    axis = coordinates.to(torch.float64)[:, None] * frequency
+    row = axis[:, None, :].expand(-1, grid, -1)
+    column = axis[None, :, :].expand(grid, -1, -1)
+    angles = torch.cat((row, column), -1).flatten(0, 1)
+    return angles.cos().float(), angles.sin().float()
 
 
 def unpatchify(tokens: Tensor, channels: int, patch_size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """DiT, the class-conditional diffusion transformer with adaLN-Zero (Peebles and Xie 2023).
 
-Called by training and sampling through a denoiser. Each block computes, with c = time + label,
+Built by `families.py`, called by training and sampling. With c = time + label + control a block is
 
     x <- x + gate_1 * Attention(LN(x) (1 + scale_1) + shift_1)
     x <- x + gate_2 * MLP(LN(x) (1 + scale_2) + shift_2)
@@ -8,6 +8,11 @@ Called by training and sampling through a denoiser. Each block computes, with c 
 where the six vectors are a linear map of SiLU(c) that starts at zero, so a new network is the
 identity followed by a final layer that returns zero. State-dict names and the parameter count are
 those of the published models (675,129,632 for DiT-XL/2 at 32 x 32 with learned sigma).
+
+SiT (Ma et al. 2024) is the same network under a flow objective. Options make the modern variant
+(RMSNorm, normalised queries and keys, rotary positions, SwiGLU, as LightningDiT has them: Yao et
+al. 2025) and two other starts of the modulation (arXiv 2608.09438): `gaussian` draws its weights
+with a spread of about 1e-3 instead of zero, `bottleneck` puts a narrow layer before it.
 
 The residual stream is fused: a block hands on its last branch not yet added, and the next block
 adds it in the same pass that normalises (`gate_residual_adaln`).
@@ -20,20 +25,25 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from etude.core.config import Config, option
+from etude.core.config import option
 from etude.kernels import adaln_modulate, gate_residual_adaln
+from etude.kernels.attention import Rope
 
 from .blocks import (
     Attention,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    SwiGLU,
     TimestepEmbedder,
     modulation,
     positions_2d,
+    rotary_2d,
     seeded,
     unpatchify,
 )
+from .conditioning import ControlEmbedder, labels_of
+from .denoiser import Condition, DenoiserConfig, fill_preset
 
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
@@ -49,7 +59,7 @@ PRESETS = {
         "patch_size": patch,
     }
     for size, (depth, hidden, heads) in SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in (1, 2, 4, 8)
 }
 Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
 
@@ -57,36 +67,46 @@ Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class DiTConfig(Config):
+# Spreads of adaLN-Gaussian's second form: the shift's, the scale's and the gate's weights.
+GAUSSIAN = (8e-4, 1.2e-3, 8e-4)
+
+
+class DiTConfig(DenoiserConfig):
     """Shape of a DiT; `preset` fills the four sizes of a published model."""
 
+    family: Literal["dit"] = option("dit", "the kind of network")
     preset: Preset = option("", "a published size such as DiT-XL/2; empty: the fields below")
-    input_size: int = option(32, "height and width of the latents", unit="pixels", gt=0)
     patch_size: int = option(2, "height and width of a token", unit="pixels", gt=0)
-    in_channels: int = option(4, "channels of the latents", gt=0)
     hidden_size: int = option(384, "width of the residual stream", gt=0, multiple_of=4)
     depth: int = option(12, "number of blocks", gt=0)
     num_heads: int = option(6, "attention heads", gt=0)
     mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
-    num_classes: int = option(1000, "classes; label num_classes means none", ge=0)
-    learn_sigma: bool = option(True, "also return a variance for every channel")
-    activation_checkpointing: bool = option(
-        False, "recompute each block in the backward pass to save memory", affects_result=False
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "what adaLN normalises by")
+    mlp: Literal["gelu", "swiglu"] = option(
+        "gelu", "swiglu has two thirds of the inner width, so that the parameters stay as many"
+    )
+    qk_norm: bool = option(False, "RMSNorm of every head's queries and keys")
+    positions: Literal["table", "rope", "both"] = option(
+        "table", "where a token says its place: added to it, turning its queries and keys, or both"
+    )
+    position_base: int = option(
+        0,
+        "positions run from 0 to this over the picture, as on a grid of this side; 0: to the"
+        " picture's own side",
+        unit="tokens",
+        ge=0,
+    )
+    modulation_start: Literal["zero", "gaussian"] = option(
+        "zero", "weights of the modulation at the start: adaLN-Zero or adaLN-Gaussian"
+    )
+    modulation_bottleneck: int = option(
+        1, "SE-adaLN-Zero: the modulation's inner width is hidden_size over this; 1: none", gt=0
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        sizes = PRESETS.get(data.get("preset") or "") if isinstance(data, dict) else None
-        if not sizes:
-            return data
-        for name, value in sizes.items():
-            if data.get(name, value) != value:
-                raise ValueError(
-                    f"{name}={data[name]} contradicts preset {data['preset']} ({name}={value}):"
-                    f" leave out {name}, or the preset"
-                )
-        return data | sizes
+        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":
@@ -98,42 +118,65 @@ class DiTConfig(Config):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
             )
+        if self.hidden_size % self.modulation_bottleneck:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of"
+                f" modulation_bottleneck={self.modulation_bottleneck}"
+            )
+        asked = self.conditioning
+        if asked.semantic == "text" or asked.semantic_path == "attention":
+            raise ValueError("family dit takes a class through adaLN: set family: pixart or mmdit")
         return self
 
     @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
+    def coordinates(self) -> Tensor:
+        """Positions of the tokens of a row, and of a column: (grid,) float64."""
+        grid = self.input_size // self.patch_size
+        step = self.position_base / grid if self.position_base else 1.0
+        return torch.arange(grid, dtype=torch.float64) * step
 
 
 class DiTBlock(nn.Module):
     """One transformer block on a stream whose last branch is still to be added."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = modulation(hidden_size, 6)
+        D, self.norm = config.hidden_size, config.norm
+        self.attn = Attention(D, config.num_heads, qk_norm=config.qk_norm)
+        inner = int(D * config.mlp_ratio)
+        self.mlp = Mlp(D, inner) if config.mlp == "gelu" else SwiGLU(D, 2 * inner // 3)
+        self.adaLN_modulation = modulation(D, 6, config.modulation_bottleneck)
 
-    def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor) -> Stream:
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        gate: Tensor | None,
+        c: Tensor,
+        rope: Rope | None = None,
+    ) -> Stream:
         D = x.shape[-1]
         # Six vectors: shift_1, scale_1, the neighbours gate_1, shift_2, scale_2, and gate_2.
         vectors = self.adaLN_modulation(c).split((D, D, 3 * D, D), 1)
-        x, y = _add_and_modulate(x, h, gate, vectors[0], vectors[1])
-        x, y = gate_residual_adaln(x, self.attn(y), modulation=vectors[2])
+        x, y = add_and_modulate(x, h, gate, vectors[0], vectors[1], self.norm)
+        x, y = gate_residual_adaln(x, self.attn(y, rope), modulation=vectors[2], norm=self.norm)
         return x, self.mlp(y), vectors[3]
 
 
 class FinalLayer(nn.Module):
     """The last normalisation and the map from tokens to patches (B, N, P * P * C)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, norm: str = "layernorm"
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = modulation(hidden_size, 2)
 
     def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        _, y = _add_and_modulate(x, h, gate, shift, scale)
+        _, y = add_and_modulate(x, h, gate, shift, scale, self.norm)
         return self.linear(y)
 
 
@@ -148,35 +191,39 @@ class DiT(nn.Module):
             self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, D)
             self.t_embedder = TimestepEmbedder(D)
             self.y_embedder = LabelEmbedder(config.num_classes, D)
-            self.pos_embed = nn.Parameter(positions_2d(D, grid)[None], requires_grad=False)
-            self.blocks = nn.ModuleList(
-                DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-            )
-            self.final_layer = FinalLayer(D, config.patch_size, config.out_channels)
+            if config.conditioning.control:
+                self.control_embedder = ControlEmbedder(D, config.conditioning)
+            if config.positions != "rope":
+                table = positions_2d(D, grid, config.coordinates)[None]
+                self.pos_embed = nn.Parameter(table, requires_grad=False)
+            if config.positions != "table":
+                cos, sin = rotary_2d(D // config.num_heads, grid, config.coordinates)
+                self.register_buffer("rope_cos", cos, persistent=False)
+                self.register_buffer("rope_sin", sin, persistent=False)
+            self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+            self.final_layer = FinalLayer(D, config.patch_size, config.out_channels, config.norm)
             self._initialise()
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Raw prediction for noisy latents.
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Raw prediction for noisy latents; arguments and result as in `denoiser.py`.
 
-        Args:
-            x: (B, C, H, W) noisy latents, H = W = input_size, of any floating dtype.
-            t: (B,) time times 1000, in [0, 1000]; the index of a 1000-step table as published.
-            labels: (B,) int64 in [0, num_classes]; num_classes means no class.
-
-        Returns:
-            (B, C, H, W) in the parameters' dtype, or (B, 2 C, H, W) with `learn_sigma`, whose
-            second half is the variance.
+        Reads `labels`, `drop_semantic`, and with control `control` and `drop_control`.
         """
         config = self.config
-        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(labels)
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
+        if config.positions != "rope":
+            tokens = tokens + self.pos_embed
+        rope = None if config.positions == "table" else (self.rope_cos, self.rope_sin)
+        c = self.t_embedder(t) + self.y_embedder(labels_of(condition, config.num_classes))
+        if config.conditioning.control:
+            c = c + self.control_embedder(t, condition["control"], condition.get("drop_control"))
         stream: Stream = (tokens, None, None)
         recompute = config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                stream = checkpoint(block, *stream, c, use_reentrant=False)
+                stream = checkpoint(block, *stream, c, rope, use_reentrant=False)
             else:
-                stream = block(*stream, c)
+                stream = block(*stream, c, rope)
         patches = self.final_layer(*stream, c)
         return unpatchify(patches, config.out_channels, config.patch_size)
 
@@ -191,16 +238,27 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        zero = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        zero = [block.adaLN_modulation[-1] for block in self.blocks]
+        for layer in (*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.config.conditioning.control:
+            self.control_embedder.initialise(self.config.conditioning.control_zero)
+        if self.config.modulation_start == "gaussian":
+            for block in self.blocks:
+                for k, part in enumerate(block.adaLN_modulation[-1].weight.chunk(6)):
+                    nn.init.normal_(part, std=GAUSSIAN[k % 3])
 
 
-def _add_and_modulate(
-    x: Tensor, h: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
+def add_and_modulate(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    norm: str = "layernorm",
 ) -> tuple[Tensor, Tensor]:
     """Add the pending branch, if any; returns the stream and its modulated normalisation."""
     if h is None or gate is None:
-        return x, adaln_modulate(x, shift, scale)
-    return gate_residual_adaln(x, h, gate, shift, scale)
+        return x, adaln_modulate(x, shift, scale, norm=norm)
+    return gate_residual_adaln(x, h, gate, shift, scale, norm=norm)

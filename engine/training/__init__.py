@@ -2,11 +2,13 @@
 
 `train` is one road for both kinds: open the data, build the model and its strategy, resume the
 newest complete checkpoint, run the loop, write the result. What differs between the kinds is the
-loss of a micro batch and what is looked at on the way: `autoencoder.py` and `diffusion.py`.
+loss of a micro batch and what is looked at on the way: `autoencoder.py` and `diffusion.py`. A run
+that starts from other weights takes them before its strategy takes the model: `origin.py`.
 """
 
 import contextlib
 import math
+from pathlib import Path
 
 from etude.core import distributed
 from etude.core.checkpoint import disk_need, latest_checkpoint, load_checkpoint
@@ -42,6 +44,9 @@ def train(
 
 def _train(job: Job, run: Run, stopper: Stopper) -> dict:
     recipe, look, world, loop = job.recipe, job.look, job.world, job.recipe.loop
+    newest = _newest(run, world)
+    if newest is None:
+        job.begin()
     strategy = build_strategy(
         recipe.strategy,
         job.model,
@@ -50,7 +55,8 @@ def _train(job: Job, run: Run, stopper: Stopper) -> dict:
         loop.accumulation(world.size),
         loop.micro_batch,
     )
-    start, resumed = _resume(run, strategy, loop, look.log, world)
+    strategy = job.wrap(strategy)
+    start, resumed = _resume(newest, strategy, loop, look.log)
     facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
     distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
     _announce(job, strategy, look.log)
@@ -80,17 +86,22 @@ def _train(job: Job, run: Run, stopper: Stopper) -> dict:
     return {"images_seen": outcome.images_seen} | result
 
 
-def _resume(
-    run: Run, strategy: Strategy, loop: LoopConfig, log: Log, world: distributed.World
-) -> tuple[int, dict]:
-    """Load the newest complete checkpoint; where it stands and the loop's own notes in it."""
+def _newest(run: Run, world: distributed.World) -> Path | None:
+    """The newest complete checkpoint, as rank 0 found it."""
     found = latest_checkpoint(run.checkpoints) if world.rank == 0 else None
     name = distributed.exchange(world, "newest checkpoint", found and found.name)[0]
-    if name is None:
+    return None if name is None else run.checkpoints / name
+
+
+def _resume(
+    newest: Path | None, strategy: Strategy, loop: LoopConfig, log: Log
+) -> tuple[int, dict]:
+    """Load a checkpoint; where it stands and the loop's own notes in it."""
+    if newest is None:
         log.rewind(0)  # lines of a start that did not reach its first checkpoint
         return 0, {}
     # Rank 0 has just compared every hash.
-    extra = load_checkpoint(run.checkpoints / name, strategy, verify=False)
+    extra = load_checkpoint(newest, strategy, verify=False)
     log.rewind(extra["images_seen"] + 1)
     log.info(f"resumed at {extra['images_seen']:,} of {loop.images:,} images")
     return extra["images_seen"], extra.get("loop", {})

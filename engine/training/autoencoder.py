@@ -15,6 +15,7 @@ from etude.external.diffusers import Autoencoder, estimate_scaling
 from etude.pictures import picture_grid
 from etude.sampling import to_uint8
 
+from .critics import Critics
 from .job import HELD_OUT_PICTURES, Job, Look
 from .recipe import AutoencoderRecipe
 
@@ -30,6 +31,8 @@ class AutoencoderJob(Job):
     ) -> None:
         super().__init__(recipe, run, look, world, stopper)
         self.model = Autoencoder.build(recipe.model, seed=recipe.seed)
+        judged = recipe.perceptual or recipe.adversarial
+        self.critics = Critics(recipe, self.model, world) if judged else None
         side = recipe.data.augment.image_size // self.model.downscale
         self.latent_shape = (recipe.model.latent_channels, side, side)
         if world.rank == 0:
@@ -40,7 +43,20 @@ class AutoencoderJob(Job):
                 order=look.order,
             )
 
+    def wrap(self, strategy: Strategy) -> Strategy:
+        if self.critics is None:
+            return strategy
+        for note in self.critics.notes():
+            self.look.log.info(note)
+        return self.critics.wrap(strategy, self.recipe.loop.accumulation(self.world.size))
+
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
+        step = self.recipe.loop.global_batch
+        step_start = int(batch.positions[0]) // step * step
+        playing = self.critics is not None and self.critics.playing(step_start)
+        return self._losses(forward, batch, playing)
+
+    def _losses(self, forward: Callable, batch: Batch, playing: bool) -> Tensor:
         noise = rng.normal(
             self.recipe.seed,
             rng.Stream.POSTERIOR,
@@ -48,7 +64,10 @@ class AutoencoderJob(Job):
             self.latent_shape,
             self.world.device,
         )
-        return forward(batch.images, noise)
+        if self.critics is None:
+            return forward(batch.images, noise)
+        loss, rebuilt, last_input = forward(batch.images, noise, parts=True)
+        return loss + self.critics.added(batch.images, rebuilt, last_input, playing)
 
     def evaluate(self, strategy: Strategy, images_seen: int) -> float | None:
         batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
@@ -56,11 +75,15 @@ class AutoencoderJob(Job):
         for profile in self.profiles:
             with strategy.weights(profile) as model, torch.no_grad():
                 if self.world.rank == 0:
-                    found[profile] = float(self.losses(model, batch).mean())
+                    # without the discriminator, whose measure moves as it learns
+                    found[profile] = float(self._losses(model, batch, playing=False).mean())
                     rebuilt = model.decode(model.encode(batch.images[:20])[0])
         if self.world.rank != 0:
             return None
         self.look.log.metrics("held_out", images_seen, **found)
+        if self.critics is not None and self.critics.playing(images_seen):
+            opinion = self.critics.opinion(batch.images[:20], rebuilt)
+            self.look.log.metrics("discriminator", images_seen, **opinion)
         pairs = np.concatenate([to_uint8(batch.images[:20]), to_uint8(rebuilt)])
         self.look.page.grid(
             self.look.id("reconstructions"),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from etude.conditions import Conditions
 from etude.core import distributed, rng
 from etude.core.errors import UserError
 from etude.core.log import read_metrics
@@ -17,11 +18,14 @@ from etude.data.latents import LatentLoader, encode_latents, latents_plan
 from etude.data.loader import Batch
 from etude.diffusion.objectives import Noise, Objective
 from etude.kernels import nearest_neighbours
-from etude.models.dit import DiT
+from etude.models.families import build_denoiser
+from etude.models.mdt import keep_indices
 from etude.pictures import picture_grid, terminal_picture
 from etude.sampling import Generator, balanced_labels, denoiser, open_autoencoder, to_uint8
+from etude.texts import TextFeatures, captions_of, first_captions
 
 from .job import HELD_OUT_PICTURES, Job, Look
+from .origin import begin
 from .recipe import LatentDiffusionRecipe
 
 HELD_OUT = 1 << 40  # positions of held-out samples: apart from every training position
@@ -43,10 +47,18 @@ class DiffusionJob(Job):
             open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
         )
         self._check_shapes()
+        self.prompts, self.features = self._texts()
+        self.conditions = Conditions(
+            recipe.model.conditioning,
+            recipe.model.num_classes,
+            recipe.data.augment.image_size,
+            world.device,
+            self.features,
+        )
         self.objective = Objective(recipe.objective)
         if self.autoencoder is not None and recipe.latents.variants:
             self.loader = self._latent_loader()
-        self.model = DiT(recipe.model, seed=recipe.seed)
+        self.model = build_denoiser(recipe.model, seed=recipe.seed)
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
         self._training_pictures: np.ndarray | None = None
         if world.rank == 0:
@@ -67,8 +79,9 @@ class DiffusionJob(Job):
         wanted = {
             "in_channels": channels,
             "input_size": side,
-            "num_classes": len(self.train_set.classes),
         }
+        if model.conditioning.semantic == "class":
+            wanted["num_classes"] = len(self.train_set.classes)
         wrong = [f"model.{k}={v}" for k, v in wanted.items() if getattr(model, k) != v]
         if wrong:
             latents = " and its autoencoder" if self.autoencoder else " without an autoencoder"
@@ -77,6 +90,43 @@ class DiffusionJob(Job):
                 f"{'' if self.autoencoder else 'add autoencoder=RUN (`etude runs list`), or '}"
                 f"set {' '.join(wrong)}"
             )
+
+    def _texts(self) -> tuple[list[str], TextFeatures | None]:
+        """The grid's prompts, and the captions' features: encoded by all ranks, or found."""
+        recipe, world, log = self.recipe, self.world, self.look.log
+        if recipe.model.conditioning.semantic == "class":
+            return [], None
+        for data in (self.train_set, self.held_out_set):
+            if not data.captioned:
+                raise UserError(
+                    f"{data.folder} has no captions: add a .txt to each picture, or set"
+                    " model.conditioning.semantic=class"
+                )
+        features = TextFeatures(recipe.text, world.device)
+        features.check(recipe.model.conditioning, recipe.name)
+        prompts = recipe.grid.prompts or first_captions(self.held_out_set, recipe.grid.max_classes)
+        if not recipe.text.ahead:
+            return prompts, features
+        captions = [*captions_of(self.train_set), *captions_of(self.held_out_set), *prompts]
+        stopped = None
+        try:
+            features.prepare(
+                captions, log=log, rank=world.rank, world=world.size, check=self.stopper.check
+            )
+        except StopRequested as reason:
+            stopped = str(reason)
+        found = distributed.exchange(world, "the captions", [features.key, stopped])
+        if len({key for key, _ in found}) > 1:
+            raise UserError("the ranks' text encoders differ: copy the same folders to every host")
+        if any(reason for _, reason in found):
+            raise StopRequested(next(reason for _, reason in found if reason))
+        count = features.complete(captions)
+        log.info(f"features of {count:,} different captions from {features.folder}")
+        return prompts, features
+
+    def begin(self) -> None:
+        """Take the weights that the recipe starts from, if any."""
+        begin(self.recipe, self.model, self.train_set.classes, self.run, self.look.log)
 
     def _latent_loader(self) -> LatentLoader:
         """The cache of latents: written by all ranks together, or found under its key."""
@@ -125,6 +175,10 @@ class DiffusionJob(Job):
         self.stopper.check()  # shards that are done stay, so encoding goes on where it was
         return self.autoencoder.encode(images)
 
+    def extra(self) -> dict:
+        texts = {"text": self.features.key} if self.features is not None else {}
+        return super().extra() | texts
+
     def clean(self, batch: Batch) -> Tensor:
         """The model's x0: cached latents, latents of a batch's pictures, or the pictures."""
         if batch.latents is not None:
@@ -148,17 +202,31 @@ class DiffusionJob(Job):
         where = torch.as_tensor(positions, dtype=torch.int64, device=device)
         noise = Noise(where, seed, int(rng.Stream.NOISE))
         times = self.objective.times(self._uniform(rng.Stream.TIMESTEP, positions))
-        dropped = self._uniform(rng.Stream.DROP_SEMANTIC, positions) < self.recipe.drop_label
-        condition = {"labels": torch.where(dropped, self.null_label, self._labels(batch))}
-        return self.objective.losses(denoiser(forward), x0, noise, times, condition)
+        condition = self.conditions.of_batch(batch)
+        condition |= self.conditions.noise(condition, seed, positions)
+        condition |= self.conditions.dropped(
+            seed, positions, self.recipe.drop_semantic, self.recipe.drop_control
+        )
+        losses = self.objective.losses(denoiser(forward), x0, noise, times, condition)
+        if getattr(self.recipe.model, "mask_ratio", None) is None:
+            return losses
+        # MDTv2's second pass: the same latents and times, another noise, some tokens left out.
+        noise = Noise(where, seed, int(rng.Stream.SECOND_NOISE))
+        condition |= self.conditions.dropped(
+            seed, positions, self.recipe.drop_semantic, self.recipe.drop_control, turn=1
+        )
+        condition["keep"] = self._kept(positions)
+        return losses + self.objective.losses(denoiser(forward), x0, noise, times, condition)
 
-    @property
-    def null_label(self) -> int:
-        return self.recipe.model.num_classes
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = batch.labels.to(self.world.device)
-        return torch.where(labels < 0, self.null_label, labels)
+    def _kept(self, positions: np.ndarray) -> Tensor:
+        """The tokens that a masked pass keeps, (B, K) int64, for one share per step."""
+        model, seed = self.recipe.model, self.recipe.seed
+        step = positions[:1] // self.recipe.loop.global_batch
+        low, high = model.mask_ratio
+        ratio = low + (high - low) * float(rng.uniform(seed, rng.Stream.MASK_RATIO, step)[0, 0])
+        tokens = (model.input_size // model.patch_size) ** 2
+        uniforms = rng.uniform(seed, rng.Stream.MASK, positions, tokens)
+        return keep_indices(torch.as_tensor(uniforms, device=self.world.device), ratio)
 
     def _uniform(self, stream: rng.Stream, positions: np.ndarray) -> Tensor:
         values = rng.uniform(self.recipe.seed, stream, positions)[:, 0]
@@ -190,8 +258,8 @@ class DiffusionJob(Job):
         self.show_progress(images_seen)
         return means[self.recipe.default_weights()]
 
-    def held_out(self) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-        """Held-out x0 and noise (n, C, h, w), times (n,) in each of `BINS` slices, labels (n,)."""
+    def held_out(self) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Tensor]]:
+        """Held-out x0 and noise (n, C, h, w), times (n,) in each of `BINS` slices, condition."""
         batch = self.still(self.held_out_set, HELD_OUT_PICTURES)
         batch.positions = positions = HELD_OUT + batch.positions
         x0 = self.clean(batch)
@@ -200,12 +268,11 @@ class DiffusionJob(Job):
         )
         within = self._uniform(rng.Stream.TIMESTEP, positions)
         times = [self.objective.schedule.snap((b + within) / BINS) for b in range(BINS)]
-        return x0, noise, times, self._labels(batch)
+        return x0, noise, times, self.conditions.of_batch(batch)
 
     def held_out_losses(self, model: Callable) -> list[float]:
-        """Mean loss in each slice of time, labels given, noise fixed per sample."""
-        x0, noise, times, labels = self.held_out()
-        condition = {"labels": labels}
+        """Mean loss in each slice of time, nothing dropped, noise fixed per sample."""
+        x0, noise, times, condition = self.held_out()
         losses = [self.objective.losses(denoiser(model), x0, noise, t, condition) for t in times]
         return [float(values.mean()) for values in losses]
 
@@ -216,7 +283,7 @@ class DiffusionJob(Job):
         return float(np.mean([float((t - t.mean(0)).square().mean()) for t in targets]))
 
     def draw_grid(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        """The grid's pictures and labels, a class a column, the same noises every time."""
+        """The grid's pictures and labels, a class or prompt a column, always the same noises."""
         recipe, grid = self.recipe, self.recipe.grid
         generator = Generator(
             model,
@@ -225,17 +292,21 @@ class DiffusionJob(Job):
             self.autoencoder,
             self.train_set.classes,
             (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size),
+            self.conditions,
             device=self.world.device,
         )
-        columns = min(max(generator.num_classes, 1), grid.max_classes)
+        columns = len(self.prompts) or min(max(generator.num_classes, 1), grid.max_classes)
         indices = np.arange(columns * grid.per_class)
         labels = balanced_labels(indices, columns)
-        return generator.draw(indices, labels, seed=grid.seed)[0], labels
+        captions = [self.prompts[label] for label in labels] if self.prompts else None
+        return generator.draw(indices, labels, seed=grid.seed, captions=captions)[0], labels
 
     def show_grid(self, samples: np.ndarray, labels: np.ndarray, images_seen: int) -> None:
         """The grid over time, each sample's nearest training picture, and a terminal preview."""
         columns = int(labels.max()) + 1
-        agreement = ""
+        agreement, shown = "", "A class a column"
+        if self.prompts:
+            shown = f"From left to right: {'; '.join(self.prompts)}"
         if self.judge is not None:
             share = float((self.judge(samples) == labels).mean())
             self.look.log.metrics("grid", images_seen, labelled_as_asked=share)
@@ -244,7 +315,7 @@ class DiffusionJob(Job):
             self.look.id("samples"),
             "Samples",
             picture_grid(samples, columns=columns),
-            f"A class a column, weights {self.recipe.default_weights()}{agreement}.",
+            f"{shown}, weights {self.recipe.default_weights()}{agreement}.",
             f"{images_seen:,} images",
             order=self.look.order + 1,
         )

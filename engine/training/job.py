@@ -62,6 +62,13 @@ class Job:
         self.loader = self.pictures
         self.loader_reason = self.pictures.decoder_reason
 
+    def wrap(self, strategy: Strategy) -> Strategy:
+        """The strategy that the loop gets, made of the model's."""
+        return strategy
+
+    def begin(self) -> None:
+        """Prepare the model of a run that resumes nothing."""
+
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         raise NotImplementedError
 

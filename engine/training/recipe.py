@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from etude.core.config import Config, option
 from etude.core.loop import LoopConfig
 from etude.core.optim import OptimConfig, profile_name
@@ -11,7 +13,10 @@ from etude.data.loader import DataConfig
 from etude.diffusion.objectives import ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import AutoencoderConfig
-from etude.models.dit import DiTConfig
+from etude.models.discriminator import DiscriminatorConfig, Game
+from etude.models.families import ModelConfig
+from etude.texts import TextConfig
+from etude.transfer import StartConfig
 
 
 class TrainRecipe(Recipe):
@@ -30,11 +35,40 @@ class TrainRecipe(Recipe):
         return profile_name(max(self.optim.ema)) if self.optim.ema else "raw"
 
 
+class PerceptualConfig(Config):
+    """A distance of learned features, added to the reconstruction error."""
+
+    weights: str = option(..., "LPIPS weights: data/lpips/vgg16.safetensors or alexnet.safetensors")
+    weight: float = option(1.0, "weight beside the reconstruction error", gt=0)
+
+
+class AdversarialConfig(Config):
+    """A discriminator that learns to tell reconstructions from pictures, and judges them."""
+
+    weight: float = option(0.5, "weight of the generator's loss", gt=0)
+    start_images: int = option(
+        0, "the discriminator takes part in steps that start here or later", unit="images", ge=0
+    )
+    game: Game = option("hinge", "losses of the two sides")
+    lr: float | None = option(
+        None, "the discriminator's peak learning rate, scheduled as optim's; null: optim.lr", gt=0
+    )
+    adaptive: bool = option(
+        True,
+        "multiply weight by the ratio of gradient norms of reconstruction and generator loss at "
+        "the decoder's last layer; taken per micro batch over all ranks",
+    )
+    adaptive_limit: float = option(1e4, "largest such ratio", gt=0)
+    discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "the discriminator")
+
+
 class AutoencoderRecipe(TrainRecipe):
     """Pictures to latents and back: diffusers' AutoencoderKL."""
 
     kind: Literal["autoencoder"]
     model: AutoencoderConfig = option(..., "the autoencoder")
+    perceptual: PerceptualConfig | None = option(None, "perceptual loss; null for none")
+    adversarial: AdversarialConfig | None = option(None, "adversarial loss; null for none")
 
 
 class LatentConfig(Config):
@@ -55,17 +89,27 @@ class GridConfig(Config):
     per_class: int = option(4, "pictures per class", unit="pictures", gt=0, affects_result=False)
     max_classes: int = option(10, "classes shown", unit="classes", gt=0, affects_result=False)
     seed: int = option(0, "names the grid's initial noises", affects_result=False)
+    prompts: list[str] = option(
+        [], "texts to draw; [] takes the first held-out captions", affects_result=False
+    )
 
 
 class LatentDiffusionRecipe(TrainRecipe):
-    """A class-conditional diffusion transformer in an autoencoder's latents (or in pixels)."""
+    """A diffusion transformer asked by class or text, in an autoencoder's latents or in pixels."""
 
     kind: Literal["ldm"]
     autoencoder: str = option("", "an autoencoder's run or folder; empty trains in pixels")
     latents: LatentConfig = option(LatentConfig(), "the cache of latents")
-    model: DiTConfig = option(..., "the diffusion transformer")
+    model: ModelConfig = option(..., "the denoiser; `family` says which kind, dit if left out")
+    text: TextConfig = option(TextConfig(), "what turns captions into features")
+    start: StartConfig = option(StartConfig(), "weights to start from, of another model")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is predicted, and when")
-    drop_label: float = option(0.1, "share of samples trained without their label", ge=0, lt=1)
+    drop_semantic: float = option(
+        0.1, "share of samples trained without their class or text", ge=0, lt=1
+    )
+    drop_control: float = option(
+        0.1, "share of samples trained without their control values", ge=0, lt=1
+    )
     sampler: SamplerConfig = option(..., "how pictures are drawn")
     grid: GridConfig = option(GridConfig(), "the sample grid", affects_result=False)
     judge: str = option(
@@ -73,3 +117,27 @@ class LatentDiffusionRecipe(TrainRecipe):
         "a frozen classifier's run; says which share of the grid it labels as asked",
         affects_result=False,
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "LatentDiffusionRecipe":
+        if len(self.sampler.guidance_weights) > 1 and not self.model.conditioning.control:
+            raise ValueError(
+                "sampler.control_scale has no effect on a model without control values: leave it"
+                " out, or name them in model.conditioning.control"
+            )
+        if self.model.conditioning.semantic == "text":
+            if not self.text.encoders:
+                raise ValueError("a model asked by text needs a text encoder: set text.encoders")
+            if self.judge:
+                raise ValueError("a judge tells classes, not texts: leave judge empty")
+            return self
+        for name, given in (
+            ("text.encoders", self.text.encoders),
+            ("grid.prompts", self.grid.prompts),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} is for a model asked by text: set model.conditioning.semantic=text, or"
+                    f" leave it out"
+                )
+        return self

@@ -252,7 +252,7 @@ def test_gradient_through_the_real_networks() -> None:
             GuidanceConfig(), learner, lambda x0: F.interpolate(x0, scale_factor=2.0)
         )
         return guide.gradient(
-            lambda x, t, condition: model(x, t * 1000, condition["labels"]),
+            lambda x, t, condition: model(x, t * 1000, condition),
             FLOW, x.to(dtype), x.to(dtype), t.to(dtype), {"labels": labels},
         )  # fmt: skip
 
@@ -270,7 +270,7 @@ def test_full_batch_equals_one_by_one() -> None:
         options = steps(6, guidance_scale=1.5)
         null = {"labels": torch.full((len(rows),), 9)}
         condition = {"labels": labels[rows]}
-        return sample(Toy(), FLOW, options, z[rows], condition, null_condition=null, guide=guide)
+        return sample(Toy(), FLOW, options, z[rows], condition, nulls=[null], guide=guide)
 
     for fields in ({}, {"mode": "score"}, {"path": "stop_denoiser"}):
         together = run([0, 1, 2, 3, 4, 5], **fields)

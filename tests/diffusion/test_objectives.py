@@ -131,7 +131,60 @@ def test_learned_variance_is_trained_by_the_variational_bound() -> None:
 LEARNED = {"prediction": "eps", "schedule": "linear", "variance": "learned_range"}
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, LEARNED], ids=str)
+WEIGHTED = [
+    {"prediction": "flow", "weighting": "min_snr"},
+    {"prediction": "v", "schedule": "cosine_table", "weighting": "min_snr", "weighting_gamma": 2.0},
+    LEARNED | {"weighting": "min_snr"},
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "closed"),
+    [
+        ({"prediction": "eps", "schedule": "linear"}, lambda snr: min(snr, 5.0) / snr),
+        ({"prediction": "v", "schedule": "linear"}, lambda snr: min(snr, 5.0) / (snr + 1)),
+        ({"prediction": "flow"}, lambda snr: min(snr, 5.0) / (1 + snr**0.5) ** 2),
+    ],
+    ids=["eps", "v", "flow"],
+)
+def test_min_snr_is_the_capped_loss_of_the_clean_sample(fields: dict, closed) -> None:
+    """Hang et al. 2023: min(SNR, gamma) |x_0 - x0_hat|^2, whatever is predicted."""
+    objective = Objective(ObjectiveConfig(**fields, weighting="min_snr"))
+    x0, eps = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
+    t = torch.tensor([0.03, 0.2, 0.5, 0.9], dtype=torch.float64)
+    output = objective.target(x0, eps, t) + 0.1 * draw(4, 2, 3, 3, seed=2)
+    losses = objective.losses(lambda *_: output, x0, eps, t, {})
+    snr = (objective.schedule.alpha(t) / objective.schedule.sigma(t)) ** 2
+    assert snr.max() > 5.0 > snr.min()
+    guess, _ = objective.clean(output, objective.noise(x0, eps, t), t)
+    expected = snr.clamp(max=5.0) * (guess - x0).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, expected, rtol=1e-8, atol=0)
+    plain = (output - objective.target(x0, eps, t)).square().flatten(1).mean(1)
+    for loss, error, ratio in zip(losses, plain, snr.tolist(), strict=True):
+        assert float(loss / error) == pytest.approx(closed(ratio), rel=1e-9)
+
+
+def test_min_snr_is_finite_at_both_ends_and_leaves_the_bound_alone() -> None:
+    config = ObjectiveConfig(
+        prediction="v", schedule="linear", zero_terminal_snr=True, weighting="min_snr"
+    )
+    ends = torch.tensor([0.0, 0.999])
+    weight = Objective(config).weight(*Objective(config).schedule.coefficients(ends))
+    assert weight[1] == 0.0 and 0 < weight[0] < 1e-3
+    flow = Objective(ObjectiveConfig(weighting="min_snr"))
+    assert flow.weight(*flow.schedule.coefficients(torch.tensor([0.0, 1.0]))).tolist() == [0, 0]
+
+    x0, eps = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1)
+    t = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    output = torch.cat((eps, draw(2, 1, 2, 2, seed=3)), 1)  # no squared error, only the bound
+    bounds = [
+        Objective(ObjectiveConfig(**LEARNED, **fields)).losses(lambda *_: output, x0, eps, t, {})
+        for fields in ({}, {"weighting": "min_snr"})
+    ]
+    assert torch.equal(*bounds) and bounds[0].min() > 0
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, LEARNED, *WEIGHTED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_noise_by_position_gives_the_losses_of_noise_in_memory(setting: dict, dtype) -> None:
     """Values and gradients; float32 rounding, and one of the gradient in a 16-bit prediction."""
@@ -207,6 +260,8 @@ def test_learned_variance_lies_between_its_bounds() -> None:
     ("fields", "message"),
     [
         ({"schedule": "flow", "beta_start": 0.1}, "no effect on schedule 'flow'"),
+        ({"schedule": "cosine", "zero_terminal_snr": True}, "zero_terminal_snr: no effect"),
+        ({"schedule": "cosine_table", "beta_end": 0.1}, "no effect on schedule 'cosine_table'"),
         (
             {"prediction": "eps", "schedule": "linear", "zero_terminal_snr": True},
             "set prediction: v",

@@ -28,6 +28,25 @@ def test_tables_follow_the_recursion(name: str, end: float) -> None:
     assert float(schedule.alpha(torch.tensor(1.0)) ** 2) == pytest.approx(end, rel=2e-3)
 
 
+def test_the_cosine_table_is_nichol_and_dhariwal_s() -> None:
+    """Betas of their alpha_bar, capped; the squared cosine itself wherever the cap is far away."""
+    t = np.arange(1001) / 1000
+    bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    capped = np.cumprod(1 - np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+    schedule, times = Schedule("cosine_table"), torch.arange(1000, dtype=torch.float64) / 1000
+    np.testing.assert_allclose(schedule.alpha(times) ** 2, capped, rtol=1e-12)
+    np.testing.assert_allclose(capped[:900], (bar[1:] / bar[0])[:900], rtol=1e-12)
+    assert float(schedule.alpha(times)[-1] ** 2) == pytest.approx(bar[999] / bar[0] * 1e-3)
+    rescaled = Schedule("cosine_table", zero_terminal_snr=True)
+    assert rescaled.alpha(times)[-1] == 0.0 and rescaled.reaches_noise
+
+
+def test_a_network_of_1000_steps_is_asked_by_the_published_index() -> None:
+    schedule = Schedule("linear")
+    entries = schedule.snap(torch.arange(1000) / 1000 + 0.0003)
+    assert (entries * 1000.0 - torch.arange(1000)).abs().max() < 1e-4
+
+
 def test_continuous_schedules() -> None:
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
     flow, cosine = Schedule("flow"), Schedule("cosine")

@@ -296,6 +296,21 @@ def test_each_stream_can_have_a_qk_norm_of_its_own() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_second_stream_of_a_joint_sequence_can_end_early(normed: bool) -> None:
+    qkv = normal(3, 14, 3, 2, 8)
+    norms = [QKNorm(q_weight=normal(8, seed=i), k_weight=normal(8, seed=i + 1)) for i in (1, 3)]
+    norms = norms if normed else [None, None]
+    lengths = torch.tensor([9, 11, 14], dtype=torch.int32)
+    more = {"qk_norm": norms[0], "text_qk_norm": norms[1]}
+    second, first = kernels.joint_attention(qkv, 9, key_lengths=lengths, **more)
+    for b, length in enumerate(lengths.tolist()):
+        alone, image = kernels.joint_attention(qkv[b : b + 1, :length], 9, **more)
+        torch.testing.assert_close(first[b : b + 1], image)
+        torch.testing.assert_close(second[b : b + 1, : length - 9], alone)
+    assert not torch.allclose(kernels.joint_attention(qkv, 9, **more)[1][:2], first[:2])
+
+
 def test_rotation_of_a_grid_depends_on_relative_position_alone() -> None:
     height, width, d = 4, 5, 16
     cos, sin = kernels.rope_2d(height, width, d, theta=100.0, prefix=2)

@@ -5,7 +5,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from etude.models.blocks import PatchEmbed, TimestepEmbedder, positions_2d, unpatchify
+from etude.convert.dit import diffusers_table
+from etude.core.errors import UserError
+from etude.kernels import rope_2d
+from etude.models.blocks import (
+    PatchEmbed,
+    TimestepEmbedder,
+    positions_2d,
+    rotary_2d,
+    unpatchify,
+)
 from etude.models.dit import DiT, DiTConfig
 
 
@@ -28,7 +37,12 @@ def inputs(config: DiTConfig, batch: int = 3, dtype: torch.dtype = torch.float32
     generator = torch.Generator().manual_seed(2)
     shape = (batch, config.in_channels, config.input_size, config.input_size)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return x, torch.tensor([3.0, 500.0, 998.0])[:batch], torch.tensor([0, 4, 5])[:batch]
+    labels = torch.tensor([0, 4, 5])[:batch]
+    condition = {"labels": labels}
+    if config.conditioning.control:
+        columns = len(config.conditioning.control)
+        condition["control"] = torch.rand(batch, columns, generator=generator) * 10.0
+    return x, torch.tensor([3.0, 500.0, 998.0])[:batch], condition
 
 
 def count(depth: int, D: int, patch: int, tokens: int) -> int:
@@ -134,6 +148,14 @@ def test_position_embedding_holds_the_column_first() -> None:
             np.testing.assert_allclose(table[row * grid + column], np.concatenate(parts), atol=1e-7)
 
 
+def test_positions_can_be_shifted_and_stretched() -> None:
+    moved = positions_2d(8, 7, 0.5 * (torch.arange(7) - 2)).unflatten(0, (7, 7))
+    plain = positions_2d(8, 3).unflatten(0, (3, 3))
+    torch.testing.assert_close(moved[2::2, 2::2], plain, rtol=0, atol=1e-7)
+    place = -2 * 0.5 * torch.tensor([1.0, 0.01])
+    torch.testing.assert_close(moved[0, 0, :4], torch.cat((place.sin(), place.cos())))
+
+
 def test_time_embedding_holds_the_cosines_first() -> None:
     embedder = TimestepEmbedder(8).double()
     t = np.array([0.0, 1.0, 731.25])
@@ -181,9 +203,10 @@ def test_compiles_into_one_graph() -> None:
 def test_samples_of_a_batch_do_not_influence_each_other() -> None:
     config = small()
     model = randomised(config, torch.float64)
-    x, t, labels = inputs(config, dtype=torch.float64)
-    together = model(x, t, labels)
-    changed = model(torch.cat((x[:1], -x[1:])), t, labels.flip(0)[[2, 0, 1]])
+    x, t, condition = inputs(config, dtype=torch.float64)
+    together = model(x, t, condition)
+    others = {"labels": condition["labels"].flip(0)[[2, 0, 1]]}
+    changed = model(torch.cat((x[:1], -x[1:])), t, others)
     assert not torch.allclose(together[1:], changed[1:])
     torch.testing.assert_close(together[0], changed[0], rtol=1e-12, atol=1e-12)
 
@@ -192,10 +215,11 @@ def test_samples_of_a_batch_do_not_influence_each_other() -> None:
 def test_every_input_matters(member: str) -> None:
     config = small()
     model = randomised(config)
-    x, t, labels = inputs(config)
-    changed = {"x": x, "t": t, "labels": labels}
+    x, t, condition = inputs(config)
+    changed = {"x": x, "t": t, **condition}
     changed[member] = changed[member].roll(1, 0)
-    difference = (model(**changed) - model(x, t, labels)).abs().flatten(1).amax(1)
+    other = model(changed["x"], changed["t"], {"labels": changed["labels"]})
+    difference = (other - model(x, t, condition)).abs().flatten(1).amax(1)
     assert (difference > 1e-4).all()
 
 
@@ -206,3 +230,127 @@ def test_bfloat16_follows_float32() -> None:
     rounded = randomised(config).bfloat16()(*inputs(config))
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() / exact.norm() < 0.03
+
+
+def test_rotations_at_whole_places_are_those_of_the_operator() -> None:
+    for d, grid in ((12, 5), (72, 16)):
+        found = rotary_2d(d, grid, torch.arange(grid))
+        for one, two in zip(found, rope_2d(grid, grid, d), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_positions_of_another_range_are_not_diffusers_ones() -> None:
+    assert DiT(small(position_base=4)).pos_embed.equal(DiT(small()).pos_embed)
+    with pytest.raises(UserError, match="options of the modern variant"):
+        diffusers_table(small(position_base=2))
+
+
+MODERN = dict(norm="rmsnorm", mlp="swiglu", qk_norm=True, positions="rope")
+CONTROL = {"control": [{"name": "flip", "exponent": 1.0}, {"name": "height", "exponent": 4.0}]}
+
+
+def test_the_modern_variant_is_its_formulas() -> None:
+    """One block, one head pair, against plain torch in float64."""
+    config = small(depth=1, **MODERN)
+    model = randomised(config, torch.float64)
+    x, t, condition = inputs(config, dtype=torch.float64)
+    D, H, grid = config.hidden_size, config.num_heads, 4
+    d = D // H
+
+    def rms(v: torch.Tensor) -> torch.Tensor:
+        return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(v: torch.Tensor) -> torch.Tensor:  # (B, H, N, d): pairs as complex numbers
+        place = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+        speed = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) * 4 / d)
+        angles = (place.flatten(1).T[:, :, None] * speed).flatten(1)
+        pairs = torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    block, silu = model.blocks[0], torch.nn.functional.silu
+    c = model.t_embedder(t) + model.y_embedder(condition["labels"])
+    tokens = model.x_embedder(x)
+    parts = block.adaLN_modulation[1](silu(c))[:, None].chunk(6, -1)
+    y = rms(tokens) * (1 + parts[1]) + parts[0]
+    q, k, v = block.attn.qkv(y).unflatten(-1, (3, H, d)).permute(2, 0, 3, 1, 4)
+    q = turned(rms(q) * block.attn.q_norm.weight)
+    k = turned(rms(k) * block.attn.k_norm.weight)
+    scores = (q @ k.mT / d**0.5).softmax(-1) @ v
+    tokens = tokens + parts[2] * block.attn.proj(scores.transpose(1, 2).flatten(2))
+    y = rms(tokens) * (1 + parts[4]) + parts[3]
+    gate, value = block.mlp.w12(y).chunk(2, -1)
+    tokens = tokens + parts[5] * block.mlp.w3(silu(gate) * value)
+    shift, scale = model.final_layer.adaLN_modulation[1](silu(c))[:, None].chunk(2, -1)
+    patches = model.final_layer.linear(rms(tokens) * (1 + scale) + shift)
+    expected = unpatchify(patches, 8, 2)
+    output = model(x, t, condition)
+    assert output.std() > 0.1
+    # The rotary tables are float32.
+    assert (output - expected).norm() / expected.norm() < 1e-6
+
+
+def test_the_modern_variant_compiles_and_recomputes() -> None:
+    config = small(depth=2, **MODERN)
+    model, recomputed = (
+        randomised(config),
+        randomised(small(depth=2, activation_checkpointing=True, **MODERN)),
+    )
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(*inputs(config))
+    torch.testing.assert_close(compiled(*inputs(config)), expected)
+    assert torch.equal(recomputed(*inputs(config)), expected)
+
+
+def test_swiglu_keeps_the_number_of_parameters() -> None:
+    with torch.device("meta"):
+        models = [DiT(DiTConfig(preset="DiT-B/2", mlp=mlp)) for mlp in ("gelu", "swiglu")]
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert abs(counts[1] / counts[0] - 1.0) < 1e-3
+
+
+def test_bottleneck_has_the_published_size() -> None:
+    """SE-adaLN-Zero: 676M become 582M (arXiv 2608.09438)."""
+    with torch.device("meta"):
+        model = DiT(DiTConfig(preset="DiT-XL/2", modulation_bottleneck=2))
+    total = sum(p.numel() for p in model.parameters())
+    D = 1152
+    saved = 6 * D * D - (D * D // 2 + D // 2 + 3 * D * D)
+    assert total == 675_129_632 - 28 * saved and round(total / 1e6) == 582
+
+
+def test_gaussian_start_draws_the_modulation() -> None:
+    model = DiT(small(depth=6, hidden_size=96, modulation_start="gaussian"))
+    weights = [block.adaLN_modulation[1].weight.detach() for block in model.blocks]
+    rows = torch.stack(weights).chunk(6, 1)
+    found = [float(part.std()) for part in rows]
+    expected = [8e-4, 1.2e-3, 8e-4] * 2
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    assert not any(block.adaLN_modulation[1].bias.any() for block in model.blocks)
+
+
+def test_control_starts_without_effect_and_then_has_one() -> None:
+    plain, config = randomised(small()), small(conditioning=CONTROL)
+    model = DiT(config)
+    state = plain.state_dict()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith("control_embedder.") for name in missing)
+    x, t, condition = inputs(config)
+    assert torch.equal(model(x, t, condition), plain(x, t, condition))
+    with torch.no_grad():
+        for mlp in model.control_embedder.mlps:
+            mlp[2].weight.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
+    changed = model(x, t, condition)
+    # Times 3, 500 and 998: what is phased in cannot act on pure noise.
+    moved = (changed - plain(x, t, condition)).flatten(1).norm(dim=1)
+    assert moved[0] > 1e-3 and moved[1] > 1e-3 and moved[2] < 1e-4 * moved[0]
+    dropped = condition | {"drop_control": torch.tensor([True, True, True])}
+    assert torch.equal(model(x, t, dropped), plain(x, t, condition))
+
+
+def test_dropping_the_class_is_the_null_label() -> None:
+    config = small()
+    model = randomised(config)
+    x, t, condition = inputs(config)
+    dropped = model(x, t, condition | {"drop_semantic": torch.tensor([True, False, False])})
+    null = model(x, t, {"labels": torch.tensor([5, 4, 5])})
+    assert torch.equal(dropped, null)

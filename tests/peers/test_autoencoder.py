@@ -12,6 +12,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from etude.core.errors import UserError
+from etude.core.recipe import load_recipe
 from etude.external.diffusers import Autoencoder, AutoencoderConfig, estimate_scaling
 
 AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
@@ -147,3 +148,11 @@ def test_broken_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         Autoencoder.from_folder(folder)
+
+
+def test_the_published_size_of_kl_f8() -> None:
+    """83,653,863 parameters, as of the autoencoder of Stable Diffusion."""
+    with torch.device("meta"):
+        model = Autoencoder.build(load_recipe("autoencoder/kl_f8").model)
+    assert sum(p.numel() for p in model.parameters()) == 83_653_863
+    assert model.downscale == 8

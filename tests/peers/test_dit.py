@@ -99,7 +99,7 @@ def test_forward_and_gradients_agree(models: tuple, backend: str) -> None:
     x, t, labels = batch()
     cotangent = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(2))
     with kernels.use_backend(backend):
-        output = ours(x, t.float(), labels)
+        output = ours(x, t.float(), {"labels": labels})
         ours.zero_grad()
         (output * cotangent).sum().backward()
     expected = peer(x, timestep=t, class_labels=labels).sample
@@ -130,7 +130,7 @@ def test_a_perturbed_weight_is_noticed(models: tuple, name: str) -> None:
     kept = parameter.detach().clone()
     with torch.no_grad():
         parameter.view(-1)[::7] += 0.02
-        worse = relative(ours(x, t.float(), labels), expected)
+        worse = relative(ours(x, t.float(), {"labels": labels}), expected)
         parameter.copy_(kept)
     assert worse > 5e-5
 

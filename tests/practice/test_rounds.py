@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from etude.conditions import Conditions
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.run import Run
@@ -27,6 +28,7 @@ from etude.data.shards import write_shards
 from etude.diffusion.guidance import GuidanceConfig
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
+from etude.models.conditioning import ConditioningConfig
 from etude.practice.arms import Arm, State
 from etude.practice.learner import Learner, LearnerConfig, augment, weights_hash
 from etude.practice.recipe import PracticeRecipe
@@ -48,7 +50,8 @@ class Mixture(nn.Module):
         means = AMPLITUDE * torch.stack([rows, columns, rows * columns])
         self.register_buffer("means", means[:, None])
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        labels = condition["labels"]
         sigma = (t / 1000.0).view(-1, 1, 1, 1)
         alpha = 1.0 - sigma
         mean = self.means[labels.clamp(max=len(CLASSES) - 1)]
@@ -76,6 +79,7 @@ def toy_generator(training_shards: str = "") -> Generator:
         None,
         CLASSES,
         (1, SIZE, SIZE),
+        Conditions(ConditioningConfig(), len(CLASSES), SIZE, torch.device("cpu")),
         name="the toy",
         fingerprint="toy",
         training_shards=training_shards,

@@ -1,0 +1,170 @@
+"""Pictures from a checkpoint that somebody published, without a recipe; called by `open_generator`.
+
+A folder holds a class-conditional DiT in its own repository's layout (one `.pt` or `.safetensors`)
+or in diffusers' (`transformer/` with config.json), and the autoencoder in diffusers' layout under
+`vae/`. Everything else is read off the tensors' shapes or is the publication's: Peebles and Xie
+2023, 250 steps of DDPM on a linear table of 1000, learned variances, guidance 1.5 on three of the
+four channels, with which their table 4 has FID 2.27 at 256 x 256.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude.convert.checkpoint import SUFFIXES, read_denoiser, read_file
+from etude.core.errors import UserError
+from etude.data.index import file_sha256
+from etude.diffusion.objectives import Objective, ObjectiveConfig
+from etude.diffusion.samplers import SamplerConfig
+from etude.models.dit import SIZES, DiTConfig
+from etude.models.families import build_denoiser
+
+from .conditions import Conditions
+
+OBJECTIVE = ObjectiveConfig(prediction="eps", schedule="linear", variance="learned_range")
+SAMPLER = SamplerConfig(
+    method="ddpm",
+    steps=250,
+    guidance_scale=1.5,
+    guidance_convention="one_plus_lambda",
+    guidance_channels=3,
+)
+
+
+def is_published(folder: str | Path) -> bool:
+    """Whether a folder looks like a published checkpoint, and not like a run."""
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / "recipe.yaml").exists():
+        return False
+    return (folder / "transformer").is_dir() or bool(_weights(folder))
+
+
+def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
+    """What a `sampling.Generator` is made of, from a published folder.
+
+    Raises:
+        UserError: no autoencoder, several weights files, or a network that is not a DiT.
+    """
+    folder = Path(folder)
+    source, config = network(folder)
+    state, layout = read_denoiser(source, config)
+    model = build_denoiser(config)
+    model.load_state_dict(state)
+    model.to(device).eval().requires_grad_(False)
+    autoencoder, key = _autoencoder(folder, config, device)
+    file = source if source.is_file() else _weights(source)[0]
+    identity = json.dumps([file_sha256(file), key, config.model_dump(mode="json")])
+    side = config.input_size * autoencoder.downscale
+    return {
+        "model": model,
+        "objective": Objective(OBJECTIVE),
+        "sampler": SAMPLER,
+        "autoencoder": autoencoder,
+        "classes": _classes(folder, config.num_classes),
+        "latent_shape": (config.in_channels, config.input_size, config.input_size),
+        "conditions": Conditions(config.conditioning, config.num_classes, side, device),
+        "name": f"{folder.name} ({layout} layout)",
+        "fingerprint": hashlib.sha256(identity.encode()).hexdigest()[:16],
+        "profile": "as published",
+        "device": device,
+    }
+
+
+def dit_config(state: dict[str, Tensor], where: Path) -> DiTConfig:
+    """The configuration of a DiT in its own repository's layout, from the tensors' shapes."""
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        tokens = state["pos_embed"].shape[1]
+        out = len(state["final_layer.linear.bias"]) // patch**2
+        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        inner = len(state["blocks.0.mlp.fc1.bias"])
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{where} is not a DiT in its repository's layout: name a folder with one, or train it"
+            " from a recipe"
+        ) from None
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    heads = next((h for d, w, h in SIZES.values() if (d, w) == (depth, width)), None)
+    if heads is None:
+        raise UserError(
+            f"{where} is a DiT of depth {depth} and width {width}, which is none of S, B, L and XL,"
+            " so its number of heads is not known: train it from a recipe, or save it as a run"
+        )
+    return DiTConfig(
+        input_size=math.isqrt(tokens) * patch,
+        in_channels=channels,
+        patch_size=patch,
+        hidden_size=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=inner / width,
+        num_classes=classes,
+        learn_sigma=out == 2 * channels,
+    )
+
+
+def network(folder: Path) -> tuple[Path, DiTConfig]:
+    """The weights (a file, or diffusers' folder) and the configuration of the network."""
+    if (folder / "transformer").is_dir():
+        return folder / "transformer", _diffusers_config(folder / "transformer" / "config.json")
+    files = _weights(folder)
+    if len(files) > 1:
+        raise UserError(
+            f"{folder} holds several weights files ({', '.join(f.name for f in files)}): leave one"
+        )
+    return files[0], dit_config(read_file(files[0]), files[0])
+
+
+def _diffusers_config(path: Path) -> DiTConfig:
+    try:
+        stated = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} could not be read ({error}): copy the folder again") from None
+    name = stated.get("_class_name")
+    if name not in ("DiTTransformer2DModel", "Transformer2DModel"):
+        raise UserError(f"{path} describes {name}, not a DiT: name a DiT's folder")
+    heads, width = stated["num_attention_heads"], stated["attention_head_dim"]
+    return DiTConfig(
+        input_size=stated["sample_size"],
+        in_channels=stated["in_channels"],
+        patch_size=stated["patch_size"],
+        hidden_size=heads * width,
+        depth=stated["num_layers"],
+        num_heads=heads,
+        num_classes=stated["num_embeds_ada_norm"],
+        learn_sigma=stated["out_channels"] == 2 * stated["in_channels"],
+    )
+
+
+def _autoencoder(folder: Path, config: DiTConfig, device: torch.device) -> tuple[Any, str]:
+    from .sampling import open_autoencoder
+
+    if not (folder / "vae" / "config.json").exists():
+        raise UserError(
+            f"{folder} has no autoencoder: put one in diffusers' layout (config.json and weights)"
+            f" at {folder / 'vae'}"
+        )
+    autoencoder, key = open_autoencoder(folder / "vae", device)
+    if autoencoder.config.latent_channels != config.in_channels:
+        raise UserError(
+            f"{folder / 'vae'} has {autoencoder.config.latent_channels} latent channels, the"
+            f" network takes {config.in_channels}: put the network's own autoencoder there"
+        )
+    return autoencoder, key
+
+
+def _classes(folder: Path, count: int) -> list[str]:
+    """Names of the classes where diffusers' pipeline states them, else their numbers."""
+    path = folder / "model_index.json"
+    stated = json.loads(path.read_text()).get("id2label") if path.exists() else None
+    names = stated or {}
+    return [str(names.get(str(label), label)) for label in range(count)]
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES)
