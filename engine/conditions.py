@@ -102,7 +102,8 @@ class Conditions:
     ) -> dict[str, Tensor]:
         """What somebody wants drawn: labels (n,) or n texts, and control values.
 
-        A control value that is not stated is that of a whole, upright picture of the training size.
+        A control value that is not stated is that of a whole, upright picture of the training size;
+        an aspect follows from the height and width.
         """
         count = len(labels)
         if self.config.semantic == "class":
@@ -116,9 +117,9 @@ class Conditions:
             if name not in [c.name for c in self.config.control]:
                 names = ", ".join(c.name for c in self.config.control) or "none"
                 raise UserError(f"the model has no control {name!r}; it has {names}")
-        values = {name: torch.full((count,), value) for name, value in plain.items()}
-        values = self._columns(values)
-        values |= {name: torch.full((count,), float(value)) for name, value in stated.items()}
+        given = {name: torch.full((count,), float(value)) for name, value in stated.items()}
+        values = {name: torch.full((count,), value) for name, value in plain.items()} | given
+        values = self._columns(values) | given
         kept = torch.zeros(count, dtype=torch.bool, device=self.device)
         if self.config.semantic == "text":
             found["drop_semantic"] = kept

@@ -128,6 +128,11 @@ def _diffusers_config(path: Path) -> DiTConfig:
     name = stated.get("_class_name")
     if name not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise UserError(f"{path} describes {name}, not a DiT: name a DiT's folder")
+    named = ("num_attention_heads", "attention_head_dim", "sample_size", "in_channels")
+    named += ("patch_size", "num_layers", "num_embeds_ada_norm", "out_channels")
+    missing = [name for name in named if name not in stated]
+    if missing:
+        raise UserError(f"{path} states no {', '.join(missing)}: copy the folder again")
     heads, width = stated["num_attention_heads"], stated["attention_head_dim"]
     return DiTConfig(
         input_size=stated["sample_size"],

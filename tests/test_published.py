@@ -99,6 +99,11 @@ def test_what_is_missing_is_one_sentence(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="holds several weights files"):
         open_generator(where)
     assert not is_published(tmp_path / "nowhere")
+    (where / "transformer").mkdir()
+    stated = {"_class_name": "DiTTransformer2DModel", "in_channels": 4, "patch_size": 2}
+    (where / "transformer" / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(UserError, match="states no num_attention_heads, attention_head_dim"):
+        open_generator(where)
     with pytest.raises(UserError, match="is not a DiT in its repository's layout"):
         dit_config({"a": torch.ones(1)}, where)
 

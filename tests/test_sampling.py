@@ -199,6 +199,19 @@ class Asked(torch.nn.Module):
         return (x * 0 + (labels + 100.0 * control).view(-1, 1, 1, 1)) / 1000.0
 
 
+def test_an_aspect_follows_from_the_sizes_asked_for() -> None:
+    names = ("height", "width", "aspect", "target_height")
+    config = ConditioningConfig(control=[ControlConfig(name=name) for name in names])
+    conditions = Conditions(config, 3, 8, torch.device("cpu"))
+    for stated, expected in (
+        ({}, [8, 8, 1, 8]),
+        ({"height": 6, "width": 12}, [6, 12, 0.5, 8]),
+        ({"height": 6, "aspect": 2, "target_height": 4}, [6, 8, 2, 4]),
+    ):
+        condition = conditions.asked(np.zeros(1, np.int64), control=stated)
+        assert condition["control"].tolist() == [expected]
+
+
 def test_control_values_have_a_guidance_scale_of_their_own(tiny) -> None:
     def generator(control: list[str], **fields) -> Generator:
         config = ConditioningConfig(control=[ControlConfig(name=name) for name in control])

@@ -75,10 +75,13 @@ def read_denoiser(path: str | Path, config: Any) -> tuple[dict[str, Tensor], str
         UserError: what is missing, unknown or of another shape, with the nearest names.
     """
     theirs = read_file(_weights_file(Path(path)))
+    # One published file may hold the autoencoder and the text encoders too.
     if config.family == "mmdit" and any(name.startswith(mmdit.PREFIX) for name in theirs):
-        # One file may hold the autoencoder and the text encoders too.
         length = len(mmdit.PREFIX)
         theirs = {k[length:]: v for k, v in theirs.items() if k.startswith(mmdit.PREFIX)}
+    if config.family == "unet" and any(name.startswith(unet.PUBLISHED[0]) for name in theirs):
+        kept = (*unet.PUBLISHED, *unet.OURS)
+        theirs = {name: tensor for name, tensor in theirs.items() if name.startswith(kept)}
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in build_denoiser(config).state_dict().items()}
     layouts = {"ours": [Entry(name, (name,)) for name in shapes]}

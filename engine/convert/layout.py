@@ -6,6 +6,7 @@ shape must fit, and a report of what does not names the nearest names on the oth
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from etude.core.errors import UserError
 from etude.core.recipe_tree import nearest
+from etude.models.conditioning import ConditioningConfig
 
 How = Literal["same", "stack", "copies", "swap"]
 REPORTED = 8  # names listed in a report before it says how many more there are
@@ -51,6 +53,14 @@ def stack(ours: str, theirs: Sequence[str], *kinds: str) -> list[Entry]:
         Entry(f"{ours}.{k}", tuple(f"{name}.{k}" for name in theirs), "stack")
         for k in kinds or ("weight", "bias")
     ]
+
+
+def null_text(asked: ConditioningConfig) -> list[Entry]:
+    """The null text of `TextTokens`, which only we keep: zeros."""
+    if asked.semantic != "text":
+        return []
+    make = partial(torch.zeros, asked.text_tokens, asked.text_width)
+    return [Entry("text_tokens.null", (), make=make)]
 
 
 def to_ours(

@@ -8,14 +8,12 @@ vectors: in the last block's text stream and at the end. Its table of positions 
 than the publication's but always stored, so that the stored one counts.
 """
 
-from functools import partial
-
 import torch
 
 from etude.core.errors import UserError
 from etude.models.mmdit import MMDiT, MMDiTConfig
 
-from .layout import Entry, same, stack
+from .layout import Entry, null_text, same, stack
 
 PREFIX = "model.diffusion_model."
 _NULL = "text_tokens.null"
@@ -46,7 +44,9 @@ def original_table(config: MMDiTConfig) -> list[Entry]:
     """Our names against those of the published files, without their prefix."""
     with torch.device("meta"):
         names = MMDiT(config).state_dict()
-    return _null(config) + [Entry(name, (name,)) for name in names if name != _NULL]
+    return null_text(config.conditioning) + [
+        Entry(name, (name,)) for name in names if name != _NULL
+    ]
 
 
 def diffusers_table(config: MMDiTConfig) -> list[Entry]:
@@ -57,7 +57,7 @@ def diffusers_table(config: MMDiTConfig) -> list[Entry]:
             f" has semantic: {config.conditioning.semantic},"
             f" semantic_path: {config.conditioning.semantic_path}"
         )
-    table = [*_null(config), Entry("pos_embed", ("pos_embed.pos_embed",))]
+    table = [*null_text(config.conditioning), Entry("pos_embed", ("pos_embed.pos_embed",))]
     for ours, theirs in _ENDS.items():
         table += same(ours, theirs)
     table += _swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
@@ -96,11 +96,3 @@ def _block(config: MMDiTConfig, n: int) -> list[Entry]:
 
 def _swapped(ours: str, theirs: str) -> list[Entry]:
     return [Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), "swap") for kind in ("weight", "bias")]
-
-
-def _null(config: MMDiTConfig) -> list[Entry]:
-    """The null text, which only we keep."""
-    wanted = config.conditioning
-    if wanted.semantic != "text":
-        return []
-    return [Entry(_NULL, (), make=partial(torch.zeros, wanted.text_tokens, wanted.text_width))]

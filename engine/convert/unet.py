@@ -7,12 +7,13 @@ by block; built with our `linear_projection` as its `use_linear_projection` it h
 
 `OURS` are modules that neither the published network nor diffusers' class holds. They keep their
 names: take them out before a strict `load_state_dict` over there, and give it what they compute.
+The null text alone is not written: it is zeros.
 """
 
 from etude.core.errors import UserError
 from etude.models.unet_config import Stage, UNetConfig, stages
 
-from .layout import Entry, same
+from .layout import Entry, null_text, same
 
 PUBLISHED = ("model.diffusion_model.", "cond_stage_model.embedding.")
 OURS = ("class_embedder.", "control_embedder.", "text_tokens.")
@@ -56,12 +57,13 @@ def original_table(config: UNetConfig) -> list[Entry]:
     for name in _beside(config):
         published = name.replace("class_embedder.embedding_table.", PUBLISHED[1])
         table.append(Entry(name, (published,)))
-    return table
+    return table + null_text(config.conditioning)
 
 
 def diffusers_table(config: UNetConfig) -> list[Entry]:
     """Our names against those of diffusers' UNet2DConditionModel, and `OURS` unchanged."""
-    return _network(config) + [Entry(name, (name,)) for name in _beside(config)]
+    beside = [Entry(name, (name,)) for name in _beside(config)]
+    return _network(config) + beside + null_text(config.conditioning)
 
 
 def _network(config: UNetConfig) -> list[Entry]:
@@ -131,14 +133,12 @@ def _transformer(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def _beside(config: UNetConfig) -> list[str]:
-    """Names under `OURS`."""
+    """Names under `OURS`, the null text apart."""
     asked, names = config.conditioning, []
     if asked.semantic == "class":
         names.append("class_embedder.embedding_table.weight")
-    else:
-        names.append("text_tokens.null")
-        if asked.text_padding == "learned":
-            names.append("text_tokens.padding")
+    elif asked.text_padding == "learned":
+        names.append("text_tokens.padding")
     if asked.control and not config.sdxl_control:
         count = 1 if asked.control_embedding == "concatenated" else len(asked.control)
         for k in range(count):

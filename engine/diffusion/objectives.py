@@ -87,6 +87,7 @@ class ObjectiveConfig(Config):
                     f"{names}: no effect on schedule {self.schedule!r}; leave out, or set schedule"
                     " to linear"
                 )
+        self._refuse_idle(table)
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(
                 "prediction 'eps' says nothing at zero_terminal_snr's last entry: set prediction: v"
@@ -97,6 +98,18 @@ class ObjectiveConfig(Config):
                 " set schedule: linear, or variance: fixed"
             )
         return self
+
+    def _refuse_idle(self, table: bool) -> None:
+        idle = []
+        if not table:
+            idle.append(("train_steps", "schedule: linear"))
+        if self.timesteps != "logit_normal":
+            idle += [(name, "timesteps: logit_normal") for name in ("logit_mean", "logit_std")]
+        if self.weighting != "min_snr":
+            idle.append(("weighting_gamma", "weighting: min_snr"))
+        for name, wanted in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect here: leave it out, or set {wanted}")
 
 
 class Objective:

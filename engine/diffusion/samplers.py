@@ -133,9 +133,10 @@ def time_grid(objective: Objective, config: SamplerConfig) -> list[float]:
                 f"sampler spacing {config.spacing!r} is for tables, but the schedule is"
                 f" {schedule.name!r}: set spacing: linspace"
             )
-        even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64) * objective.last_time
+        even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
         shift = config.shift * objective.config.shift
-        return schedule.shifted(even, shift).tolist()
+        # As training does: shifted first, so that no time lies beyond the last one trained.
+        return (schedule.shifted(even, shift) * objective.last_time).tolist()
     total = schedule.steps
     if steps > total or config.shift != 1.0:
         raise UserError(

@@ -2,20 +2,21 @@
 
 Called by every denoiser of this room. Berrada et al. 2024 ("On Improved Conditioning Mechanisms and
 Pre-training Strategies for Diffusion Models") separate the two: semantics enter through attention,
-control enters through adaLN beside the timestep and is phased in over denoising by a power-cosine
-schedule, so that it cannot move a picture's content:
+control enters through adaLN beside the timestep and is phased in over denoising by a cosine
+schedule, so that it should not move a picture's content. Their formula is not known to us; ours is
+a power cosine, the form of MDTv2's guidance (Gao et al. 2023):
 
     c(t) = time(t) + sum_k gamma(t; p_k) MLP_k(sines(value_k))
     gamma(t; p) = (1 - cos(pi (1 - t)^p)) / 2         t = 1 noise, t = 0 data
 
 A larger exponent p comes in later; p = 0 is gamma = 1 throughout, which with `separate` embeddings
 is the entangled baseline. `concatenated` is SDXL's (Podell et al. 2023), `micro` PixArt-alpha's
-(Chen et al. 2023). The publication's exponents and padding noise are not known to us: they are
-fields, to be swept.
+(Chen et al. 2023). The exponents and the padding noise are not known to us either: they are fields,
+to be swept.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -67,6 +68,7 @@ class ConditioningConfig(Config):
     def _check(self) -> "ConditioningConfig":
         if self.semantic == "text" and not (self.text_tokens and self.text_width):
             raise ValueError("semantic: text needs text_tokens and text_width: set both")
+        self._refuse_idle()
         names = [control.name for control in self.control]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -78,10 +80,38 @@ class ConditioningConfig(Config):
             )
         return self
 
+    def _refuse_idle(self) -> None:
+        """A field that is not as it was, and without effect beside the others, is an error."""
+        text = ("text_tokens", "text_width", "pooled_width", "text_padding")
+        idle = [(name, "semantic: class", "semantic: text") for name in text]
+        if self.semantic == "text":
+            idle = [("class_tokens", "semantic: text", "semantic: class")]
+        if self.semantic_path == "adaln":
+            idle.append(("class_tokens", "semantic_path: adaln", "semantic_path: attention"))
+        if self.text_padding != "noisy_replicate":
+            given = f"text_padding: {self.text_padding}"
+            idle.append(("padding_noise", given, "text_padding: noisy_replicate"))
+        if not self.control:
+            names = ("control_embedding", "control_zero")
+            idle += [(name, "control: []", "control to some values") for name in names]
+        for name, given, wanted in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} has no effect with {given}: leave it out, or set {wanted}"
+                )
+
 
 def power_cosine(t: Tensor, exponent: float) -> Tensor:
     """gamma(t; p) = (1 - cos(pi (1 - t)^p)) / 2 for times t in [0, 1], 1 noise; same shape."""
     return 0.5 * (1.0 - torch.cos(math.pi * (1.0 - t.clamp(0.0, 1.0)) ** exponent))
+
+
+def scaled(values: Tensor, control: Sequence[ControlConfig]) -> Tensor:
+    """Control values (B, K), each times its `scale`.
+
+    The scales are no buffer: a model in bf16 would round them, and the angles with them.
+    """
+    return torch.stack([values[:, k] * entry.scale for k, entry in enumerate(control)], dim=1)
 
 
 class ControlEmbedder(nn.Module):
@@ -91,8 +121,7 @@ class ControlEmbedder(nn.Module):
         super().__init__()
         self.exponents = [control.exponent for control in config.control]
         self.kind, count = config.control_embedding, len(config.control)
-        scales = torch.tensor([control.scale for control in config.control])
-        self.register_buffer("scales", scales, persistent=False)
+        self.control = config.control
         if self.kind == "concatenated":
             widths = [(count * FREQUENCIES, hidden_size)]
         elif self.kind == "micro":
@@ -122,7 +151,7 @@ class ControlEmbedder(nn.Module):
         """
         dtype = self.mlps[0][0].weight.dtype
         time = t.to(torch.promote_types(t.dtype, torch.float32)) / 1000.0
-        waves = sinusoids(values.to(time.dtype) * self.scales.to(time.dtype), FREQUENCIES)
+        waves = sinusoids(scaled(values.to(time.dtype), self.control), FREQUENCIES)
         if self.kind == "separate":
             parts = [mlp(waves[:, k].to(dtype)) for k, mlp in enumerate(self.mlps)]
             gates = [power_cosine(time, p).to(dtype)[:, None] for p in self.exponents]

@@ -118,6 +118,11 @@ class DiTConfig(DenoiserConfig):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
             )
+        if self.positions != "table" and self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"positions: {self.positions} turns channels by fours, but a head has"
+                f" {self.hidden_size // self.num_heads}: change num_heads, or set positions: table"
+            )
         if self.hidden_size % self.modulation_bottleneck:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of"

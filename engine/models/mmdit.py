@@ -131,15 +131,20 @@ class MMDiTConfig(DenoiserConfig):
                 " tokens along a side"
             )
         wanted = self.conditioning
-        if wanted.semantic == "text" and wanted.semantic_path == "adaln":
+        if wanted.semantic_path == "adaln":
             raise ValueError(
-                "semantic_path: adaln would leave mmdit's text stream without a text: set"
-                " published or attention"
+                "semantic_path: adaln would leave mmdit's text stream without a text or a class:"
+                " set published or attention"
             )
         if wanted.semantic == "text" and self.has_vector and not wanted.pooled_width:
             raise ValueError(
                 "mmdit's published path puts the text's pooled vector into adaLN: set pooled_width"
                 " (2048 as published), or semantic_path: attention"
+            )
+        if wanted.pooled_width and not self.has_vector:
+            raise ValueError(
+                "pooled_width has no effect with semantic_path: attention: leave it out, or set"
+                " semantic_path: published"
             )
         return self
 

@@ -32,7 +32,14 @@ from torch.utils.checkpoint import checkpoint
 from etude.kernels import modulation_gemm
 
 from .blocks import LabelEmbedder, seeded, sinusoids
-from .conditioning import FREQUENCIES, ClassTokens, ControlEmbedder, TextTokens, labels_of
+from .conditioning import (
+    FREQUENCIES,
+    ClassTokens,
+    ControlEmbedder,
+    TextTokens,
+    labels_of,
+    scaled,
+)
 from .denoiser import Condition
 from .unet_blocks import (
     Block,
@@ -81,8 +88,6 @@ class UNet(nn.Module):
                 zeroed(nn.Conv2d(config.width(0), config.out_channels, 3, padding=1)),
             )
             self._initialise()
-        scales = torch.tensor([control.scale for control in asked.control])
-        self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Raw prediction for noisy latents; arguments and result as in `denoiser.py`.
@@ -123,7 +128,7 @@ class UNet(nn.Module):
         if config.conditioning.pooled_width:
             parts.append(_kept(condition["pooled"], condition.get("drop_semantic")))
         if config.sdxl_control:
-            values = condition["control"] * self.scales
+            values = scaled(condition["control"], config.conditioning.control)
             waves = sinusoids(values, FREQUENCIES).flatten(1)
             parts.append(_kept(waves, condition.get("drop_control")))
         elif config.conditioning.control:

@@ -151,10 +151,10 @@ class UNetConfig(DenoiserConfig):
             raise ValueError(
                 "a U-Net takes a text through attention: set semantic_path: published or attention"
             )
-        if asked.pooled_width and (asked.semantic == "class" or asked.semantic_path == "attention"):
+        if asked.pooled_width and asked.semantic_path == "attention":
             raise ValueError(
-                "pooled_width is a text's vector in the time embedding: set it to 0, or"
-                " semantic: text with semantic_path: published"
+                "pooled_width has no effect with semantic_path: attention: leave it out, or set"
+                " semantic_path: published"
             )
         return self
 

@@ -64,6 +64,20 @@ def test_stable_diffusion_3_is_found_inside_a_file_with_other_networks(tmp_path)
     assert torch.equal(found["context_embedder.weight"], network.context_embedder.weight)
 
 
+@pytest.mark.parametrize("conditioning", [{}, TEXT | {"pooled_width": 6}], ids=["class", "text"])
+def test_a_unet_is_found_inside_a_file_with_other_networks(conditioning: dict, tmp_path) -> None:
+    config = FAMILIES["unet"][0](**MODELS["unet"], conditioning=conditioning)
+    state = build_denoiser(config).state_dict()
+    path = write_denoiser(state, config, tmp_path / "w.safetensors")
+    assert "text_tokens.null" not in read_file(path)  # the published files have none
+    more = {"first_stage_model.w": torch.ones(2), "model_ema.decay": torch.ones(1)}
+    save_file(read_file(path) | more, tmp_path / "all.safetensors")
+    found, name = read_denoiser(tmp_path / "all.safetensors", config)
+    assert name == "original"
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
 @pytest.mark.parametrize("nest", [(), ("ema",), ("state_dict",), ("model", "module")])
 def test_nested_pickles_are_opened(nest: tuple[str, ...], tmp_path) -> None:
     content: dict = {"a": torch.arange(3.0)}

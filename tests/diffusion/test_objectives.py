@@ -272,3 +272,9 @@ def test_learned_variance_lies_between_its_bounds() -> None:
 def test_settings_without_meaning_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ObjectiveConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["train_steps", "logit_mean", "logit_std", "weighting_gamma"])
+def test_a_field_without_effect_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"{name} has no effect here"):
+        ObjectiveConfig(**{name: 7})

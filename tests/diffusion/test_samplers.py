@@ -381,6 +381,9 @@ def test_grids() -> None:
     assert time_grid(objective(), config(steps=4)) == [1.0, 0.75, 0.5, 0.25, 0.0]
     shifted = time_grid(objective(), config(steps=4, shift=3.0))
     assert shifted == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    # Shifted or not, an eps prediction is asked at no time beyond the last it was trained at.
+    noise = Objective(ObjectiveConfig(prediction="eps", schedule="flow", shift=3.0))
+    assert time_grid(noise, config(steps=4))[0] == noise.last_time
     for fields in ({"steps": 1001}, {"shift": 3.0}):
         with pytest.raises(UserError, match="do not fit a table of 1000 entries"):
             time_grid(table, config(**fields))

@@ -17,6 +17,8 @@ from etude.models.conditioning import (
     power_cosine,
 )
 
+TEXT = {"semantic": "text", "text_tokens": 5, "text_width": 4}
+
 
 def test_power_cosine_starts_at_noise_and_comes_in_where_it_should() -> None:
     """Half of the way at t = 1 - 2^(-1/p); 0 at noise, 1 at data; p = 0 is always 1."""
@@ -64,6 +66,18 @@ def test_control_embedders_are_their_formulas(kind: str) -> None:
     assert not kept[1].any() and torch.equal(kept[0], found[0])
 
 
+@pytest.mark.parametrize("kind", ["separate", "concatenated"])
+def test_bfloat16_does_not_round_the_scales(kind: str) -> None:
+    control = [{"name": "height", "exponent": 0, "scale": 0.3}]
+    config = ConditioningConfig(control=control, control_embedding=kind, control_zero=False)
+    embedder = ControlEmbedder(64, config)
+    embedder.initialise(zero=False)
+    t, sizes = torch.tensor([500.0]), torch.tensor([[512.0]])
+    expected = embedder(t, sizes)
+    found = embedder.bfloat16()(t, sizes).float()
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
 def test_control_that_starts_at_zero_has_gradients() -> None:
     config = ConditioningConfig(control=[{"name": "flip"}])
     embedder = ControlEmbedder(8, config).double()
@@ -107,9 +121,7 @@ def test_zero_and_learned_padding() -> None:
 
 @pytest.mark.parametrize("kind", ["mask", "zeros", "learned", "replicate", "noisy_replicate"])
 def test_text_that_is_dropped_leaks_no_length(kind: str) -> None:
-    config = ConditioningConfig(
-        semantic="text", text_tokens=5, text_width=4, text_padding=kind, padding_noise=0.1
-    )
+    config = ConditioningConfig(**TEXT, text_padding=kind)
     tokens = TextTokens(config)
     text = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(3))
     condition = {"text": text, "text_lengths": torch.tensor([2, 5, 3])}
@@ -141,6 +153,13 @@ def test_null_text_and_class_tokens() -> None:
             },
             "has one exponent for all",
         ),
+        ({"text_padding": "zeros"}, "text_padding has no effect with semantic: class"),
+        ({"pooled_width": 5}, "pooled_width has no effect with semantic: class"),
+        (TEXT | {"class_tokens": 2}, "class_tokens has no effect with semantic: text"),
+        ({"semantic_path": "adaln", "class_tokens": 2}, "has no effect with semantic_path: adaln"),
+        (TEXT | {"padding_noise": 0.1}, "padding_noise has no effect with text_padding: mask"),
+        ({"control_embedding": "micro"}, "control_embedding has no effect with control: .."),
+        ({"control_zero": False}, "control_zero has no effect with control: .."),
     ],
 )
 def test_contradictions_are_one_sentence(fields: dict, sentence: str) -> None:

@@ -111,6 +111,8 @@ def test_presets_fill_sizes_and_refuse_contradictions() -> None:
         small(input_size=9)
     with pytest.raises(ValidationError, match="not a multiple of num_heads"):
         small(num_heads=5)
+    with pytest.raises(ValidationError, match="turns channels by fours, but a head has 6"):
+        small(hidden_size=24, num_heads=4, positions="rope")
 
 
 def test_a_new_model_returns_zero_and_learns_first_in_its_last_layer() -> None:

@@ -11,6 +11,7 @@ from etude.models.mmdit import MMDiT, MMDiTConfig
 
 SD3_TEXT = ConditioningConfig(semantic="text", text_tokens=154, text_width=4096, pooled_width=2048)
 TEXT = {"semantic": "text", "text_tokens": 6, "text_width": 10, "pooled_width": 12}
+TOKENS = TEXT | {"pooled_width": 0, "semantic_path": "attention"}
 CONTROL = (ControlConfig(name="crop_top", exponent=2.0), ControlConfig(name="flip", scale=100.0))
 
 
@@ -49,7 +50,8 @@ def inputs(config: MMDiTConfig, dtype: torch.dtype = torch.float32) -> tuple:
     condition = {"labels": torch.tensor([0, 4, 5])}
     if wanted.semantic == "text":
         condition = {"text": normal(3, wanted.text_tokens, wanted.text_width)}
-        condition |= {"pooled": normal(3, wanted.pooled_width)}
+        if wanted.pooled_width:
+            condition["pooled"] = normal(3, wanted.pooled_width)
     if wanted.control:
         condition["control"] = normal(3, len(wanted.control)).float()
     return x, torch.tensor([3.0, 500.0, 998.0]), condition
@@ -161,6 +163,8 @@ def test_presets_fill_sizes_and_refuse_contradictions() -> None:
         ({}, {"dual_attention_layers": 4}, "dual_attention_layers=4 is more than depth=3"),
         ({}, {"position_table": 3}, "position_table=3 is smaller than the picture's 4 tokens"),
         (TEXT | {"semantic_path": "adaln"}, {}, "would leave mmdit's text stream without a text"),
+        ({"semantic_path": "adaln"}, {}, "without a text or a class"),
+        (TOKENS | {"pooled_width": 3}, {}, "pooled_width has no effect with semantic_path: atten"),
         (TEXT | {"pooled_width": 0}, {}, "set pooled_width .2048 as published., or semantic_path"),
     ],
 )
@@ -256,13 +260,14 @@ def test_samples_of_a_batch_do_not_influence_each_other(conditioning: dict) -> N
     ("path", "kind", "member"),
     [
         ("published", "class", "x"), ("published", "class", "t"), ("published", "class", "labels"),
-        ("attention", "class", "labels"), ("adaln", "class", "labels"),
+        ("attention", "class", "labels"),
         ("published", "text", "text"), ("published", "text", "pooled"),
         ("attention", "text", "text"), ("published", "class", "control"),
     ],
 )  # fmt: skip
 def test_every_input_matters(path: str, kind: str, member: str) -> None:
-    config = small((TEXT if kind == "text" else {}) | {"semantic_path": path, "control": CONTROL})
+    text = TEXT if path == "published" else TOKENS
+    config = small((text if kind == "text" else {"semantic_path": path}) | {"control": CONTROL})
     model = randomised(config)
     x, t, condition = inputs(config)
     t = t / 2  # control has no effect on noise alone
@@ -276,15 +281,12 @@ def test_every_input_matters(path: str, kind: str, member: str) -> None:
 def test_the_attention_path_leaves_the_semantic_vector_out() -> None:
     names = set(MMDiT(small({"semantic_path": "attention"})).state_dict())
     assert not any(name.startswith("y_embedder") for name in names)
-    config = small(TEXT | {"semantic_path": "attention"})
+    config = small(TOKENS)
     model = randomised(config)
     x, t, condition = inputs(config)
-    del condition["pooled"]
     assert model(x, t, condition).std() > 0.01
     assert not any(name.startswith("y_embedder") for name in model.state_dict())
-    for path in ("published", "adaln"):
-        more = set(MMDiT(small({"semantic_path": path})).state_dict()) - names
-        assert more == {"y_embedder.embedding_table.weight"}
+    assert set(MMDiT(small()).state_dict()) - names == {"y_embedder.embedding_table.weight"}
 
 
 def test_a_class_is_as_many_tokens_as_asked_for() -> None:
@@ -314,10 +316,10 @@ def test_a_dropped_class_is_the_null_class(conditioning: dict) -> None:
     assert not torch.allclose(model(x, t, condition)[0], expected[0])
 
 
-@pytest.mark.parametrize("path", ["published", "attention"])
+@pytest.mark.parametrize("conditioning", [TEXT, TOKENS], ids=["published", "attention"])
 @pytest.mark.parametrize("lengths", [None, [2, 6, 3]], ids=str)
-def test_a_dropped_text_is_the_null_text(path: str, lengths: list[int] | None) -> None:
-    config = small(TEXT | {"semantic_path": path})
+def test_a_dropped_text_is_the_null_text(conditioning: dict, lengths: list[int] | None) -> None:
+    config = small(conditioning)
     model = randomised(config)
     x, t, condition = inputs(config)
     given = condition | ({} if lengths is None else {"text_lengths": torch.tensor(lengths)})

@@ -194,10 +194,13 @@ def test_presets_fill_shapes_and_refuse_contradictions() -> None:
         (dict(head_channels=48), "head_channels=48 does not divide the 128 channels"),
         (dict(head_channels=0, num_heads=3), "num_heads=3 does not divide the 128 channels"),
         (dict(conditioning=dict(TEXT, semantic_path="adaln")), "takes a text through attention"),
-        (dict(conditioning=dict(pooled_width=8)), "pooled_width is a text's vector"),
+        (
+            dict(conditioning=dict(pooled_width=8)),
+            "pooled_width has no effect with semantic: class",
+        ),
         (
             dict(conditioning=dict(TEXT, semantic_path="attention", pooled_width=8)),
-            "pooled_width is a text's vector",
+            "pooled_width has no effect with semantic_path: attention",
         ),
     ],
 )
@@ -294,7 +297,7 @@ def test_control_comes_in_as_its_schedule_says() -> None:
 
 @pytest.mark.parametrize("path", ["published", "adaln", "attention"])
 def test_a_dropped_class_is_the_empty_one(path: str) -> None:
-    config = asked(semantic_path=path, class_tokens=2)
+    config = asked(semantic_path=path, class_tokens=1 if path == "adaln" else 2)
     model = randomised(config)
     assert any("attn2" in name for name in model.state_dict()) == (path != "adaln")
     x, t, condition = inputs(config)

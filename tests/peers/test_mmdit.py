@@ -183,7 +183,7 @@ def test_ours_to_theirs_and_back_is_bitwise(kind: str, layout: Callable) -> None
 
 
 def test_only_the_published_conditioning_has_a_peer() -> None:
-    attention = TEXT.model_copy(update={"semantic_path": "attention"})
+    attention = TEXT.model_copy(update={"semantic_path": "attention", "pooled_width": 0})
     for conditioning in (ConditioningConfig(), attention):
         config = MMDiTConfig(hidden_size=64, depth=1, conditioning=conditioning)
         with pytest.raises(UserError, match="a text with a pooled vector only"):
