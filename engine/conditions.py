@@ -61,8 +61,7 @@ class Conditions:
     def of_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Everything the batch is known by, nothing dropped."""
         if self.config.semantic == "class":
-            labels = batch.labels.to(self.device)
-            found = {"labels": torch.where(labels < 0, self.num_classes, labels)}
+            found = {"labels": self._labels(batch.labels)}
         else:
             found = self._text(batch.captions)
         return found | self._control(batch.control)
@@ -107,7 +106,7 @@ class Conditions:
         """
         count = len(labels)
         if self.config.semantic == "class":
-            found = {"labels": torch.as_tensor(labels, dtype=torch.int64, device=self.device)}
+            found = {"labels": self._labels(torch.as_tensor(labels, dtype=torch.int64))}
         else:
             found = self._text(captions)
         side, stated = float(self.image_size), dict(control or {})
@@ -144,6 +143,11 @@ class Conditions:
         """What guidance contrasts with: without class or text, and then without control too."""
         found = [self.without(condition)]
         return [*found, self.without(condition, control=True)] if self.config.control else found
+
+    def _labels(self, labels: Tensor) -> Tensor:
+        """Labels on the device; -1, a picture without one, means no class."""
+        labels = labels.to(self.device)
+        return torch.where(labels < 0, self.num_classes, labels)
 
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         assert self.features is not None

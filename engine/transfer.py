@@ -14,8 +14,8 @@ name and says of each what became of it:
 A layer is taken whole or not at all: a new weight has a new bias. What a condition enters by is
 taken where it means the same (a control of the same name and scale); between a class and a text the
 embedders are new, while the attention that reads them is kept. Berrada et al. 2024 train at 512
-pixels and on captions from such starts, and find resampled positions and a rescaled noise schedule
-(`objective.shift`) to matter.
+pixels from such starts, and propose resampled positions and a rescaled noise schedule
+(`objective.shift`) for it.
 """
 
 import re
