@@ -64,6 +64,8 @@ def shrink(recipe: Recipe, root: Path) -> Recipe:
         if recipe.kind == "ldm":
             changes["latents"] = recipe.latents.model_copy(update={"variants": 0})
             changes["text"] = recipe.text.model_copy(update={"ahead": False})
+        elif recipe.adversarial:  # the step is one that the discriminator takes part in
+            changes["adversarial"] = recipe.adversarial.model_copy(update={"start_images": 0})
     elif recipe.kind == "judge":
         changes = {"judge": recipe.judge.model_copy(update={"images": recipe.judge.batch_size})}
     elif recipe.kind == "practice":

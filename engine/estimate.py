@@ -186,7 +186,7 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
             continue
         profile = text == "raw" or text.startswith("ema:")
         role = "shards" if key in _SHARDS else "run" if key in _RUNS else ""
-        if key in _FILES and not profile and "extractor" in path:
+        if key in _FILES and not profile and ("extractor" in path or "perceptual" in path):
             role = "file"
         if path == ("start", "from"):
             role = "start"

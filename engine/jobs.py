@@ -174,7 +174,10 @@ def _practice(recipe: Recipe, desk: Desk) -> dict:
         recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=desk.world.device
     )
     if generator.asked_by_text:
-        raise UserError(f"practice needs labels, but {generator.name} is asked by text")
+        raise UserError(
+            f"practice needs labels, but {generator.name} is asked by text: set generator to a run"
+            " asked by class"
+        )
     result = practise(
         recipe,
         desk.run,

@@ -30,7 +30,7 @@ from .models.conditioning import ConditioningConfig
 
 BATCH = 32  # texts encoded together
 PER_FILE = 1024  # texts of a file
-_REMEMBERED = 4096  # texts outside the cache that are kept in memory
+_REMEMBERED = 1 << 28  # numbers of texts outside the cache that are kept in memory (1 GiB)
 
 
 class TextConfig(Config):
@@ -208,7 +208,8 @@ class TextFeatures:
         if unknown:
             made = dict(zip(unknown, zip(*self._encode(unknown), strict=True), strict=True))
             rows |= made
-            if len(self._remembered) + len(made) > _REMEMBERED:
+            count = len(self._remembered) + len(made)
+            if count * self.encoder.tokens * self.encoder.width > _REMEMBERED:
                 self._remembered.clear()
             self._remembered |= made
         shape = (len(captions), self.encoder.tokens, self.encoder.width)

@@ -17,6 +17,8 @@ from etude.core.checkpoint import verify_checkpoint
 from etude.core.errors import UserError
 from etude.core.log import read_metrics
 from etude.core.recipe import load_recipe
+from etude.dry_run import dry_run
+from etude.estimate import needed_files
 from etude.external.diffusers import Autoencoder
 from etude.jobs import run_recipe
 from etude.models.discriminator import PatchDiscriminator
@@ -164,6 +166,34 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(alone, recipe_file, tm
     assert losses(alone) == losses(parted) and len(losses(alone)) == 5
 
 
+def test_a_run_does_not_go_on_with_another_distance(
+    alone, recipe_file, tmp_path, monkeypatch
+) -> None:
+    shutil.copytree(alone, tmp_path / "parted")
+    (tmp_path / "parted" / "result.json").unlink()
+    monkeypatch.setattr("etude.models.lpips._sha256", lambda tensors: "other")
+    with pytest.raises(UserError, match="perceptual.weights names other weights than"):
+        run(recipe_file, tmp_path, "parted")
+
+
+def test_a_dry_run_tries_the_discriminator(recipe_file, monkeypatch) -> None:
+    played = []
+    whole = Critics.added
+    monkeypatch.setattr(
+        Critics, "added", lambda self, *given: played.append(given[-1]) or whole(self, *given)
+    )
+    lines = []
+    dry_run(load_recipe(recipe_file), print_line=lines.append)
+    assert any(played) and "the autoencoder was loaded again" in lines
+
+
+def test_the_weights_of_the_distance_are_a_needed_file(recipe_file) -> None:
+    recipe = load_recipe(recipe_file)
+    found = {file.field: file for file in needed_files(recipe)}
+    assert found["perceptual.weights"].path == recipe.perceptual.weights
+    assert found["perceptual.weights"].present
+
+
 @pytest.fixture(scope="module")
 def pair(recipe_file, tmp_path_factory) -> Path:
     """Two ranks under every strategy; one retry, because DeepSpeed at times aborts at exit."""
@@ -206,3 +236,10 @@ def test_what_cannot_be_is_one_sentence(recipe_file) -> None:
         build("data.augment.image_size=16")
     with pytest.raises(UserError, match="etude data fetch lpips"):
         build("perceptual.weights=nowhere.safetensors")
+    for override, match in (
+        ("adversarial.start_images=80", "start_images=80 is not before loop.images=80"),
+        ("adversarial.adaptive_limit=2", "adaptive_limit has no effect with adaptive: false"),
+        ("adversarial.discriminator.norm=batch", "groups has no effect with norm: batch"),
+    ):
+        with pytest.raises(UserError, match=match):
+            build("adversarial.adaptive=false", override)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -108,6 +109,14 @@ def test_ranks_share_the_work_and_agree(text_models, tmp_path, monkeypatch) -> N
         assert equal(features(captions), alone(captions))
     ranks[0].prepare(captions, rank=0, world=1)  # another world size finds everything
     assert len(list(ranks[0].folder.glob("text-*.safetensors"))) == 4
+
+
+def test_texts_outside_the_cache_take_bounded_memory(text_models, tmp_path, monkeypatch) -> None:
+    features = TextFeatures(config(text_models, tmp_path))
+    monkeypatch.setattr("etude.texts._REMEMBERED", 3 * 8 * features.encoder.width)
+    for text in TEXTS:
+        features([text])
+    assert list(features._remembered) == TEXTS[3:]
 
 
 def test_an_interrupted_cache_goes_on(text_models, tmp_path, monkeypatch) -> None:
@@ -281,6 +290,19 @@ def test_another_encoder_in_its_place_is_refused(run, generator, text_models, mo
         open_generator(run)
 
 
+def test_a_run_does_not_go_on_with_another_encoder(run, recipe, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(run, tmp_path / run.name)
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(
+        "etude.external.transformers.TextEncoder.identity", property(lambda self: "other")
+    )
+    overrides = ["loop.images=320", "optim.lr=5e-3", "drop_semantic=0.2"]
+    changed = load_recipe(recipe, [*overrides, f"text.folder={tmp_path}/other"])
+    with pytest.raises(UserError, match="text.encoders names other weights than .* trained with"):
+        run_recipe(changed, root=tmp_path, quiet=True)
+    assert not (folder / "result.json").exists()
+
+
 def test_a_batch_by_batch_run_has_the_same_losses(run, recipe, tmp_path) -> None:
     overrides = ["loop.images=320", "optim.lr=5e-3", "drop_semantic=0.2", "text.ahead=false"]
     overrides += [f"text.folder={tmp_path}/none"]
@@ -320,6 +342,7 @@ def test_recipes_that_make_no_sense_are_one_sentence(recipe, tiny, tmp_path) -> 
         (recipe, "judge=x", "a judge tells classes, not texts"),
         (tiny.ldm, "text.encoders=[x]", "text.encoders is for a model asked by text"),
         (tiny.ldm, "grid.prompts=[x]", "grid.prompts is for a model asked by text"),
+        (tiny.ldm, "text.max_tokens=9", "text.max_tokens is for a model asked by text"),
     ):
         with pytest.raises((UserError, ValidationError), match=match):
             load_recipe(path, [override])

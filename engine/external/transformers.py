@@ -49,7 +49,10 @@ _TOKENIZER = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
 )
+# Of these, what knows the words: without one transformers makes a tokenizer that knows none.
+_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", *_TOKENIZER[-2:])
 
 
 # transformers replaces functions of its own while it reads a model: two threads at once would leave
@@ -120,7 +123,7 @@ class TextEncoder:
             dtype: of weights and features.
 
         Raises:
-            UserError: the folder is missing, holds no weights, or is not a text encoder's.
+            UserError: the folder is missing, lacks weights or tokenizer, or is no text encoder's.
         """
         folder = Path(folder)
         stated = _stated(folder)
@@ -133,7 +136,12 @@ class TextEncoder:
             )
         if not _weights(folder):
             raise UserError(f"{folder} holds no weights: put {_WEIGHTS[0]} beside its config.json")
-        return cls(folder, stated, found, dtype, torch.device(device))
+        encoder = cls(folder, stated, found, dtype, torch.device(device))
+        if not any((encoder._tokenizer_folder / name).is_file() for name in _VOCABULARY):
+            raise UserError(
+                f"{folder} holds no tokenizer: put {_VOCABULARY[0]} beside its config.json"
+            )
+        return encoder
 
     @property
     def identity(self) -> str:
@@ -216,7 +224,7 @@ class TextEncoder:
     def _tokenizer_folder(self) -> Path:
         """The folder itself, or the one beside it in a diffusers pipeline."""
         beside = self.folder.with_name(self.folder.name.replace("text_encoder", "tokenizer"))
-        here = any((self.folder / name).is_file() for name in _TOKENIZER)
+        here = any((self.folder / name).is_file() for name in _VOCABULARY)
         return self.folder if here or not beside.is_dir() else beside
 
     def _load(self) -> None:

@@ -37,6 +37,8 @@ class DiscriminatorConfig(Config):
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "DiscriminatorConfig":
+        if self.norm == "batch" and self.groups != type(self).model_fields["groups"].default:
+            raise ValueError("groups has no effect with norm: batch; leave it out")
         if self.norm == "group" and any(width % self.groups for width in self.widths[1:]):
             raise ValueError(
                 f"groups={self.groups} does not divide every width of {self.widths[1:]}; "

@@ -13,7 +13,7 @@ from pathlib import Path
 from etude.core import distributed
 from etude.core.checkpoint import disk_need, latest_checkpoint, load_checkpoint
 from etude.core.log import Log
-from etude.core.loop import LoopConfig, run_loop
+from etude.core.loop import run_loop
 from etude.core.recipe import fingerprint
 from etude.core.run import Run
 from etude.core.signals import Stopper
@@ -56,8 +56,9 @@ def _train(job: Job, run: Run, stopper: Stopper) -> dict:
         loop.micro_batch,
     )
     strategy = job.wrap(strategy)
-    start, resumed = _resume(newest, strategy, loop, look.log)
+    start, resumed = _resume(newest, strategy, job)
     facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
+    facts |= job.inputs()
     distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
     _announce(job, strategy, look.log)
 
@@ -93,17 +94,17 @@ def _newest(run: Run, world: distributed.World) -> Path | None:
     return None if name is None else run.checkpoints / name
 
 
-def _resume(
-    newest: Path | None, strategy: Strategy, loop: LoopConfig, log: Log
-) -> tuple[int, dict]:
+def _resume(newest: Path | None, strategy: Strategy, job: Job) -> tuple[int, dict]:
     """Load a checkpoint; where it stands and the loop's own notes in it."""
+    log = job.look.log
     if newest is None:
         log.rewind(0)  # lines of a start that did not reach its first checkpoint
         return 0, {}
     # Rank 0 has just compared every hash.
     extra = load_checkpoint(newest, strategy, verify=False)
+    job.check_inputs(extra)
     log.rewind(extra["images_seen"] + 1)
-    log.info(f"resumed at {extra['images_seen']:,} of {loop.images:,} images")
+    log.info(f"resumed at {extra['images_seen']:,} of {job.recipe.loop.images:,} images")
     return extra["images_seen"], extra.get("loop", {})
 
 

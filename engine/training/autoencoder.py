@@ -50,6 +50,10 @@ class AutoencoderJob(Job):
             self.look.log.info(note)
         return self.critics.wrap(strategy, self.recipe.loop.accumulation(self.world.size))
 
+    def inputs(self) -> dict[str, str]:
+        distance = self.critics.perceptual if self.critics is not None else None
+        return {"perceptual": distance.weights_sha256} if distance is not None else {}
+
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         step = self.recipe.loop.global_batch
         step_start = int(batch.positions[0]) // step * step

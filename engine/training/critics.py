@@ -134,7 +134,8 @@ class Critics:
     def _ratio(self, rest: Tensor, toward: Tensor, last_input: Tensor) -> Tensor:
         """|d rest / d W| / |d generator / d W| of the decoder's last layer W, clamped; a scalar.
 
-        Over the micro batch of all ranks together, so that it does not depend on their number.
+        Over the micro batch of all ranks together: it depends on loop.micro_batch times the number
+        of ranks, and on no other share of the work.
         """
         kernel, padding = LAST_LAYER["kernel"], LAST_LAYER["padding"]
         shape = (rest.shape[1], last_input.shape[1], kernel, kernel)

@@ -175,9 +175,9 @@ class DiffusionJob(Job):
         self.stopper.check()  # shards that are done stay, so encoding goes on where it was
         return self.autoencoder.encode(images)
 
-    def extra(self) -> dict:
-        texts = {"text": self.features.key} if self.features is not None else {}
-        return super().extra() | texts
+    def inputs(self) -> dict[str, str]:
+        found = {"autoencoder": self.autoencoder_key} if self.autoencoder is not None else {}
+        return found | ({"text": self.features.key} if self.features is not None else {})
 
     def clean(self, batch: Batch) -> Tensor:
         """The model's x0: cached latents, latents of a batch's pictures, or the pictures."""

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from etude.core import distributed
+from etude.core.errors import UserError
 from etude.core.log import Log, read_metrics
 from etude.core.recipe import fingerprint
 from etude.core.run import Run
@@ -21,6 +22,12 @@ from etude.page import Page
 from .recipe import TrainRecipe
 
 HELD_OUT_PICTURES = 256
+# Weights beside the model's own, by their name in a checkpoint: the recipe's field that names them.
+INPUTS = {
+    "autoencoder": "autoencoder",
+    "perceptual": "perceptual.weights",
+    "text": "text.encoders",
+}
 
 
 @dataclass
@@ -83,13 +90,32 @@ class Job:
         """End the decoder's threads."""
         self.pictures.close()
 
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the weights that the recipe names by their place alone; see `INPUTS`."""
+        return {}
+
     def extra(self) -> dict:
         """What a checkpoint carries beside the tensors, so that nobody repeats it by hand."""
         return {
             "fingerprint": fingerprint(self.recipe),
             "classes": self.train_set.classes,
             "recipe": self.recipe.model_dump(mode="json"),
-        }
+        } | self.inputs()
+
+    def check_inputs(self, extra: dict) -> None:
+        """Refuse a checkpoint of the same recipe that was made with other weights beside it.
+
+        Raises:
+            UserError: the weights at one of the recipe's places are others by now.
+        """
+        if extra["fingerprint"] != fingerprint(self.recipe):
+            return  # somebody resumes with changes, and was told which
+        for name, found in self.inputs().items():
+            if extra.get(name, found) != found:
+                raise UserError(
+                    f"{INPUTS[name]} names other weights than {self.run.folder} was trained with:"
+                    " put those back, or start another run with run=NAME"
+                )
 
     def still(self, data: ShardSet, limit: int) -> Batch:
         """The first pictures of a set in stored order, not augmented, (n, C, H, W) in [-1, 1]."""

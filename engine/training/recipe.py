@@ -18,6 +18,8 @@ from etude.models.families import ModelConfig
 from etude.texts import TextConfig
 from etude.transfer import StartConfig
 
+_TEXT_RESULTS = ("encoders", "max_tokens", "layer", "dtype")  # fields that change results
+
 
 class TrainRecipe(Recipe):
     """What the two kinds of training have in common."""
@@ -61,6 +63,13 @@ class AdversarialConfig(Config):
     adaptive_limit: float = option(1e4, "largest such ratio", gt=0)
     discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "the discriminator")
 
+    @model_validator(mode="after")
+    def _limit_is_used(self) -> "AdversarialConfig":
+        usual = type(self).model_fields["adaptive_limit"].default
+        if not self.adaptive and self.adaptive_limit != usual:
+            raise ValueError("adaptive_limit has no effect with adaptive: false; leave it out")
+        return self
+
 
 class AutoencoderRecipe(TrainRecipe):
     """Pictures to latents and back: diffusers' AutoencoderKL."""
@@ -69,6 +78,16 @@ class AutoencoderRecipe(TrainRecipe):
     model: AutoencoderConfig = option(..., "the autoencoder")
     perceptual: PerceptualConfig | None = option(None, "perceptual loss; null for none")
     adversarial: AdversarialConfig | None = option(None, "adversarial loss; null for none")
+
+    @model_validator(mode="after")
+    def _discriminator_plays(self) -> "AutoencoderRecipe":
+        start = self.adversarial.start_images if self.adversarial else 0
+        if start and start >= self.loop.images:
+            raise ValueError(
+                f"adversarial.start_images={start} is not before loop.images={self.loop.images}, so"
+                " the discriminator takes no part: lower it, or set adversarial=null"
+            )
+        return self
 
 
 class LatentConfig(Config):
@@ -131,11 +150,11 @@ class LatentDiffusionRecipe(TrainRecipe):
             if self.judge:
                 raise ValueError("a judge tells classes, not texts: leave judge empty")
             return self
-        for name, given in (
-            ("text.encoders", self.text.encoders),
-            ("grid.prompts", self.grid.prompts),
-        ):
-            if given:
+        usual = TextConfig()
+        idle = {f"text.{n}": (getattr(self.text, n), getattr(usual, n)) for n in _TEXT_RESULTS}
+        idle["grid.prompts"] = (self.grid.prompts, [])
+        for name, (given, default) in idle.items():
+            if given != default:
                 raise ValueError(
                     f"{name} is for a model asked by text: set model.conditioning.semantic=text, or"
                     f" leave it out"

@@ -150,7 +150,9 @@ def test_identity_follows_weights_and_tokenizer(text_models, tmp_path) -> None:
         last = bytes([data[-1] ^ 1]) if name == "model.safetensors" else data[-1:] + b"\n"
         (folder / name).write_bytes(data[:-1] + last)
         known.add(TextEncoder.from_folder(folder).identity)
-    assert len(known) == 4
+    (folder / "sentencepiece.bpe.model").write_bytes(b"XLM-RoBERTa's vocabulary")
+    known.add(TextEncoder.from_folder(folder).identity)
+    assert len(known) == 5
 
 
 def test_what_is_no_text_encoder_is_one_sentence(text_models, tmp_path) -> None:
@@ -167,6 +169,10 @@ def test_what_is_no_text_encoder_is_one_sentence(text_models, tmp_path) -> None:
     refused("describes 't5', which is not of kind clip", text_models / "t5", kind="clip")
     (tmp_path / "config.json").write_text((text_models / "t5" / "config.json").read_text())
     refused("holds no weights", tmp_path)
+    for name in ("bert", "t5"):  # of which transformers would make a tokenizer without words
+        lacking = shutil.copytree(text_models / name, tmp_path / f"{name} alone")
+        (lacking / "tokenizer.json").unlink()
+        refused("holds no tokenizer: put tokenizer.json beside its config.json", lacking)
     shutil.copytree(text_models / "bert", tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"damaged")
     refused("could not be read as AutoModel of transformers", tmp_path / "bert")
