@@ -344,7 +344,7 @@ def positioned(target: Any, source: Any, how: str) -> Any:
             reason = "has no positions" if target.family == "unet" else "learns its positions"
             raise UserError(f"family {target.family} {reason}: leave out start.positions")
         return target
-    here, there = (config.input_size // config.patch_size for config in (target, source))
+    here, there = (config.grid for config in (target, source))
     if target.family == "pixart":
         given = (target.base_size or here, target.interpolation_scale)
         base = source.base_size or there
@@ -427,7 +427,7 @@ def _check_kin(source: DenoiserConfig, target: DenoiserConfig) -> None:
 def _heads(config: Any) -> Any:
     if config.family == "unet":
         return tuple(config.heads(level) for level in range(len(config.channel_mult)))
-    return config.heads if config.family == "mmdit" else config.num_heads
+    return config.heads
 
 
 def _norm(config: Any) -> Any:

@@ -20,7 +20,7 @@ from etude.core import distributed
 from etude.core.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from etude.core.errors import UserError
 from etude.core.log import Log, read_metrics
-from etude.core.recipe import load_recipe
+from etude.core.recipe import fingerprint, load_recipe
 from etude.core.run import Run
 from etude.core.signals import EXIT_REQUEUE, Stopper
 from etude.core.strategy import build_strategy
@@ -201,8 +201,9 @@ def poisoned(tiny, tmp_path_factory) -> Path:
     strategy = build_strategy(recipe.strategy, DiT(recipe.model, seed=0), recipe.optim, ALONE, 2, 8)
     with torch.no_grad():
         strategy.module.y_embedder.embedding_table.weight[3] = torch.inf
+    extra = {"fingerprint": fingerprint(recipe)}
     for name in ("stops", "skips"):
-        save_checkpoint(root / name / "checkpoints", 320, strategy, {}, ALONE)
+        save_checkpoint(root / name / "checkpoints", 320, strategy, extra, ALONE)
     return root
 
 

@@ -52,7 +52,7 @@ def diffusers_table(config: DiTConfig) -> list[Entry]:
             " variant; write layout: original"
         )
     blocks = [f"transformer_blocks.{n}" for n in range(config.depth)]
-    grid = config.input_size // config.patch_size
+    grid = config.grid
     # diffusers computes the table of positions when it builds a model.
     table = [Entry("pos_embed", (), make=lambda: positions_2d(config.hidden_size, grid)[None])]
     for ours, theirs in _ENDS.items():

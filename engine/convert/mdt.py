@@ -23,7 +23,7 @@ _ENDS = (
 
 def original_table(config: MDTConfig) -> list[Entry]:
     """Our names against those of the published checkpoints, without control."""
-    grid = config.input_size // config.patch_size
+    grid = config.grid
     half = (config.depth - config.decode_layer) // 2
     table = [Entry(name, (name,)) for name in ("pos_embed", "decoder_pos_embed", "mask_token")]
     table += same("y_embedder.embedding_table", "y_embedder.embedding_table", "weight")

@@ -20,8 +20,9 @@ second half is a variance. The weights are a function of the `seed` it is built 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
+from pydantic import model_validator
 from torch import Tensor
 
 from etude.core.config import Config, option
@@ -32,7 +33,9 @@ Condition = Mapping[str, Tensor]
 
 
 class DenoiserConfig(Config):
-    """What a denoiser of any family is told."""
+    """What a denoiser of any family is told; `preset` fills the fields of a published model."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     input_size: int = option(32, "height and width of the latents", unit="pixels", gt=0)
     in_channels: int = option(4, "channels of the latents", gt=0)
@@ -45,25 +48,58 @@ class DenoiserConfig(Config):
         False, "recompute each block in the backward pass to save memory", affects_result=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        """Contradictions of the preset are refused."""
+        if not isinstance(data, dict):
+            return data
+        # A recipe's numbers come as a list, and a strict tuple field would refuse it from here on.
+        given = {name: tuple(v) if _numbers(v) else v for name, v in data.items()}
+        sizes = cls.presets.get(given.get("preset") or "", {})
+        for name, value in sizes.items():
+            if given.get(name, value) != value:
+                raise ValueError(
+                    f"{name}={given[name]} contradicts preset {given['preset']} ({name}={value}):"
+                    f" leave out {name}, or the preset"
+                )
+        return given | dict(sizes)
+
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-def fill_preset(data: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A configuration's fields with those of its `preset` filled in; contradictions are refused."""
-    if not isinstance(data, dict):
-        return data
-    # A recipe's numbers come as a list, and a strict tuple field would refuse it from here on.
-    given = {name: tuple(v) if _numbers(v) else v for name, v in data.items()}
-    sizes = presets.get(given.get("preset") or "", {})
-    for name, value in sizes.items():
-        if given.get(name, value) != value:
+class TransformerConfig(DenoiserConfig):
+    """What a denoiser of square tokens and one width is told beside."""
+
+    patch_size: int = option(2, "height and width of a token", unit="pixels", gt=0)
+    hidden_size: int = option(384, "width of the residual stream", gt=0, multiple_of=4)
+    depth: int = option(12, "number of blocks", gt=0)
+    num_heads: int = option(6, "attention heads", gt=0)
+    mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side of the picture."""
+        return self.input_size // self.patch_size
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.input_size % self.patch_size:
             raise ValueError(
-                f"{name}={given[name]} contradicts preset {given['preset']} ({name}={value}):"
-                f" leave out {name}, or the preset"
+                f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}"
             )
-    return given | dict(sizes)
+        if self.num_heads and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
+            )
+        return self
 
 
 def _numbers(value: Any) -> bool:

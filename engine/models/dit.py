@@ -18,7 +18,7 @@ The residual stream is fused: a block hands on its last branch not yet added, an
 adds it in the same pass that normalises (`gate_residual_adaln`).
 """
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -43,7 +43,7 @@ from .blocks import (
     unpatchify,
 )
 from .conditioning import ControlEmbedder, labels_of
-from .denoiser import Condition, DenoiserConfig, fill_preset
+from .denoiser import Condition, TransformerConfig
 
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
@@ -71,16 +71,13 @@ Stream = tuple[Tensor, Tensor | None, Tensor | None]
 GAUSSIAN = (8e-4, 1.2e-3, 8e-4)
 
 
-class DiTConfig(DenoiserConfig):
+class DiTConfig(TransformerConfig):
     """Shape of a DiT; `preset` fills the four sizes of a published model."""
+
+    presets: ClassVar = PRESETS
 
     family: Literal["dit"] = option("dit", "the kind of network")
     preset: Preset = option("", "a published size such as DiT-XL/2; empty: the fields below")
-    patch_size: int = option(2, "height and width of a token", unit="pixels", gt=0)
-    hidden_size: int = option(384, "width of the residual stream", gt=0, multiple_of=4)
-    depth: int = option(12, "number of blocks", gt=0)
-    num_heads: int = option(6, "attention heads", gt=0)
-    mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "what adaLN normalises by")
     mlp: Literal["gelu", "swiglu"] = option(
         "gelu", "swiglu has two thirds of the inner width, so that the parameters stay as many"
@@ -103,21 +100,8 @@ class DiTConfig(DenoiserConfig):
         1, "SE-adaLN-Zero: the modulation's inner width is hidden_size over this; 1: none", gt=0
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        return fill_preset(data, PRESETS)
-
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
-            )
         if self.positions != "table" and self.hidden_size // self.num_heads % 4:
             raise ValueError(
                 f"positions: {self.positions} turns channels by fours, but a head has"
@@ -136,9 +120,8 @@ class DiTConfig(DenoiserConfig):
     @property
     def coordinates(self) -> Tensor:
         """Positions of the tokens of a row, and of a column: (grid,) float64."""
-        grid = self.input_size // self.patch_size
-        step = self.position_base / grid if self.position_base else 1.0
-        return torch.arange(grid, dtype=torch.float64) * step
+        step = self.position_base / self.grid if self.position_base else 1.0
+        return torch.arange(self.grid, dtype=torch.float64) * step
 
 
 class DiTBlock(nn.Module):
@@ -191,7 +174,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        D, grid = config.hidden_size, config.input_size // config.patch_size
+        D, grid = config.hidden_size, config.grid
         with seeded(seed):
             self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, D)
             self.t_embedder = TimestepEmbedder(D)

@@ -24,7 +24,7 @@ the bias table, which is computed (`etude.convert.mdt`); MDTv2-XL/2 has 742,263,
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -42,7 +42,7 @@ from .blocks import (
     unpatchify,
 )
 from .conditioning import ControlEmbedder, labels_of
-from .denoiser import Condition, DenoiserConfig, fill_preset
+from .denoiser import Condition, TransformerConfig
 from .dit import SIZES, FinalLayer, Stream
 from .mdt_blocks import Kept, MDTBlock, complete
 
@@ -61,39 +61,24 @@ PRESETS: dict[str, dict[str, int]] = {
 Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
 
 
-class MDTConfig(DenoiserConfig):
+class MDTConfig(TransformerConfig):
     """Shape of an MDTv2; `preset` fills the sizes of a published model."""
+
+    presets: ClassVar = PRESETS
 
     family: Literal["mdt"] = option("mdt", "the kind of network")
     preset: Preset = option("", "a published size such as MDTv2-XL/2; empty: the fields below")
-    patch_size: int = option(2, "height and width of a token", unit="pixels", gt=0)
-    hidden_size: int = option(384, "width of the residual stream", gt=0, multiple_of=4)
     depth: int = option(12, "blocks of encoder and decoder; the side block is one more", gt=0)
     decode_layer: int = option(4, "how many of them are the decoder's", unit="blocks", gt=0)
-    num_heads: int = option(6, "attention heads", gt=0)
-    mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
     mask_ratio: tuple[float, float] | None = option(
         (0.3, 0.5), "least and largest share that a step's second, masked pass leaves out; or null"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "MDTConfig":
         low, high = self.mask_ratio or (0.0, 0.0)
         if not 0.0 <= low <= high < 1.0:
             raise ValueError(f"mask_ratio={self.mask_ratio} must be two shares in order below 1")
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
-            )
         if self.depth <= self.decode_layer or (self.depth - self.decode_layer) % 2:
             raise ValueError(
                 f"depth={self.depth} and decode_layer={self.decode_layer} leave"
@@ -112,7 +97,7 @@ class MDT(nn.Module):
     def __init__(self, config: MDTConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        D, grid = config.hidden_size, config.input_size // config.patch_size
+        D, grid = config.hidden_size, config.grid
         half = (config.depth - config.decode_layer) // 2
 
         def blocks(count: int, *, skip: bool) -> nn.ModuleList:

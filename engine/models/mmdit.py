@@ -20,7 +20,7 @@ padding: give its weights whole texts, without `text_lengths`. State-dict names 
 published weights, `pos_embed` included, the table from whose centre positions are cropped.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -49,7 +49,7 @@ from .blocks import (
     unpatchify,
 )
 from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of
-from .denoiser import Condition, DenoiserConfig, fill_preset
+from .denoiser import Condition, TransformerConfig
 from .dit import FinalLayer, Stream, add_and_modulate
 
 HEAD = 64  # channels of a head, as published
@@ -71,22 +71,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
 
 
-class MMDiTConfig(DenoiserConfig):
+class MMDiTConfig(TransformerConfig):
     """Shape of an mmDiT; `preset` fills the sizes of a published model."""
+
+    presets: ClassVar = PRESETS
 
     family: Literal["mmdit"] = option("mmdit", "the kind of network")
     preset: Preset = option("", "a known size such as sd3-medium; empty: the fields below")
     learn_sigma: bool = option(False, "also return a variance for every channel")
-    patch_size: int = option(2, "height and width of a token", unit="pixels", gt=0)
     hidden_size: int = option(768, "width of both residual streams", gt=0, multiple_of=4)
-    depth: int = option(12, "number of blocks", gt=0)
     num_heads: int = option(
         0,
         "attention heads; 0: one per 64 channels as published (an mmDiT-XL has 18 then; whether"
         " the study's had these or DiT-XL's 16 is not known)",
         ge=0,
     )
-    mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
     qk_norm: Literal["none", "rms"] = option(
         "none", "normalisation of every head's queries and keys; rms: Stable Diffusion 3.5"
     )
@@ -104,21 +103,11 @@ class MMDiTConfig(DenoiserConfig):
         ge=0,
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        return fill_preset(data, PRESETS)
-
     @model_validator(mode="after")
     def _check(self) -> "MMDiTConfig":
-        if self.input_size % self.patch_size:
+        if not self.num_heads and self.hidden_size % HEAD:
             raise ValueError(
-                f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}"
-            )
-        if self.hidden_size % (self.num_heads or HEAD):
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of"
-                + (f" num_heads={self.num_heads}" if self.num_heads else f" {HEAD}: set num_heads")
+                f"hidden_size={self.hidden_size} is not a multiple of {HEAD}: set num_heads"
             )
         if self.dual_attention_layers > self.depth:
             raise ValueError(
@@ -151,11 +140,6 @@ class MMDiTConfig(DenoiserConfig):
     @property
     def heads(self) -> int:
         return self.num_heads or self.hidden_size // HEAD
-
-    @property
-    def grid(self) -> int:
-        """Tokens along a side of the picture."""
-        return self.input_size // self.patch_size
 
     @property
     def has_vector(self) -> bool:

@@ -22,7 +22,7 @@ of the padding (at most 240 D^2 of a block's 3,824 D^2 multiply-adds for 256 tok
 a graph that cannot be compiled once. The attention itself skips the padding either way.
 """
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -56,7 +56,7 @@ from .conditioning import (
     labels_of,
     power_cosine,
 )
-from .denoiser import Condition, DenoiserConfig, fill_preset
+from .denoiser import Condition, TransformerConfig
 
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 PRESETS = {
@@ -72,16 +72,13 @@ MICRO = ("height", "width", "aspect")
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class PixArtConfig(DenoiserConfig):
+class PixArtConfig(TransformerConfig):
     """Shape of a PixArt; `preset` fills that of a published model."""
+
+    presets: ClassVar = PRESETS
 
     family: Literal["pixart"] = option("pixart", "the architecture")
     preset: Preset = option("", "a published size such as PixArt-XL/2; empty: the fields below")
-    patch_size: int = option(2, "height and width of a token", unit="pixels", gt=0)
-    hidden_size: int = option(384, "width of the residual stream", gt=0, multiple_of=4)
-    depth: int = option(12, "number of blocks", gt=0)
-    num_heads: int = option(6, "attention heads", gt=0)
-    mlp_ratio: float = option(4.0, "inner width of the MLP over hidden_size", gt=0)
     base_size: int = option(
         0, "tokens per side that positions are spread over; 0: as many as there are", ge=0
     )
@@ -92,21 +89,8 @@ class PixArtConfig(DenoiserConfig):
         False, "height, width and aspect of conditioning.control enter as published (MS)"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        return fill_preset(data, PRESETS)
-
     @model_validator(mode="after")
     def _check(self) -> "PixArtConfig":
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
-            )
         if self.conditioning.semantic_path == "adaln":
             raise ValueError(
                 "semantic_path: adaln would leave PixArt's cross-attention without tokens: set it"
@@ -331,7 +315,7 @@ class PixArt(nn.Module):
 
 def positions(config: PixArtConfig) -> Tensor:
     """The table of positions (1, N, D) float32, of a grid stretched over `base_size` tokens."""
-    grid = config.input_size // config.patch_size
+    grid = config.grid
     stretch = grid / (config.base_size or grid)
     at = torch.arange(grid, dtype=torch.float32) / stretch / config.interpolation_scale
     return positions_2d(config.hidden_size, grid, at)[None]

@@ -4,14 +4,14 @@ Called by `unet.py`, which says what the fields do, and by the conversion of nam
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from etude.core.config import option
 
 from .conditioning import FREQUENCIES, ConditioningConfig, ControlConfig
-from .denoiser import DenoiserConfig, fill_preset
+from .denoiser import DenoiserConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ldm4": {  # cin256-v2: latents of 3 x 64 x 64
@@ -87,6 +87,8 @@ CONDITIONING: dict[str, ConditioningConfig] = {
 class UNetConfig(DenoiserConfig):
     """Shape of a U-Net; `preset` fills that of a published one (conditions and latents apart)."""
 
+    presets: ClassVar = PRESETS
+
     family: Literal["unet"] = option("unet", "the kind of network")
     preset: Preset = option("", "a published shape such as ldm4; empty: the fields below")
     learn_sigma: bool = option(False, "also return a variance for every channel")
@@ -112,11 +114,6 @@ class UNetConfig(DenoiserConfig):
     channels_last: bool = option(
         True, "feature maps hold channels last, as GPU kernels prefer", affects_result=False
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        return fill_preset(data, PRESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "UNetConfig":

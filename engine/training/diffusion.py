@@ -224,7 +224,7 @@ class DiffusionJob(Job):
         step = positions[:1] // self.recipe.loop.global_batch
         low, high = model.mask_ratio
         ratio = low + (high - low) * float(rng.uniform(seed, rng.Stream.MASK_RATIO, step)[0, 0])
-        tokens = (model.input_size // model.patch_size) ** 2
+        tokens = model.grid**2
         uniforms = rng.uniform(seed, rng.Stream.MASK, positions, tokens)
         return keep_indices(torch.as_tensor(uniforms, device=self.world.device), ratio)
 
