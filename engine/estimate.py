@@ -1,7 +1,8 @@
-"""What a recipe needs before it starts: files, disk, memory, time; called by `etude doctor RECIPE`.
+"""What a recipe needs before it starts: files, disk, memory; called by `etude doctor RECIPE`.
 
 Sizes are arithmetic over the parameter counts of models built without memory, so nothing is loaded
-or trained. What activations take is not estimated; `--dry-run` takes one real step instead.
+or trained. What activations and frozen networks take is not estimated; `--dry-run` takes one real
+step instead. Speed, hours and cost come from `measured.py`.
 """
 
 import hashlib

@@ -32,8 +32,10 @@ from etude.dry_run import dry_run
 from etude.estimate import discriminator_count, parameter_count, study_runs
 from etude.external.diffusers import Autoencoder, AutoencoderConfig
 from etude.jobs import run_recipe
+from etude.models.families import build_denoiser
 from etude.models.lpips import LPIPS
 from etude.study import instances
+from etude.transfer import transfer
 
 # Millions of parameters: Peebles and Xie 2023, table 4; the papers and repositories themselves
 # for the others, and arithmetic for the mmDiTs (28 layers of width 1152, 4 channels).
@@ -82,9 +84,9 @@ def world(tiny, text_models, tmp_path_factory) -> Path:
         ("emoji", 64, 0),
     ):
         pictures(root / "data" / name, size, classes)
-    digits = ShardSet(tiny.folder / "monitor")
-    for part in ("train", "monitor", "test"):
-        chosen = [digits[i] for i in range(64)]
+    digits = ShardSet(tiny.folder / "train")
+    for part, first in (("train", 0), ("monitor", 64), ("test", 128)):
+        chosen = [digits[i] for i in range(first, first + 64)]
         members = [
             {"key": s.key, "image": bytes(s.data), "extension": "png", "label": s.label}
             for s in chosen
@@ -114,7 +116,10 @@ def runs(world) -> dict[str, str]:
     try:
         found = {}
         for name in ("ldm/digits", "evaluate/judge_digits"):
-            recipe = load_recipe(name, small(load_recipe(name), {}))
+            short = [f"loop.{field}=4" for field in ("images", "log_every", "evaluate_every")]
+            changes = small(load_recipe(name), {})
+            changes += [*short, "latents.variants=0"] if name == "ldm/digits" else []
+            recipe = load_recipe(name, changes)
             kind, root = name.split("/")[-1], world / "runs"
             found[kind] = str(run_recipe(recipe, root=root, name=kind, quiet=True)[0])
     finally:
@@ -224,6 +229,20 @@ def test_a_studys_runs_are_recipes_and_its_first_ones_take_a_step(
     first = [label for label, job in study.jobs.items() if not job.takes]
     assert sum("nothing was kept" in line for line in lines) == len(first)
     assert sum("takes runs from" in line for line in lines) == len(study.jobs) - len(first)
+
+
+def test_captions_start_from_classes_with_what_the_study_lets_be_new() -> None:
+    found = dict(study_runs(load_recipe("studies/transfer_cc12m512")))
+    models = {}
+    for name in ("imagenet256", "cc12m256"):
+        fields = found[name].model.model_dump() | narrow(found[name].model)
+        models[name] = build_denoiser(type(found[name].model).model_validate(fields))
+    source, allowed = models["imagenet256"], found["cc12m256"].start.allow_new
+    state, config = source.state_dict(), source.config
+    report = transfer(state, config, models["cc12m256"], allow_new=allowed)
+    assert {name.split(".")[0] for name in report.names("new")} == set(allowed)
+    with pytest.raises(UserError, match="allow_new"):
+        transfer(state, config, models["cc12m256"], allow_new=allowed[:1])
 
 
 def test_an_evaluation_draws_with_the_sampler_that_it_names(

@@ -232,7 +232,7 @@ def _entry(items: list[Node], key: str, place: Place) -> int:
         return names.index(key)
     if key.isdecimal() and int(key) < len(items):
         return int(key)
-    known = f"use 0 to {len(items) - 1}"
+    known = f"use 0 to {len(items) - 1}" if items else "give the whole list"
     if names:
         near = nearest(key, names)
         known = f"did you mean `{near}`?" if near else f"give one of {', '.join(names)}"
