@@ -2,8 +2,9 @@
 
 A row counts for the recipe that it names (`recipe` or `study`), or for every recipe whose network
 it trained in the recipe's precision (`model`: a preset's name; `dtype`; `input_size`, 32 unless
-given). It holds pictures per second (`images_s`), or the `seconds` of a whole run. Rows of other
-libraries (a `provider` that is not etude) do not count, and of each device the newest row does.
+given). It holds pictures per second (`images_s`), or the `seconds` of a whole run. A recipe that a
+study changed in what its speed depends on has no row. Rows of other libraries (a `provider` that is
+not etude) do not count, and of each device the newest row does.
 Nothing is estimated: hours are pictures over pictures per second of one device, or not known.
 """
 
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from etude.core.recipe import Recipe, fingerprint
+from etude.core.errors import UserError
+from etude.core.recipe import Recipe, fingerprint, load_recipe
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -84,7 +86,9 @@ def study_rows(
     Args:
         jobs: (job, recipe) of every run, grids spelled out.
     """
-    runs = {fingerprint(job): (label, job) for label, job in jobs}
+    runs: dict[str, tuple[str, Recipe]] = {}
+    for label, job in jobs:
+        runs.setdefault(fingerprint(job), (label, job))
     rows = [["runs", f"{len(runs):,}"]]
     total = sum(images(job) or 0 for _, job in runs.values())
     rows += [["images", f"{total:,}, in training"]] if total else []
@@ -165,9 +169,9 @@ def _of(recipe: Recipe, name: str, row: dict) -> Measured | None:
     if row.get("provider", "etude") != "etude" or "processor" not in row:
         return None
     rate, total = row.get("images_s"), images(recipe)
-    if rate and total:
+    if rate and total and (not own or _as_named(recipe, whole=False)):
         hours = total / rate / 3600
-    elif own and row.get("seconds"):
+    elif own and row.get("seconds") and _as_named(recipe, whole=True):
         rate, hours = None, row["seconds"] / 3600
     else:
         return None
@@ -175,6 +179,24 @@ def _of(recipe: Recipe, name: str, row: dict) -> Measured | None:
     device = row["processor"] if gpu else _processor(row["processor"], row.get("cores"))
     step = "" if own else "; the step alone, on data that is there"
     return Measured(device, rate, hours, f"{name}, {str(row.get('time', ''))[:10]}{step}")
+
+
+def _as_named(recipe: Recipe, *, whole: bool) -> bool:
+    """Whether a study left the recipe as its name says: wholly, or as far as a step's speed goes."""
+    try:
+        named = load_recipe(recipe.name)
+    except UserError:  # a file of somebody's own
+        return True
+    if whole:
+        return fingerprint(named) == fingerprint(recipe)
+    return _step(named) == _step(recipe)
+
+
+def _step(recipe: Recipe) -> dict:
+    """What a training step's speed depends on; the conditions of a model are little of it."""
+    sections = recipe.model_dump(include={"model", "data", "strategy", "judge"})
+    sections.get("model", {}).pop("conditioning", None)
+    return sections if recipe.kind == "judge" else sections | {"judge": None}
 
 
 def _same_network(recipe: Recipe, row: dict) -> bool:

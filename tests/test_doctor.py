@@ -13,7 +13,7 @@ import torch
 from etude import estimate, measured
 from etude.core.checkpoint import CheckpointConfig, disk_need
 from etude.core.errors import UserError
-from etude.core.recipe import load_recipe
+from etude.core.recipe import load_recipe, recipe_from_dict
 from etude.doctor import environment_parts, examine, warnings
 from etude.models.discriminator import PatchDiscriminator
 from etude.models.dit import DiT
@@ -230,6 +230,13 @@ def test_a_study_takes_as_long_as_its_runs_together(tmp_path, monkeypatch) -> No
     rows = dict(estimate.describe(study, 2.0)[-1][2])
     assert rows["time"] == "13 hours on one Chip, 2 cores (sum of the runs)"
     assert rows["cost"] == "26 = 13 hours x 2 on one Chip, 2 cores"
+    # a job at another size is not the recipe that was measured
+    results(tmp_path, cores | {"recipe": "ldm/digits", "images_s": 100.0})
+    sizes = {"model.input_size": 16, "data.augment.image_size": 32}
+    jobs = {"same": {"recipe": "ldm/digits"}, "larger": {"recipe": "ldm/digits", "set": sizes}}
+    study = recipe_from_dict({"kind": "study", "jobs": jobs}, "mine")
+    _, same, larger, _ = (str(rows) for _, _, rows in estimate.describe(study))
+    assert "100 on Chip, 2 cores" in same and "Chip" not in larger
     whole = {"study": "studies/demo", "seconds": 7200}
     results(tmp_path, cores | whole)
     found = measured.time_rows(load_recipe("studies/demo"))
