@@ -182,7 +182,7 @@ def _of(recipe: Recipe, name: str, row: dict) -> Measured | None:
 
 
 def _as_named(recipe: Recipe, *, whole: bool) -> bool:
-    """Whether a study left the recipe as its name says: wholly, or as far as a step's speed goes."""
+    """Whether a study left the recipe as named: wholly, or as far as a step's speed goes."""
     try:
         named = load_recipe(recipe.name)
     except UserError:  # a file of somebody's own
