@@ -9,8 +9,8 @@ quarter of a side, half in pixels), batches, steps of the sampler, the tokens of
 in float32 stands for ZeRO and bf16 (`tests/models/test_families.py` has those). Pictures are 12
 smooth ones in the layout of the recipe's data, or real digits; autoencoder and text encoders are
 folders of random weights in diffusers' and transformers' layout. Of a study every run is resolved,
-and of each job that takes no other job's run the last one of its grid takes a step. What evaluates
-ImageNet does so on digits with a judge's features in place of Inception's.
+and of each job that changes its recipe and takes no other job's run, the last one of its grid takes
+a step. What evaluates ImageNet does so on digits with a judge's features in place of Inception's.
 """
 
 import io
@@ -34,7 +34,7 @@ from etude.external.diffusers import Autoencoder, AutoencoderConfig
 from etude.jobs import run_recipe
 from etude.models.families import build_denoiser
 from etude.models.lpips import LPIPS
-from etude.study import instances
+from etude.study import instances, overrides
 from etude.transfer import transfer
 
 # Millions of parameters: Peebles and Xie 2023, table 4; the papers and repositories themselves
@@ -208,27 +208,35 @@ def test_a_recipe_has_its_size_and_takes_a_step(name, world, runs, monkeypatch) 
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_studys_runs_are_recipes_and_its_first_ones_take_a_step(
+def test_a_studys_runs_are_recipes_and_its_changes_take_a_step(
     name, world, runs, monkeypatch
 ) -> None:
     monkeypatch.chdir(world)
     study = load_recipe(name)
     prints = [(label, fingerprint(job)) for label, job in study_runs(study)]
     assert len(set(prints)) == len(prints) == len(instances(study))  # each value has an effect
-    changes = []
-    for label, job in study.jobs.items():
-        own = load_recipe(job.recipe)
-        grid = {field: values[-1:] for field, values in job.grid.items()}
-        changes.append(f"jobs.{label}.grid=!replace {json.dumps(grid)}")
-        if not job.takes:
-            fields = dict(change.split("=", 1) for change in small(own, runs))
-            plain = {field: to_plain(parse(value, field)) for field, value in fields.items()}
-            changes.append(f"jobs.{label}.set={json.dumps(plain)}")
-    lines: list[str] = []
-    dry_run(load_recipe(name, changes), print_line=lines.append)
+    for instance in {instance.job: instance for instance in instances(study)}.values():
+        job, lines = study.jobs[instance.job], []
+        if (job.set or job.grid) and not job.takes:
+            changes = overrides(study, instance, {}) + small(load_recipe(job.recipe), runs)
+            dry_run(load_recipe(job.recipe, changes), print_line=lines.append)
+            assert "nothing was kept" in lines[-1], instance.label
+
+
+def test_a_study_dry_runs_what_takes_nothing_and_resolves_the_rest(
+    world, runs, monkeypatch
+) -> None:
+    monkeypatch.chdir(world)
+    study, changes = load_recipe("studies/demo"), []
     first = [label for label, job in study.jobs.items() if not job.takes]
-    assert sum("nothing was kept" in line for line in lines) == len(first)
-    assert sum("takes runs from" in line for line in lines) == len(study.jobs) - len(first)
+    for label in first:
+        fields = [c.split("=", 1) for c in small(load_recipe(study.jobs[label].recipe), runs)]
+        plain = {field: to_plain(parse(value, field)) for field, value in fields}
+        changes.append(f"jobs.{label}.set={json.dumps(plain)}")
+    lines: list[str] = []
+    dry_run(load_recipe("studies/demo", changes), print_line=lines.append)
+    assert sum("nothing was kept" in line for line in lines) == len(first) == 2
+    assert sum("takes runs from" in line for line in lines) == len(study.jobs) - 2
 
 
 def test_captions_start_from_classes_with_what_the_study_lets_be_new() -> None:
