@@ -43,7 +43,7 @@ PUBLISHED = {
     "ldm/dit_xl2_imagenet256": 675.13,
     "ldm/mdtv2_xl2_imagenet256": 742.26,
     "ldm/pixart_xl2_cc12m256": 611.35,
-    "ldm/unet_imagenet256": 407,
+    "ldm/unet_imagenet256": 407 + 1001 * 1024 / 1e6,  # and the table of classes
     "ldm/mmdit_xl2_imagenet256": 1326,
     "autoencoder/kl_f8": 83.65,
 }
