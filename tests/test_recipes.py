@@ -4,9 +4,9 @@ The size is that of the published model, built without memory. The step is `--dr
 read, augmented, encoded and noised, the loss goes back, the optimizer moves, held-out pictures are
 looked at, a checkpoint is written and read, pictures are drawn. What is the recipe's own in it: its
 family, objective, conditions and their path, drops, optimizer, averages, sampler, text padding and
-number of classes. What is made small (`small`): the network's width and depth, the picture (a
-quarter of a side, half in pixels), batches, steps of the sampler, the tokens of a text; plain torch
-in float32 stands for ZeRO and bf16 (`tests/models/test_families.py` has those). Pictures are 12
+number of classes. What is made small (`small`): the network's width and depth, the picture (64
+pixels, or half of 32), batches, steps of the sampler, the tokens of a text; plain torch
+in float32 stands for ZeRO and bf16 (`tests/models/test_families.py` has those). Pictures are 8
 smooth ones in the layout of the recipe's data, or real digits; autoencoder and text encoders are
 folders of random weights in diffusers' and transformers' layout. Of a study every run is resolved,
 and of each job that changes its recipe and takes no other job's run, the last one of its grid takes
@@ -61,12 +61,12 @@ def scene(seed: int, size: int) -> bytes:
 
 
 def pictures(folder: Path, size: int, classes: int = 0) -> None:
-    """Two splits of 12 pictures, labelled, or captioned with words that the tokenizers know."""
+    """Splits of 8, 4 and 4 pictures, labelled, or captioned with words that the tokenizers know."""
     for part in ("train", "val", "test"):
         members = [
             {"key": f"{i}", "image": scene(i, size), "extension": "png"}
             | ({"label": i % classes} if classes else {"caption": f"a {'red blue'.split()[i % 2]}"})
-            for i in range(12)
+            for i in range(8 if part == "train" else 4)
         ]
         names = [f"class {c}" for c in range(classes)]
         write_shards(folder / part, members, classes=names)
@@ -78,8 +78,8 @@ def world(tiny, text_models, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
     for name, size, classes in (
         ("imagenet256", 72, 1000),
-        ("imagenet512", 136, 1000),
-        ("cc12m", 136, 0),
+        ("imagenet512", 72, 1000),
+        ("cc12m", 72, 0),
         ("cifar10", 32, 10),
         ("emoji", 64, 0),
     ):
@@ -155,10 +155,11 @@ def small(recipe: Recipe, runs: dict[str, str]) -> list[str]:
     changes += ["latents.folder=latents", "text.folder=text"]
     if recipe.name.endswith("digits"):
         changes += ["autoencoder=weights/digits"]
-    share = 4 if recipe.autoencoder else 1 if recipe.name.endswith("digits") else 2
+    size = recipe.data.augment.image_size
+    share = size // 64 if size > 64 else 1 if recipe.name.endswith("digits") else 2
     for field, value in (
         ("model.input_size", recipe.model.input_size),
-        ("data.augment.image_size", recipe.data.augment.image_size),
+        ("data.augment.image_size", size),
     ):
         changes.append(f"{field}={value // share}")
     if recipe.text.encoders:
@@ -264,6 +265,6 @@ def test_an_evaluation_draws_with_the_sampler_that_it_names(
     changes = [*small(load_recipe("evaluate/default"), runs), "metrics=[frechet]"]
     changes += [f"store={tmp_path}/features", f"sampler={sampler}"]
     found = run_recipe(load_recipe("evaluate/default", changes), root=tmp_path, quiet=True)[1]
-    assert '"guidance_scale": 3.5' in json.dumps(found["protocol"])
+    assert json.loads(found["protocol"]["guidance"])["guidance_scale"] == 3.5
     with pytest.raises(UserError, match="sampler has no effect without a generator"):
         load_recipe("evaluate/default", [f"sampler={sampler}"])
