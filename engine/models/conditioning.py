@@ -95,7 +95,7 @@ class ConditioningConfig(Config):
             names = ("control_embedding", "control_zero")
             idle += [(name, "control: []", "control to some values") for name in names]
         for name, given, wanted in idle:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.differs(name):
                 raise ValueError(
                     f"{name} has no effect with {given}: leave it out, or set {wanted}"
                 )

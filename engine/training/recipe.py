@@ -65,8 +65,7 @@ class AdversarialConfig(Config):
 
     @model_validator(mode="after")
     def _limit_is_used(self) -> "AdversarialConfig":
-        usual = type(self).model_fields["adaptive_limit"].default
-        if not self.adaptive and self.adaptive_limit != usual:
+        if not self.adaptive and self.differs("adaptive_limit"):
             raise ValueError("adaptive_limit has no effect with adaptive: false; leave it out")
         return self
 
@@ -150,13 +149,11 @@ class LatentDiffusionRecipe(TrainRecipe):
             if self.judge:
                 raise ValueError("a judge tells classes, not texts: leave judge empty")
             return self
-        usual = TextConfig()
-        idle = {f"text.{n}": (getattr(self.text, n), getattr(usual, n)) for n in _TEXT_RESULTS}
-        idle["grid.prompts"] = (self.grid.prompts, [])
-        for name, (given, default) in idle.items():
-            if given != default:
-                raise ValueError(
-                    f"{name} is for a model asked by text: set model.conditioning.semantic=text, or"
-                    f" leave it out"
-                )
+        idle = [f"text.{name}" for name in _TEXT_RESULTS if self.text.differs(name)]
+        idle += ["grid.prompts"] if self.grid.differs("prompts") else []
+        if idle:
+            raise ValueError(
+                f"{idle[0]} is for a model asked by text: set model.conditioning.semantic=text, or"
+                " leave it out"
+            )
         return self
