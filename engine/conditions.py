@@ -16,6 +16,7 @@ from etude.core import rng
 from etude.core.errors import UserError
 from etude.core.recipe_tree import nearest
 from etude.data.loader import Batch
+from etude.diffusion.samplers import SamplerConfig
 from etude.models.conditioning import ConditioningConfig
 
 # What an augmentation leaves behind, as a batch names it.
@@ -28,6 +29,15 @@ DERIVED: dict[str, Callable[[Mapping[str, Tensor], int], Tensor]] = {
 }
 # Texts -> features: text (n, L, d), text_lengths (n,), and pooled (n, p) where the model has it.
 Features = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def check_guidance(sampler: SamplerConfig, conditioning: ConditioningConfig) -> None:
+    """A scale for control values needs a model that has some; else raises `UserError`."""
+    if len(sampler.guidance_weights) > 1 and not conditioning.control:
+        raise UserError(
+            "sampler.control_scale has no effect on a model without control values: leave it out,"
+            " or name them in model.conditioning.control"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from etude.conditions import check_guidance
 from etude.core.config import Config, option
 from etude.core.loop import LoopConfig
 from etude.core.optim import OptimConfig, profile_name
@@ -138,11 +139,8 @@ class LatentDiffusionRecipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _check(self) -> "LatentDiffusionRecipe":
-        if len(self.sampler.guidance_weights) > 1 and not self.model.conditioning.control:
-            raise ValueError(
-                "sampler.control_scale has no effect on a model without control values: leave it"
-                " out, or name them in model.conditioning.control"
-            )
+        check_guidance(self.sampler, self.model.conditioning)
+        self._nulls_are_trained()
         if self.model.conditioning.semantic == "text":
             if not self.text.encoders:
                 raise ValueError("a model asked by text needs a text encoder: set text.encoders")
@@ -157,3 +155,13 @@ class LatentDiffusionRecipe(TrainRecipe):
                 " leave it out"
             )
         return self
+
+    def _nulls_are_trained(self) -> None:
+        """Guidance contrasts with what was dropped, which training must have shown."""
+        scales = {"drop_semantic": "guidance_scale", "drop_control": "control_scale"}
+        for name, scale in list(scales.items())[: len(self.sampler.guidance_weights)]:
+            if getattr(self, name) == 0:
+                raise ValueError(
+                    f"{name}=0 never trains what sampler.{scale} contrasts with: set {name}=0.1, or"
+                    f" leave out sampler.{scale}"
+                )
