@@ -26,7 +26,7 @@ from etude.models.lpips import LPIPS
 from etude.training.critics import Critics
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"), ("here:cpu",))
-WORKER = Path(__file__).parent / "train_adversarial.py"
+WORKER = Path(__file__).parent / "workers" / "adversarial.py"
 SHARDED = ["local", "zero1", "zero2", "zero3"]
 
 
