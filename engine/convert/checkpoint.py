@@ -81,7 +81,9 @@ def weights_file(path: str | Path) -> Path:
     files = weights_files(path)
     if len(files) != 1:
         held = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path} holds {held} where one weights file should be: keep one, or name it")
+        raise UserError(
+            f"{path} holds {held} where one weights file should be: keep one, or name it"
+        )
     return files[0]
 
 
