@@ -60,7 +60,8 @@ class ConditioningConfig(Config):
     control: list[ControlConfig] = option([], "values that pictures are told apart by")
     control_embedding: Literal["separate", "concatenated", "micro"] = option(
         "separate",
-        "separate: an MLP each, summed; concatenated: one MLP (SDXL); micro: slices (PixArt)",
+        "separate: an MLP each, summed; concatenated: one MLP (SDXL); micro: an MLP each, side by"
+        " side (PixArt's form for any family; its own layers are model.micro_conditions)",
     )
     control_zero: bool = option(True, "control starts without effect: its last layer is zero")
 

@@ -88,7 +88,9 @@ class PixArtConfig(TransformerConfig):
         1.0, "divides the positions; published: 2 for latents of 128, else 1", gt=0
     )
     micro_conditions: bool = option(
-        False, "height, width and aspect of conditioning.control enter as published (MS)"
+        False,
+        "height, width and aspect of conditioning.control enter by the published layers (MS), which"
+        " height and width share; other control as conditioning.control_embedding says",
     )
 
     @model_validator(mode="after")
