@@ -44,7 +44,7 @@ def losses(tmp_path_factory) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, "mdt-unmasked"])
 def test_losses_do_not_depend_on_the_strategy(losses, family: str) -> None:
     expected = torch.tensor(losses[f"1 {family} local None"])
     assert (expected[0] - expected[-1]).abs() > 1e-3  # other data and other weights
