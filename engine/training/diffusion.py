@@ -176,7 +176,8 @@ class DiffusionJob(Job):
         return self.autoencoder.encode(images)
 
     def inputs(self) -> dict[str, str]:
-        found = {"autoencoder": self.autoencoder_key} if self.autoencoder is not None else {}
+        found = super().inputs()
+        found |= {"autoencoder": self.autoencoder_key} if self.autoencoder is not None else {}
         return found | ({"text": self.features.key} if self.features is not None else {})
 
     def clean(self, batch: Batch) -> Tensor:
