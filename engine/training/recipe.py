@@ -54,20 +54,31 @@ class AdversarialConfig(Config):
     )
     game: Game = option("hinge", "losses of the two sides")
     lr: float | None = option(
-        None, "the discriminator's peak learning rate, scheduled as optim's; null: optim.lr", gt=0
+        None,
+        "the discriminator's peak learning rate, scheduled as optim's; null: optim.lr. It shares"
+        " optim's betas and eps, not its clip and weight_decay",
+        gt=0,
     )
     adaptive: bool = option(
         True,
         "multiply weight by the ratio of gradient norms of reconstruction and generator loss at "
-        "the decoder's last layer; taken per micro batch over all ranks",
+        "the decoder's last layer",
+    )
+    adaptive_images: int = option(
+        4,
+        "consecutive pictures whose mean gradients give one ratio, which is theirs; divides"
+        " loop.micro_batch (the code of Esser et al. 2021 takes the pictures of one GPU)",
+        unit="images",
+        gt=0,
     )
     adaptive_limit: float = option(1e4, "largest such ratio", gt=0)
     discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "the discriminator")
 
     @model_validator(mode="after")
-    def _limit_is_used(self) -> "AdversarialConfig":
-        if not self.adaptive and self.differs("adaptive_limit"):
-            raise ValueError("adaptive_limit has no effect with adaptive: false; leave it out")
+    def _no_option_without_effect(self) -> "AdversarialConfig":
+        for name in ("adaptive_images", "adaptive_limit"):
+            if not self.adaptive and self.differs(name):
+                raise ValueError(f"{name} has no effect with adaptive: false; leave it out")
         return self
 
 
@@ -87,6 +98,13 @@ class AutoencoderRecipe(TrainRecipe):
                 f"adversarial.start_images={start} is not before loop.images={self.loop.images}, so"
                 " the discriminator takes no part: lower it, or set adversarial=null"
             )
+        if self.adversarial and self.adversarial.adaptive:
+            count = self.adversarial.adaptive_images
+            if self.loop.micro_batch % count:
+                raise ValueError(
+                    f"loop.micro_batch={self.loop.micro_batch} is not a multiple of"
+                    f" adversarial.adaptive_images={count}: change one of them"
+                )
         return self
 
 
