@@ -29,7 +29,8 @@ from etude.external.transformers import Encoded, TextEncoder
 from .models.conditioning import ConditioningConfig
 
 BATCH = 32  # texts encoded together
-PER_FILE = 1024  # texts of a file
+PER_FILE = 1024  # texts of a file, at most
+_FILE_NUMBERS = 1 << 27  # numbers of a file, at most: they are in memory while it is written
 _REMEMBERED = 1 << 28  # numbers of texts outside the cache that are kept in memory (1 GiB)
 
 
@@ -163,8 +164,9 @@ class TextFeatures:
         """
         unique = sorted(set(captions))
         cache = TextCache(self.folder, self.encoder.plan)
-        for start in range(rank * PER_FILE, len(unique), world * PER_FILE):
-            chunk = unique[start : start + PER_FILE]
+        count = min(PER_FILE, max(1, _FILE_NUMBERS // (self.encoder.tokens * self.encoder.width)))
+        for start in range(rank * count, len(unique), world * count):
+            chunk = unique[start : start + count]
             here = cache.has(chunk)
             lacking = [caption for caption, found in zip(chunk, here, strict=True) if not found]
             if not lacking:
@@ -172,7 +174,7 @@ class TextFeatures:
             tokens, pooled = self._encode(lacking, check)
             write_texts(self.folder, self.key, lacking, tokens, torch.stack(pooled))
             if log is not None:
-                done = min(start + PER_FILE, len(unique))
+                done = min(start + count, len(unique))
                 log.info(f"captions: {done:,} of {len(unique):,} different ones are encoded")
         self.encoder.release()
 
