@@ -73,7 +73,7 @@ class Conditions:
         if self.config.semantic == "class":
             found = {"labels": self._labels(batch.labels)}
         else:
-            found = self._text(batch.captions)
+            found = self._text(batch.captions, batch.text)
         return found | self._control(batch.control)
 
     def dropped(
@@ -159,9 +159,12 @@ class Conditions:
         labels = labels.to(self.device)
         return torch.where(labels < 0, self.num_classes, labels)
 
-    def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def _text(
+        self, captions: Sequence[str], ready: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         assert self.features is not None
-        return {name: value.to(self.device) for name, value in self.features(captions).items()}
+        found = ready or self.features(captions)
+        return {name: value.to(self.device) for name, value in found.items()}
 
     def _control(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._stacked(self._columns(values)) if self.config.control else {}

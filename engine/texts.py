@@ -12,6 +12,7 @@ for CLIP and T5, and every token is attended to.
 Features are computed once for every caption, before training, and read from files by their text.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -127,6 +128,7 @@ class TextFeatures:
         self.folder = Path(config.folder) / self.key[:16]
         self._cache: TextCache | None = None
         self._remembered: dict[str, tuple[Tensor, Tensor]] = {}
+        self._lock = threading.Lock()  # a batch's thread and an evaluation may ask at once
 
     def check(self, conditioning: ConditioningConfig, name: str) -> None:
         """The model must take these features; says which fields to set.
@@ -196,6 +198,20 @@ class TextFeatures:
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """text (n, L, d) float32, zero behind each text's end, text_lengths (n,), pooled (n, p)."""
+        with self._lock:
+            rows = self._rows(captions)
+        shape = (len(captions), self.encoder.tokens, self.encoder.width)
+        text = torch.zeros(shape)
+        lengths = torch.zeros(len(captions), dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            tokens = rows[caption][0]
+            text[row, : len(tokens)] = tokens.float()
+            lengths[row] = len(tokens)
+        pooled = torch.stack([rows[caption][1].float() for caption in captions])
+        return {"text": text, "text_lengths": lengths, "pooled": pooled}
+
+    def _rows(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tokens (length, d) and pooled vector (p,) of each different text."""
         if self._cache is None and (self.folder / "plan.json").is_file():
             self._cache = TextCache(self.folder, self.encoder.plan)
         asked = list(dict.fromkeys(captions))
@@ -214,15 +230,7 @@ class TextFeatures:
             if count * self.encoder.tokens * self.encoder.width > _REMEMBERED:
                 self._remembered.clear()
             self._remembered |= made
-        shape = (len(captions), self.encoder.tokens, self.encoder.width)
-        text = torch.zeros(shape)
-        lengths = torch.zeros(len(captions), dtype=torch.int64)
-        for row, caption in enumerate(captions):
-            tokens = rows[caption][0]
-            text[row, : len(tokens)] = tokens.float()
-            lengths[row] = len(tokens)
-        pooled = torch.stack([rows[caption][1].float() for caption in captions])
-        return {"text": text, "text_lengths": lengths, "pooled": pooled}
+        return rows
 
     def _encode(
         self, captions: Sequence[str], check: Callable[[], None] = lambda: None

@@ -224,7 +224,18 @@ def recipe(tiny, text_models, tmp_path_factory) -> str:
 def run(recipe, tmp_path_factory) -> Path:
     overrides = ["loop.images=320", "optim.lr=5e-3", "drop_semantic=0.2"]
     root = tmp_path_factory.mktemp("runs") / "runs"
-    return run_recipe(load_recipe(recipe, overrides), root=root, quiet=True)[0]
+    threads, made = [], TextFeatures.__call__
+
+    def noting(features: TextFeatures, captions: list[str]) -> dict:
+        threads.append(threading.current_thread().name)
+        return made(features, captions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextFeatures, "__call__", noting)
+        folder = run_recipe(load_recipe(recipe, overrides), root=root, quiet=True)[0]
+    # 20 steps, features of which are read ahead; the others are evaluations'.
+    assert threads.count("etude-data") >= 20 > threads.count("MainThread") > 0
+    return folder
 
 
 @pytest.fixture(scope="module")
