@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etude.convert.checkpoint import SUFFIXES, read_denoiser, read_file
+from etude.convert.checkpoint import read_denoiser, read_file, weights_file, weights_files
 from etude.core.errors import UserError
 from etude.data.index import file_sha256
 from etude.diffusion.objectives import Objective, ObjectiveConfig
@@ -41,7 +41,7 @@ def is_published(folder: str | Path) -> bool:
     folder = Path(folder)
     if not folder.is_dir() or (folder / "recipe.yaml").exists():
         return False
-    return (folder / "transformer").is_dir() or bool(_weights(folder))
+    return (folder / "transformer").is_dir() or bool(weights_files(folder))
 
 
 def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
@@ -57,8 +57,7 @@ def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
     model.load_state_dict(state)
     model.to(device).eval().requires_grad_(False)
     autoencoder, key = _autoencoder(folder, config, device)
-    file = source if source.is_file() else _weights(source)[0]
-    identity = json.dumps([file_sha256(file), key, config.model_dump(mode="json")])
+    identity = json.dumps([file_sha256(weights_file(source)), key, config.model_dump(mode="json")])
     side = config.input_size * autoencoder.downscale
     return {
         "model": model,
@@ -112,12 +111,8 @@ def network(folder: Path) -> tuple[Path, DiTConfig]:
     """The weights (a file, or diffusers' folder) and the configuration of the network."""
     if (folder / "transformer").is_dir():
         return folder / "transformer", _diffusers_config(folder / "transformer" / "config.json")
-    files = _weights(folder)
-    if len(files) > 1:
-        raise UserError(
-            f"{folder} holds several weights files ({', '.join(f.name for f in files)}): leave one"
-        )
-    return files[0], dit_config(read_file(files[0]), files[0])
+    file = weights_file(folder)
+    return file, dit_config(read_file(file), file)
 
 
 def _diffusers_config(path: Path) -> DiTConfig:
@@ -169,7 +164,3 @@ def _classes(folder: Path, count: int) -> list[str]:
     stated = json.loads(path.read_text()).get("id2label") if path.exists() else None
     names = stated or {}
     return [str(names.get(str(label), label)) for label in range(count)]
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES)

@@ -35,7 +35,7 @@ from etude.external.diffusers import WEIGHTS, Autoencoder
 from etude.kernels import solver
 from etude.models.families import build_denoiser
 
-from .conditions import Conditions
+from .conditions import Conditions, check_guidance
 from .pictures import picture_grid, png
 from .published import is_published, published_parts
 from .texts import TextFeatures, captions_of
@@ -77,11 +77,7 @@ class Generator:
     prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(self.sampler.guidance_weights) > 1 and not self.conditions.config.control:
-            raise UserError(
-                "sampler control_scale has no effect on a model without control values: leave it"
-                " out, or name them in model.conditioning.control"
-            )
+        check_guidance(self.sampler, self.conditions.config)
 
     @property
     def num_classes(self) -> int:

@@ -277,3 +277,15 @@ def test_control_values_have_a_guidance_scale_of_their_own(tiny) -> None:
         generator([], guidance_scale=2.0, control_scale=3.0)
     with pytest.raises(UserError, match=message):
         load_recipe(tiny.ldm, ["sampler.control_scale=3"])
+
+
+def test_guidance_away_from_what_was_never_dropped_is_refused(tiny) -> None:
+    control = ["model.conditioning.control=[{name: flip}]", "drop_control=0"]
+    load_recipe(tiny.ldm, control)  # guided by the class alone: the control is never left out
+    load_recipe(tiny.ldm, ["drop_semantic=0", "sampler.guidance_scale=1"])
+    for overrides, fault in (
+        (["drop_semantic=0"], "drop_semantic=0 never trains what sampler.guidance_scale"),
+        ([*control, "sampler.control_scale=3"], "drop_control=0 never trains what sampler.control"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            load_recipe(tiny.ldm, overrides)

@@ -86,11 +86,12 @@ def test_the_encoders_are_asked_for_each_caption_once(text_models, tmp_path, mon
 
 
 def test_ranks_share_the_work_and_agree(text_models, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("etude.texts.PER_FILE", 2)
     captions = [f"{one} {two}" for one in ("red", "blue") for two in ("cat", "sun", "dog", "tree")]
     asked = config(text_models, tmp_path)
     alone = prepared(asked.model_copy(update={"folder": str(tmp_path / "alone")}), captions)
     ranks, seen = [TextFeatures(asked) for _ in range(3)], []
+    two = 2 * ranks[0].encoder.tokens * ranks[0].encoder.width
+    monkeypatch.setattr("etude.texts._FILE_NUMBERS", two)  # so many numbers are two texts at most
     for features in ranks:
         encode = features.encoder.encode
         monkeypatch.setattr(features.encoder, "encode", lambda c, e=encode: seen.extend(c) or e(c))
@@ -223,7 +224,18 @@ def recipe(tiny, text_models, tmp_path_factory) -> str:
 def run(recipe, tmp_path_factory) -> Path:
     overrides = ["loop.images=320", "optim.lr=5e-3", "drop_semantic=0.2"]
     root = tmp_path_factory.mktemp("runs") / "runs"
-    return run_recipe(load_recipe(recipe, overrides), root=root, quiet=True)[0]
+    threads, made = [], TextFeatures.__call__
+
+    def noting(features: TextFeatures, captions: list[str]) -> dict:
+        threads.append(threading.current_thread().name)
+        return made(features, captions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextFeatures, "__call__", noting)
+        folder = run_recipe(load_recipe(recipe, overrides), root=root, quiet=True)[0]
+    # 20 steps, features of which are read ahead; the others are evaluations'.
+    assert threads.count("etude-data") >= 20 > threads.count("MainThread") > 0
+    return folder
 
 
 @pytest.fixture(scope="module")
