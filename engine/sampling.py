@@ -55,7 +55,7 @@ class Generator:
 
     Attributes:
         prompts: what a model asked by text draws when nobody says what, in turn.
-        captured: keeps the sampler's steps from block to block, on a GPU as CUDA graphs; only for a
+        captured: keeps the sampler's steps from block to block, on a GPU as CUDA graphs; pays for a
             model whose weights stay where they are.
     """
 
@@ -207,6 +207,8 @@ class Generator:
             self._called += len(x)
             return denoiser(self.model)(x, t, condition)
 
+        if self.captured is not None:
+            self.captured.model = self.model
         condition = self.conditions.asked(labels, captions, control=self.control)
         latents = sample(
             predict,

@@ -37,13 +37,15 @@ class CapturedSteps:
     """The steps of one network, one sampler and one shape at a time; another replaces them.
 
     Attributes:
+        model: what the denoiser calls; its modules, and where its weights lie, are looked at before
+            every batch.
         replayed: rows that the network predicted in replayed steps, which no call of it shows.
     """
 
     def __init__(self, model: nn.Module, *, capture: bool | None = None) -> None:
         """
         Args:
-            model: what the denoiser calls; where its weights lie is looked at before every batch.
+            model: see above.
             capture: use CUDA graphs on a CUDA device; None: as `ETUDE_CAPTURE` says.
         """
         wanted = os.environ.get("ETUDE_CAPTURE", "1") not in ("", "0")
@@ -80,11 +82,12 @@ class CapturedSteps:
         """Everything that a recorded program has in it but the values of its tensors."""
         parts = take.predict.condition, take.predict.stacked
         shapes = [[(k, v.shape, v.dtype) for k, v in part.items()] for part in parts]
+        modules = [(type(module), module.training) for module in self.model.modules()]
         weights = itertools.chain(self.model.parameters(), self.model.buffers())
         places = [(t.data_ptr(), t.dtype) for t in weights]
         kernels = backends.choice(), backends.overrides(), backends.verifying()
         sampler = take.config, take.objective.config
-        return *sampler, x.shape, x.dtype, x.device, shapes, places, kernels, self.model.training
+        return *sampler, x.shape, x.dtype, x.device, shapes, modules, places, kernels
 
     def _step(
         self, take: Taking, step: Step, x: Tensor, extra: Tensor | None
