@@ -183,7 +183,7 @@ def test_two_processes_write_what_one_does(run, generator, tmp_path) -> None:
     words += ["-m", "etude", "sample", str(run), "--count", str(count), "--seed", "4"]
     words += ["--format", "png", "--to", str(tmp_path / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count(f"{count} pictures in {tmp_path / 'two'}") == 1
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
