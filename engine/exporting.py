@@ -56,4 +56,5 @@ def _stated(generator: Generator, weights: Path) -> dict:
         "classes": generator.classes,
         "text": features and features.encoder.config.model_dump(mode="json"),
         "text_key": features and features.key,
+        "scalars": dict(generator.conditions.scalars),
     }

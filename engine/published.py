@@ -13,7 +13,7 @@ family, asked by class or text, with or without an autoencoder.
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Described:
         profile: which weights these are.
         autoencoder: whether there is one, under vae/.
         text, text_key: the text encoders, and the hash of their features.
+        scalars: as `Conditions` has them.
     """
 
     weights: Path
@@ -68,6 +69,7 @@ class Described:
     autoencoder: bool = True
     text: TextConfig | None = None
     text_key: str = ""
+    scalars: dict[str, float] = field(default_factory=dict)
 
 
 def is_published(folder: str | Path) -> bool:
@@ -108,7 +110,9 @@ def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
         "autoencoder": autoencoder,
         "classes": found.classes,
         "latent_shape": (config.in_channels, config.input_size, config.input_size),
-        "conditions": Conditions(config.conditioning, config.num_classes, side, device, features),
+        "conditions": Conditions(
+            config.conditioning, config.num_classes, side, device, features, found.scalars
+        ),
         "name": f"{folder.name} ({layout} layout)",
         "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
         "profile": found.profile,
