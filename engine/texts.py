@@ -246,6 +246,17 @@ class TextFeatures:
         return tokens, pooled
 
 
+def open_features(config: TextConfig, key: str, device: torch.device) -> TextFeatures:
+    """The text encoders that a model was trained with; others than those of `key` are refused."""
+    features = TextFeatures(config, device)
+    if features.key != key:
+        raise UserError(
+            f"{', '.join(config.encoders)} is another text encoder than the run was trained"
+            " with: put the one back that it had"
+        )
+    return features
+
+
 def captions_of(data: ShardSet) -> list[str]:
     """All captions of a set in stored order."""
     return [data.described(index)[2] for index in range(len(data))]
