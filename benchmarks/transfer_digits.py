@@ -33,7 +33,7 @@ from etude.training.origin import find_weights
 from etude.training.recipe import LatentDiffusionRecipe
 from etude.transfer import transfer
 
-from .results import RESULTS, append, machine
+from .results import append, machine
 
 STUDY = "studies/transfer_digits"
 FIGURE = Path(__file__).parents[1] / "docs" / "transfer-digits.svg"
