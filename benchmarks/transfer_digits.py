@@ -38,7 +38,8 @@ from .results import append, machine
 STUDY = "studies/transfer_digits"
 FIGURE = Path(__file__).parents[1] / "docs" / "transfer-digits.svg"
 PICTURES, SLICES = 200, 2  # held-out pictures, and times per picture
-PLAIN = "extrapolate, shift 1"  # the start with neither of the two proposals
+GOALS = ("extrapolate, shift 1", "scratch, shift 1")  # arms with neither proposal
+LAWS = (1, 2)  # shifts of the uniform times that losses are means over
 COLORS = {"interpolate": "#1f4e9c", "extrapolate": "#c44e52", "scratch": "#7f7f7f"}
 
 
@@ -131,7 +132,7 @@ def curve(folder: Path) -> tuple[list[int], dict[str, list[float]]]:
     times = here.t.double().numpy()
     return list(measured), {
         f"{shift}": [mean_loss(losses, times, shift) for losses in measured.values()]
-        for shift in (1, 2)
+        for shift in LAWS
     }
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     for label, evaluation in sorted(evaluations.items()):
         recipe, folder = load_run(result["runs"][label])
         images, losses = curve(folder)
-        arm = arms.setdefault(arm_of(recipe), {"seeds": [], "loss": {"1": [], "2": []}})
+        arm = arms.setdefault(arm_of(recipe), {"seeds": [], "loss": {f"{law}": [] for law in LAWS}})
         arm["seeds"].append(recipe.seed)
         for shift, values in losses.items():
             arm["loss"][shift].append([round(value, 4) for value in values])
@@ -177,15 +178,14 @@ def main() -> None:
         arm.setdefault("labelled_as_asked", []).append(round(labels["agreement"]["value"], 4))
         print(f"{label}: {losses['1'][-1]:.4f} at {images[-1]}", flush=True)
     for arm in arms.values():
-        for shift in ("1", "2"):
-            goals = {"plain start": arms[PLAIN], "scratch": arms["scratch, shift 1"]}
-            arm[f"images_to_reach, law {shift}"] = {
-                f"the end of {name}": [
-                    images_to_reach(images, own, goal[-1])
-                    for own, goal in zip(arm["loss"][shift], other["loss"][shift], strict=True)
-                ]
-                for name, other in goals.items()
-            }
+        arm["images_to_reach"] = {
+            f"the end of {goal}, law {shift}": [
+                images_to_reach(images, own, np.mean([end[-1] for end in arms[goal]["loss"][shift]]))
+                for own in arm["loss"][shift]
+            ]
+            for goal in GOALS
+            for shift in arm["loss"]
+        }
     row = {"study": STUDY, "fingerprint": fingerprint(study), "images": images, "arms": arms}
     row |= machine()
     append("transfer_digits", [row])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.transfer_digits import PLAIN, HeldOut, arm_of, images_to_reach, mean_loss
+from benchmarks.transfer_digits import GOALS, HeldOut, arm_of, images_to_reach, mean_loss
 from etude.core.recipe import load_recipe
 from etude.diffusion.schedules import Schedule
 
@@ -45,6 +45,6 @@ def test_losses_are_those_of_each_row_whatever_the_block() -> None:
 
 
 def test_runs_are_told_apart_by_start_and_shift() -> None:
-    assert arm_of(load_recipe("ldm/digits", ["objective.shift=2"])) == "scratch, shift 2"
+    assert arm_of(load_recipe("ldm/digits")) == GOALS[1]
     more = ["start.from=runs/a", "start.positions=extrapolate"]
-    assert arm_of(load_recipe("ldm/digits", more)) == PLAIN
+    assert arm_of(load_recipe("ldm/digits", more)) == GOALS[0]
