@@ -180,7 +180,9 @@ def main() -> None:
     for arm in arms.values():
         arm["images_to_reach"] = {
             f"the end of {goal}, law {shift}": [
-                images_to_reach(images, own, np.mean([end[-1] for end in arms[goal]["loss"][shift]]))
+                images_to_reach(
+                    images, own, np.mean([end[-1] for end in arms[goal]["loss"][shift]])
+                )
                 for own in arm["loss"][shift]
             ]
             for goal in GOALS
