@@ -37,7 +37,7 @@ from .results import append, machine
 
 STUDY = "studies/transfer_digits"
 FIGURE = Path(__file__).parents[1] / "docs" / "transfer-digits.svg"
-PICTURES, SLICES = 200, 2  # held-out pictures, and times per picture
+PICTURES = 200  # held-out, each at a time of its own
 GOALS = ("extrapolate, shift 1", "scratch, shift 1")  # arms with neither proposal
 LAWS = (1, 2)  # shifts of the uniform times that losses are means over
 COLORS = {"interpolate": "#1f4e9c", "extrapolate": "#c44e52", "scratch": "#7f7f7f"}
@@ -72,21 +72,19 @@ def held_out(recipe: LatentDiffusionRecipe, generator: Generator) -> HeldOut:
         batch = loader.fetch(np.arange(PICTURES))
     finally:
         loader.close()
-    where = np.arange(PICTURES)
     mean, std = generator.autoencoder.encode(batch.images)
     shape = tuple(mean.shape[1:])
-    x0 = generator.autoencoder.scale(mean + std * rng.normal(0, rng.Stream.POSTERIOR, where, shape))
-    positions = np.arange(SLICES * PICTURES)
-    order = rng.permute(positions, len(positions), 0, rng.Stream.TIMESTEP, 0)
-    t = torch.from_numpy((order + 0.5) / len(order)).float()
-    eps = rng.normal(0, rng.Stream.NOISE, positions, shape)
-    x0 = x0.repeat(SLICES, 1, 1, 1)
-    condition = generator.conditions.of_batch(batch)
+    spread = std * rng.normal(0, rng.Stream.POSTERIOR, batch.positions, shape)
+    x0 = generator.autoencoder.scale(mean + spread)
+    eps = rng.normal(0, rng.Stream.NOISE, batch.positions, shape)
+    order = rng.permute(batch.positions, PICTURES, 0, rng.Stream.TIMESTEP, 0)
+    t = torch.from_numpy((order + 0.5) / PICTURES).float()
+    objective = generator.objective
     return HeldOut(
-        generator.objective.noise(x0, eps, t),
+        objective.noise(x0, eps, t),
         t,
-        generator.objective.target(x0, eps, t),
-        {name: value.repeat(SLICES) for name, value in condition.items()},
+        objective.target(x0, eps, t),
+        generator.conditions.of_batch(batch),
     )
 
 
@@ -179,14 +177,12 @@ def main() -> None:
         print(f"{label}: {losses['1'][-1]:.4f} at {images[-1]}", flush=True)
     for arm in arms.values():
         arm["images_to_reach"] = {
-            f"the end of {goal}, law {shift}": [
-                images_to_reach(
-                    images, own, np.mean([end[-1] for end in arms[goal]["loss"][shift]])
-                )
-                for own in arm["loss"][shift]
+            f"the end of {goal}, law {law}": [
+                images_to_reach(images, losses, float(np.mean(arms[goal]["loss"][law], 0)[-1]))
+                for losses in arm["loss"][law]
             ]
             for goal in GOALS
-            for shift in arm["loss"]
+            for law in arm["loss"]
         }
     row = {"study": STUDY, "fingerprint": fingerprint(study), "images": images, "arms": arms}
     row |= machine()
