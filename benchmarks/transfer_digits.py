@@ -9,9 +9,11 @@ docs/transfer-digits.svg.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -22,11 +24,13 @@ import torch
 
 from etude.core import rng
 from etude.core.checkpoint import read_weights
+from etude.core.files import read_json, write_json_atomic
 from etude.core.recipe import fingerprint, load_recipe
 from etude.core.run import load_run
 from etude.data.shards import ShardSet
 from etude.data.still import still_loader
 from etude.jobs import run_recipe
+from etude.metrics.frechet import frechet_name
 from etude.models.families import build_denoiser
 from etude.sampling import Generator, denoiser, open_generator
 from etude.training.origin import find_weights
@@ -39,7 +43,7 @@ STUDY = "studies/transfer_digits"
 FIGURE = Path(__file__).parents[1] / "docs" / "transfer-digits.svg"
 PICTURES = 200  # held-out, each at a time of its own
 GOALS = ("extrapolate, shift 1", "scratch, shift 1")  # arms with neither proposal
-LAWS = (1, 2)  # shifts of the uniform times that losses are means over
+LAWS = {"uniform": 1.0, "shifted": 2.0}  # times that losses are means over, and their shift
 COLORS = {"interpolate": "#1f4e9c", "extrapolate": "#c44e52", "scratch": "#7f7f7f"}
 
 
@@ -114,11 +118,13 @@ def arm_of(recipe: LatentDiffusionRecipe) -> str:
     return f"{start}, shift {recipe.objective.shift:g}"
 
 
-def curve(folder: Path) -> tuple[list[int], dict[str, list[float]]]:
-    """A run's held-out losses before the first step and at its checkpoints, by shift of the law."""
+def curve(folder: Path) -> dict[str, dict[str, float]]:
+    """A run's held-out loss by images seen, 0 and its checkpoints, under each law; kept in it."""
+    kept = folder / "held_out_under_one_law.json"
+    if kept.exists():
+        return read_json(kept)
     recipe, folder = load_run(folder)
-    generator = open_generator(folder)
-    here = held_out(recipe, generator)
+    here = held_out(recipe, open_generator(folder))
     model = build_denoiser(recipe.model, seed=recipe.seed).eval()
     if recipe.start.source:
         source = find_weights(recipe.start, recipe.model)
@@ -128,10 +134,12 @@ def curve(folder: Path) -> tuple[list[int], dict[str, list[float]]]:
         model.load_state_dict(read_weights(checkpoint, recipe.default_weights()))
         measured[int(checkpoint.name.removeprefix("step-"))] = here.losses(model)
     times = here.t.double().numpy()
-    return list(measured), {
-        f"{shift}": [mean_loss(losses, times, shift) for losses in measured.values()]
-        for shift in LAWS
+    found = {
+        law: {f"{images}": mean_loss(losses, times, shift) for images, losses in measured.items()}
+        for law, shift in LAWS.items()
     }
+    write_json_atomic(kept, found)
+    return found
 
 
 def draw(images: Sequence[int], arms: dict[str, dict]) -> None:
@@ -141,7 +149,7 @@ def draw(images: Sequence[int], arms: dict[str, dict]) -> None:
     for arm, found in arms.items():
         start, _, shift = arm.partition(", shift ")
         style = {"color": COLORS[start], "ls": "-" if shift == "1" else "--"}
-        values = np.array(found["loss"]["1"])
+        values = np.array(found["loss"]["uniform"])
         axes.plot(images, values.mean(0), label=arm, lw=1.4, **style)
         axes.fill_between(images, values.min(0), values.max(0), color=style["color"], alpha=0.15)
     axes.set(xlabel="images seen at 32 pixels", ylabel="held-out loss, times uniform", yscale="log")
@@ -156,38 +164,44 @@ def draw(images: Sequence[int], arms: dict[str, dict]) -> None:
 def main() -> None:
     study = load_recipe(STUDY)
     _, result = run_recipe(study)
-    evaluations = {
-        label[label.index("[") + 1 : -1]: job
-        for label, job in result["jobs"].items()
-        if label.startswith("evaluate_")
-    }
+    if "stopped" in result:
+        sys.exit(f"{STUDY} was stopped ({result['stopped']}); type the same command to go on")
     arms: dict[str, dict] = {}
-    images: list[int] = []
-    for label, evaluation in sorted(evaluations.items()):
-        recipe, folder = load_run(result["runs"][label])
-        images, losses = curve(folder)
-        arm = arms.setdefault(arm_of(recipe), {"seeds": [], "loss": {f"{law}": [] for law in LAWS}})
-        arm["seeds"].append(recipe.seed)
-        for shift, values in losses.items():
-            arm["loss"][shift].append([round(value, 4) for value in values])
-        figures, labels = evaluation["figures"], evaluation["labels"]
-        (distance,) = [f for name, f in figures.items() if name.startswith("Fr")]
-        arm.setdefault("frechet", []).append(round(distance["generated"]["value"], 4))
-        arm.setdefault("labelled_as_asked", []).append(round(labels["agreement"]["value"], 4))
-        print(f"{label}: {losses['1'][-1]:.4f} at {images[-1]}", flush=True)
+    row: dict[str, Any] = {"study": STUDY, "fingerprint": fingerprint(study)}
+    for label, evaluation in result["jobs"].items():
+        if not label.startswith("evaluate_"):
+            continue
+        recipe, folder = load_run(result["runs"][label[label.index("[") + 1 : -1]])
+        losses = curve(folder)
+        distance = evaluation["figures"][frechet_name(evaluation["extractor"]["name"])]
+        arm = arms.setdefault(arm_of(recipe), {})
+        arm.setdefault("seeds", []).append(recipe.seed)
+        arm.setdefault("frechet", []).append(distance["generated"]["value"])
+        arm.setdefault("labelled_as_asked", []).append(evaluation["labels"]["agreement"]["value"])
+        for law, values in losses.items():
+            own = [round(value, 4) for value in values.values()]
+            arm.setdefault("loss", {}).setdefault(law, []).append(own)
+        row |= {"images": [int(images) for images in losses["uniform"]]}
+        row |= {"pictures": evaluation["counts"]["generated"]}
+        row |= {
+            "frechet_real": distance["real"]["value"],
+            "pictures_real": evaluation["counts"]["real"],
+        }
+        row |= {"protocol": evaluation["protocol_fingerprint"]}
     for arm in arms.values():
         arm["images_to_reach"] = {
-            f"the end of {goal}, law {law}": [
-                images_to_reach(images, losses, float(np.mean(arms[goal]["loss"][law], 0)[-1]))
+            f"the end of {goal}, {law} times": [
+                images_to_reach(
+                    row["images"], losses, float(np.mean(arms[goal]["loss"][law], 0)[-1])
+                )
                 for losses in arm["loss"][law]
             ]
             for goal in GOALS
             for law in arm["loss"]
         }
-    row = {"study": STUDY, "fingerprint": fingerprint(study), "images": images, "arms": arms}
-    row |= machine()
+    row |= {"arms": arms} | machine()
     append("transfer_digits", [row])
-    draw(images, arms)
+    draw(row["images"], arms)
     print(json.dumps(row, indent=1))
 
 
