@@ -171,7 +171,7 @@ def main() -> None:
     for label, evaluation in result["jobs"].items():
         if not label.startswith("evaluate_"):
             continue
-        recipe, folder = load_run(result["runs"][label[label.index("[") + 1 : -1]])
+        recipe, folder = load_run(load_run(result["runs"][label])[0].generator)
         losses = curve(folder)
         distance = evaluation["figures"][frechet_name(evaluation["extractor"]["name"])]
         arm = arms.setdefault(arm_of(recipe), {})
