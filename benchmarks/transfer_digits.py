@@ -142,6 +142,11 @@ def curve(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def bounds(interval: dict[str, Any]) -> list[float]:
+    """Value and ends of an evaluation's interval."""
+    return [round(interval[name], 4) for name in ("value", "low", "high")]
+
+
 def draw(images: Sequence[int], arms: dict[str, dict]) -> None:
     """Loss over images, a line per arm: the mean of its seeds, and their range."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "etude"})
@@ -176,18 +181,18 @@ def main() -> None:
         distance = evaluation["figures"][frechet_name(evaluation["extractor"]["name"])]
         arm = arms.setdefault(arm_of(recipe), {})
         arm.setdefault("seeds", []).append(recipe.seed)
-        arm.setdefault("frechet", []).append(distance["generated"]["value"])
-        arm.setdefault("labelled_as_asked", []).append(evaluation["labels"]["agreement"]["value"])
+        arm.setdefault("frechet", []).append(bounds(distance["generated"]))
+        arm.setdefault("labelled_as_asked", []).append(bounds(evaluation["labels"]["agreement"]))
         for law, values in losses.items():
             own = [round(value, 4) for value in values.values()]
             arm.setdefault("loss", {}).setdefault(law, []).append(own)
-        row |= {"images": [int(images) for images in losses["uniform"]]}
-        row |= {"pictures": evaluation["counts"]["generated"]}
         row |= {
-            "frechet_real": distance["real"]["value"],
+            "images": [int(images) for images in losses["uniform"]],
+            "protocol": evaluation["protocol_fingerprint"],
+            "pictures": evaluation["counts"]["generated"],
+            "frechet_real": bounds(distance["real"]),
             "pictures_real": evaluation["counts"]["real"],
         }
-        row |= {"protocol": evaluation["protocol_fingerprint"]}
     for arm in arms.values():
         arm["images_to_reach"] = {
             f"the end of {goal}, {law} times": [
