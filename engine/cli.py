@@ -271,14 +271,20 @@ def start(
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="A recipe to check the machine for.")] = None,
     dist: Annotated[bool, typer.Option("--dist", help="All-reduce over all ranks.")] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of one device: says what the recipe costs.")
+    ] = None,
 ) -> None:
     """What is installed, what is missing, what is lost without it, and what to type.
+
+    With a recipe also its files, memory, disk, pictures per second, hours and cost, as far as they
+    were measured.
 
     Example: torchrun --nproc-per-node 2 -m etude doctor --dist
     """
     from etude import doctor as examination
 
-    raise typer.Exit(examination.examine(recipe, dist=dist))
+    raise typer.Exit(examination.examine(recipe, dist=dist, price_per_hour=price_per_hour))
 
 
 @data_app.command("fetch")

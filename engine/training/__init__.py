@@ -124,4 +124,5 @@ def _announce(job: Job, strategy: Strategy, log: Log) -> None:
         log.info(note)
     log.info(job.loader_reason)
     log.info(announce(world.device.type))
-    log.info(disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images).sentence)
+    numbers = sum(math.prod(shape) for shape in strategy.inventory().values())
+    log.info(disk_need(numbers, loop.checkpoint, loop.images).sentence)
