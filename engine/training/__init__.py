@@ -57,8 +57,7 @@ def _train(job: Job, run: Run, stopper: Stopper) -> dict:
     )
     strategy = job.wrap(strategy)
     start, resumed = _resume(newest, strategy, job)
-    facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
-    facts |= job.inputs()
+    facts = {"recipe": fingerprint(recipe), "start": str(start)} | job.inputs()
     distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
     _announce(job, strategy, look.log)
 
