@@ -3,10 +3,8 @@
 import ctypes
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,24 +24,36 @@ MACHINE = HERE / "cuda_on_cpu"  # stands in for the CUDA runtime
 
 
 @pytest.fixture(scope="session")
-def interpret() -> Callable[[str], list[dict]]:
+def interpret(serve) -> Callable[[str], list[dict]]:
     """Run `interpret_<family>.py` with TRITON_INTERPRET=1; it prints one JSON row per case.
 
-    The interpreter must be chosen before Triton is imported, so it has a process of its own.
+    The interpreter must be chosen before Triton is imported, so it has processes of its own.
     """
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    chosen = {"TRITON_INTERPRET": "1", "ETUDE_KERNELS": "triton"}
+    forks = serve(
+        "torch", "triton", "triton.language", "pytest", "etude.kernels.backends", **chosen
+    )
 
     def run(family: str) -> list[dict]:
-        made = subprocess.run(
-            [sys.executable, str(HERE / f"interpret_{family}.py")],
-            env=os.environ | {"TRITON_INTERPRET": "1", "ETUDE_KERNELS": "triton"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert made.returncode == 0, made.stderr[-3000:]
-        return [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+        made = forks.start(HERE / f"interpret_{family}.py")
+        out, err = made.communicate(timeout=600)
+        assert made.returncode == 0, err[-3000:]
+        return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def python(serve) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python(code, VARIABLE="x")`: what code says where nothing of Etude has been imported."""
+    forks = serve("torch", "torch._dynamo")
+
+    def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        made = forks.start("-c", code, **environment)
+        said = made.communicate(timeout=120)
+        return subprocess.CompletedProcess(made.args, made.returncode, *said)
 
     return run
 
