@@ -213,11 +213,12 @@ def run_ranks(forks: Forks) -> Callable[..., list[subprocess.CompletedProcess[st
     ) -> list[subprocess.CompletedProcess[str]]:
         ranks, deadline = forks.start_ranks(count, *words, cwd=cwd), time.monotonic() + timeout
         while None in (states := [rank.poll() for rank in ranks]):
-            time.sleep(0.02)
-            if any(states) or time.monotonic() > deadline:
-                time.sleep(2.0)  # whoever is left may be about to say why
+            if any(states):  # the others would wait for it, or are about to say the same
+                deadline = min(deadline, time.monotonic() + 20)
+            if time.monotonic() > deadline:
                 for rank in ranks:
                     rank.kill()
+            time.sleep(0.02)
         said = [rank.communicate(10) for rank in ranks]
         return [
             subprocess.CompletedProcess(rank.args, rank.returncode, *words)
