@@ -1,7 +1,10 @@
 """Pictures by index: the same whatever is drawn beside them; in shards, stopped and resumed."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
