@@ -1,7 +1,7 @@
 """How far a picture moves when only its control is changed: `python -m benchmarks.control_moves`.
 
 Runs the study `studies/control_digits` (finished jobs are kept), draws the same pictures (noise and
-label) of every run under the control of a whole picture and under those of seven cuts, appends one
+label) of every run under the control of a whole picture and under those of five cuts, appends one
 row to results/control_moves.jsonl and writes docs/control-moves.png.
 
 The content has moved where no cut explains the difference. With b a picture drawn as whole, m the
@@ -24,7 +24,7 @@ Intervals cover repeated draws of pictures and of training seeds.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +48,16 @@ from .results import append, machine
 
 STUDY = "studies/control_digits"
 LPIPS_WEIGHTS = Path("data/lpips/alexnet.safetensors")
-PICTURES, SEED = 256, 1  # of each run; the seed of the pictures' noise
+PICTURES, SEED = 64, 1  # of each run; the seed of the pictures' noise
+TEST = "data/digits/test"  # real pictures that no model was trained on
+SIDE = 16  # of the pictures that are drawn, in pixels
 STORED = 8  # side of a stored digit, in pixels: the unit of every window here
 SEEN_AT = 64  # side that LPIPS looks at
 WHOLE = (0, 0, STORED)
 # (top, left, side) of cuts that training has as well
-CUTS = ((0, 0, 6), (0, 2, 6), (2, 0, 6), (2, 2, 6), (1, 1, 6), (0, 0, 7), (1, 1, 7))
-PAIRS = (  # arms that differ in one thing
+CUTS = ((0, 0, 6), (0, 2, 6), (2, 0, 6), (2, 2, 6), (1, 1, 6))
+SHOWN = (2, 3)  # the pictures of the figure; the asked labels are the same
+PAIRS = (  # arms that are compared, where the study has them
     ("phased", "summed"),
     ("late", "summed"),
     ("concatenated", "summed"),
@@ -81,10 +84,10 @@ def candidates() -> list[Window]:
 
 
 def cut(images: Tensor, windows: list[Window]) -> Tensor:
-    """Windows of pictures at the pictures' own size, bicubic, black beyond their edge.
+    """Windows of pictures at the pictures' own size, bicubic, the edge repeated beyond it.
 
     Args:
-        images: (N, C, S, S) float, 0 is black.
+        images: (N, C, S, S) float.
         windows: W of (top, left, side), in units of `STORED` to a side.
 
     Returns:
@@ -96,7 +99,7 @@ def cut(images: Tensor, windows: list[Window]) -> Tensor:
     y, x = (2 * (corners[:, k, None] + corners[:, 2, None] * middles) - 1 for k in (0, 1))
     grid = torch.stack((x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)), -1)
     grid = grid.reshape(1, -1, size, 2).expand(count, -1, -1, -1)
-    found = F.grid_sample(images, grid, "bicubic", "zeros", align_corners=False)
+    found = F.grid_sample(images, grid, "bicubic", "border", align_corners=False)
     return found.view(count, channels, len(windows), size, size).transpose(1, 2)
 
 
@@ -212,24 +215,25 @@ def drawn(
     return pictures
 
 
-def real(autoencoder: Autoencoder, shards: str, asked: list[Window], side: int) -> np.ndarray:
-    """Real pictures cut as training does, through the autoencoder: (K, N, side, side, 1) uint8."""
-    samples = [sample for _, sample in zip(range(PICTURES), _samples(shards), strict=False)]
-    decoder, found = Decoder(side, 1), []
+def real(
+    autoencoder: Autoencoder, shards: str, asked: list[Window]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `PICTURES` stored pictures, cut as training does, through the autoencoder.
+
+    Returns:
+        Labels (N,), and pictures (K, N, SIDE, SIDE, 1) uint8, of each of `asked`.
+    """
+    data = ShardSet(shards)
+    samples = [data[i] for i in range(min(PICTURES, len(data)))]
+    decoder, found = Decoder(SIDE, 1), []
     for top, left, size in asked:
         rows = [np.full(len(samples), n, np.int64) for n in (top, left, size, size, 0, STORED)]
-        flip = rows[4].astype(bool)
-        cuts = Geometry(*rows[:4], flip, rows[5], rows[5])
+        cuts = Geometry(*rows[:4], rows[4].astype(bool), rows[5], rows[5])
         with torch.no_grad():
-            mean, _ = autoencoder.encode(to_signed(decoder.decode(samples, cuts)[0]))
-            found.append(to_uint8(autoencoder.decode(mean)))
+            posterior, _ = autoencoder.encode(to_signed(decoder.decode(samples, cuts)[0]))
+            found.append(to_uint8(autoencoder.decode(posterior)))
     decoder.close()
-    return np.stack(found)
-
-
-def _samples(shards: str) -> Iterator:
-    data = ShardSet(shards)
-    return (data[i] for i in range(len(data)))
+    return np.array([sample.label for sample in samples]), np.stack(found)
 
 
 def mean(values: np.ndarray) -> Interval:
@@ -260,18 +264,22 @@ def measured(
 
 
 def references(
-    autoencoder: Autoencoder, shards: str, side: int, judge: Labels, distance: LPIPS
-) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
-    """What real digits get, cut themselves or another of their class instead; the pictures."""
-    pictures = real(autoencoder, shards, [WHOLE, *CUTS], side)
-    labels = np.array([s.label for _, s in zip(range(PICTURES), _samples(shards), strict=False)])
-    following = np.empty_like(labels)
+    autoencoder: Autoencoder, shards: str, judge: Labels, distance: LPIPS
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What real digits get, by name: cut themselves, or another of their class instead.
+
+    And of the first ones, the pictures that the figure shows.
+    """
+    labels, pictures = real(autoencoder, shards, [WHOLE, *CUTS])
+    following = np.arange(len(labels))
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         following[rows] = np.roll(rows, -1)
     another = np.concatenate([pictures[:1], pictures[1:, following]])
     found = {"real digit": pictures, "another real digit": another}
-    return {n: measured(p, labels, judge, distance) for n, p in found.items()}, pictures
+    shown = pictures[:, [int(np.argmax(labels == label)) for label in SHOWN]]
+    values = {name: measured(some, labels, judge, distance) for name, some in found.items()}
+    return values, {"real digit": shown}
 
 
 def figure(
@@ -329,23 +337,22 @@ def main() -> None:
     distance = LPIPS.from_file(LPIPS_WEIGHTS)
     autoencoder, _ = open_autoencoder(result["runs"]["autoencoder"])
 
-    found, real_pictures = references(autoencoder, "data/digits/test", 16, judge, distance)
+    found, shown = references(autoencoder, TEST, judge, distance)
     values = {name: {m: v[None] for m, v in by.items()} for name, by in found.items()}
-    shown = {"real digit": real_pictures[:, 2:4]}
     labels = balanced_labels(np.arange(PICTURES), 10)
     for arm in arms:
         seeds = []
         for run in runs[arm]:
             pictures = drawn(open_generator(run), [WHOLE, *CUTS], folder=run / "samples")
             seeds.append(measured(pictures, labels, judge, distance))
-            shown.setdefault(arm, pictures[:, 2:4])
+            shown.setdefault(arm, pictures[:, list(SHOWN)])
             print(arm, run.name, {m: round(float(v.mean()), 3) for m, v in seeds[-1].items()})
         values[arm] = {m: np.stack([one[m] for one in seeds]) for m in seeds[0]}
 
     row = {
         "study": STUDY,
         "fingerprint": fingerprint(study),
-        "seeds": len(runs[arms[0]]),
+        "seeds": {arm: len(runs[arm]) for arm in arms},
         "pictures": PICTURES,
         "cuts": CUTS,
         "lpips": {"network": distance.network, "sha256": distance.weights_sha256, "side": SEEN_AT},
@@ -354,10 +361,9 @@ def main() -> None:
             arm: {m: np.round(by[m].mean(1), 4).tolist() for m in by} for arm, by in values.items()
         },
         "differences": {
-            f"{a} - {b}": {
-                m: rounded(paired_interval(values[a][m], values[b][m])) for m in values[a]
-            }
+            f"{a} - {b}": {m: rounded(mean(values[a][m] - values[b][m])) for m in values[a]}
             for a, b in PAIRS
+            if a in values and b in values
         },
     } | machine()
     append("control_moves", [row])

