@@ -1,8 +1,9 @@
 """How far a picture moves when only its control is changed: `python -m benchmarks.control_moves`.
 
-Runs the study `studies/control_digits` (finished jobs are kept), draws the same pictures (noise and
-label) of every run under the control of a whole picture and under those of five cuts, appends one
-row to results/control_moves.jsonl and writes docs/control-moves.png.
+Runs the study `studies/control_digits`, or another one of its form that is named behind the
+command (finished jobs are kept), draws the same pictures (noise and label) of every run under the
+control of a whole picture and under those of five cuts, appends one row to
+results/control_moves.jsonl and writes docs/control-moves.png.
 
 The content has moved where no cut explains the difference. With b a picture drawn as whole, m the
 same one drawn under an asked cut, and C_w b the window w of b brought to the full size,
@@ -24,6 +25,7 @@ Intervals cover repeated draws of pictures and of training seeds.
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +51,7 @@ from .results import append, machine
 STUDY = "studies/control_digits"
 LPIPS_WEIGHTS = Path("data/lpips/alexnet.safetensors")
 PICTURES, SEED = 64, 1  # of each run; the seed of the pictures' noise
+FIGURE = ROOT / "docs" / "control-moves.png"
 TEST = "data/digits/test"  # real pictures that no model was trained on
 SIDE = 16  # of the pictures that are drawn, in pixels
 STORED = 8  # side of a stored digit, in pixels: the unit of every window here
@@ -323,8 +326,28 @@ def figure(
     drawing.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main() -> None:
-    study = load_recipe(STUDY)
+def table(row: dict) -> list[str]:
+    """The row's arms and differences as Markdown: each value with its interval."""
+    measures = {
+        "place": "place obeyed",
+        "side": "size obeyed",
+        "change": "change",
+        "as_asked": "as asked",
+        "content": "content",
+        "same_label": "same label",
+        "asked_label": "asked label",
+        "whole_label": "asked label, whole",
+    }
+    lines = ["| | " + " | ".join(measures.values()) + " |", "|" + "---|" * (len(measures) + 1)]
+    for name, by in (row["arms"] | row["differences"]).items():
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*by[m]) for m in measures]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    named = arguments[0] if arguments else STUDY
+    study = load_recipe(named)
     _, result = run_recipe(study)
     if "stopped" in result:
         return
@@ -350,7 +373,7 @@ def main() -> None:
         values[arm] = {m: np.stack([one[m] for one in seeds]) for m in seeds[0]}
 
     row = {
-        "study": STUDY,
+        "study": named,
         "fingerprint": fingerprint(study),
         "seeds": {arm: len(runs[arm]) for arm in arms},
         "pictures": PICTURES,
@@ -367,9 +390,9 @@ def main() -> None:
         },
     } | machine()
     append("control_moves", [row])
-    figure(shown, values, ROOT / "docs" / "control-moves.png")
-    print(json.dumps(row, indent=1))
+    figure(shown, values, FIGURE)
+    print("\n".join(table(row)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
