@@ -29,9 +29,9 @@ def blobs(window: tuple[float, float, float], count: int = 6, seed: int = 0) -> 
     y, x = (top + middles)[:, None], (left + middles)[None, :]
     pictures = np.zeros((count, SIDE, SIDE))
     for picture in pictures:
-        for cy, cx in random.uniform(1.5, STORED - 1.5, (4, 2)):
-            picture += 0.8 * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 2.0)
-    return torch.from_numpy(pictures.clip(0, 1)).float()[:, None]
+        for cy, cx in random.uniform(2.5, STORED - 2.5, (3, 2)):
+            picture += np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 1.2)
+    return torch.from_numpy(np.tanh(pictures)).float()[:, None]
 
 
 def as_bytes(images: Tensor) -> np.ndarray:
