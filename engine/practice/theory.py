@@ -146,10 +146,8 @@ class Cosines:
 
     def __post_init__(self) -> None:
         a, b, c = self.pruner_generator, self.pruner_truth, self.generator_truth
-        if (
-            max(abs(a), abs(b), abs(c)) > 1.0
-            or 1.0 + 2.0 * a * b * c - a * a - b * b - c * c < -1e-9
-        ):
+        volume = 1.0 + 2.0 * a * b * c - a * a - b * b - c * c  # squared, of the three vectors
+        if max(abs(a), abs(b), abs(c)) > 1.0 or volume < -1e-9:
             raise ValueError(f"no three vectors have the cosines {a}, {b} and {c}")
 
     @classmethod

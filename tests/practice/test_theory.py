@@ -1,4 +1,4 @@
-"""The theory of pruned data: published limits, quadrature, and classifiers that are really fitted."""
+"""The theory of pruned data against printed limits, quadrature and classifiers really fitted."""
 
 import numpy as np
 import pytest
