@@ -5,7 +5,11 @@ import pytest
 from scipy import integrate, stats
 from scipy.special import expit
 
-from etude.practice import theory
+from etude.core.files import read_json, write_json_atomic
+from etude.core.log import Log
+from etude.core.recipe import load_recipe
+from etude.jobs import run_recipe
+from etude.practice import theory, theory_report
 from etude.practice.theory import Cosines, Moments, Rule, best_ridge, grow, simulate
 
 HARD, EASY, SOFT = Rule("hard", 0.3), Rule("easy", 0.4), Rule("soft", sharpness=1.5)
@@ -155,3 +159,19 @@ def test_practice_on_what_the_newest_classifier_finds_hard() -> None:
     assert final["static"][0] == final["frozen"][0] == final["adaptive"][0]
     assert final["adaptive"][-1] < 0.025 < 0.05 < final["static"][-1] < 0.06 < final["frozen"][-1]
     assert final["frozen"][2] < final["static"][2]
+
+
+def test_the_recipe_draws_its_figures_and_goes_on_where_it_was(tmp_path) -> None:
+    fields = ["check.dimensions=40", "check.least=8", "check.most=8", "toy.seeds=2"]
+    fields += ["check.phi=[0.3]", "check.keep=[0.5]", "toy.margins=[0.3]", "map_points=9"]
+    recipe = load_recipe("practice/theory", fields)
+    folder, result = run_recipe(recipe, root=tmp_path, quiet=True)
+    assert result["settings"] == 12 and 1e-4 < result["p"] and result["largest_z"] < 6.0
+    rows = read_json(folder / "check.json")
+    page = (folder / "page.html").read_text()
+    assert "12 settings" in page and page.count("<svg") == 4
+    write_json_atomic(folder / "check.json", rows[:5])
+    again = theory_report.check(recipe.check, recipe.seed, folder / "check.json", Log(None))
+    assert again["rows"] == rows
+    signs = np.sign(read_json(folder / "figures.json")["map"]["easy_less_hard"])
+    assert signs[0, -1] < 0 < signs[-1, 0]  # a poor generator and little data; a good one, plenty
