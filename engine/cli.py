@@ -201,6 +201,9 @@ def sample(
     label: Annotated[list[int] | None, typer.Option(help="Class to draw; repeatable.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to draw; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of texts, one on each line.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="Control value, NAME=NUMBER; repeatable.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Sampler steps; 0 takes the recipe's.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale [default: the recipe's].")
@@ -226,6 +229,7 @@ def sample(
     changes |= {"guidance_scale": guidance} if guidance is not None else {}
     settings = generator.sampler.model_dump() | changes
     generator.sampler = type(generator.sampler).model_validate(settings)
+    generator.control = dict(map(_control_value, control or []))
     labels, texts = label or [], prompt or []
     texts = [*texts, *read_prompts(prompts)] if prompts else texts
     protocol = sampling_protocol(generator, count, seed, labels, texts)
@@ -235,6 +239,15 @@ def sample(
         log.on_advance = stopper.check
         sample_to_shards(generator, folder, count, seed=seed, log=log, labels=labels, prompts=texts)
     say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
+
+
+def _control_value(text: str) -> tuple[str, float]:
+    """NAME=NUMBER as a pair."""
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise UserError(f"--control {text} is not NAME=NUMBER, such as crop_top=4") from None
 
 
 @app.command()

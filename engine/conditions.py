@@ -2,11 +2,12 @@
 
 Called by training (a batch's labels, texts and control values, some dropped by chance) and by
 sampling (labels or texts that are asked for, control values as stated). A control value is that of
-the augmentation which really happened to the picture, also where latents were cached.
+the augmentation which really happened to the picture, also where latents were cached, or a number
+that is stored with every picture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ class Conditions:
         image_size: side of the training pictures, in pixels.
         device: where the tensors go.
         features: from texts to their features, for a model that is asked by text.
+        scalars: numbers that are stored with every training picture (`ShardSet.scalars`) and their
+            means, which are asked for where nobody states a value.
     """
 
     config: ConditioningConfig
@@ -47,14 +50,18 @@ class Conditions:
     image_size: int
     device: torch.device
     features: Features | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = [*GEOMETRY, *DERIVED]
+        known = [*GEOMETRY, *DERIVED, *self.scalars]
         for control in self.config.control:
             if control.name not in known:
                 near = nearest(control.name, known)
                 hint = f"did you mean {near}?" if near else f"give one of {', '.join(known)}"
-                raise UserError(f"no picture has a control value {control.name!r}; {hint}")
+                raise UserError(
+                    f"not every picture has a control value {control.name!r}: {hint}, or store a"
+                    " number of that name in every sample's .json"
+                )
         if self.config.semantic == "text" and self.features is None:
             raise UserError("a model asked by text needs a text encoder: set text.encoders")
 
@@ -102,7 +109,7 @@ class Conditions:
         """What somebody wants drawn: labels (n,) or n texts, and control values.
 
         A control value that is not stated is that of a whole, upright picture of the training size;
-        an aspect follows from the height and width.
+        an aspect follows from the height and width, and a scalar is the training pictures' mean.
         """
         count = len(labels)
         if self.config.semantic == "class":
@@ -110,7 +117,7 @@ class Conditions:
         else:
             found = self._text(captions)
         side, stated = float(self.image_size), dict(control or {})
-        plain = dict.fromkeys(GEOMETRY, 0.0)
+        plain = dict(self.scalars) | dict.fromkeys(GEOMETRY, 0.0)
         plain |= dict.fromkeys(("crop_height", "crop_width", "height", "width"), side)
         for name in stated:
             if name not in [c.name for c in self.config.control]:

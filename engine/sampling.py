@@ -274,6 +274,7 @@ def open_generator(
             recipe.data.augment.image_size,
             device,
             features,
+            extra.get("scalars", {}),
         ),
         objective=Objective(recipe.objective),
         sampler=sampler or recipe.sampler,

@@ -20,7 +20,7 @@ from etude.core.log import Log
 from etude.core.recipe import load_recipe
 from etude.core.signals import EXIT_REQUEUE, StopRequested
 from etude.data.decode_torch import decode_picture
-from etude.data.shards import ShardSet
+from etude.data.shards import ShardSet, write_shards
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
 from etude.jobs import run_recipe
@@ -210,6 +210,43 @@ def test_an_aspect_follows_from_the_sizes_asked_for() -> None:
     ):
         condition = conditions.asked(np.zeros(1, np.int64), control=stated)
         assert condition["control"].tolist() == [expected]
+
+
+def test_a_stored_number_that_nobody_states_is_the_mean_of_training() -> None:
+    config = ConditioningConfig(control=[ControlConfig(name=name) for name in ("score", "flip")])
+    with pytest.raises(UserError, match="not every picture has a control value 'score'"):
+        Conditions(config, 3, 8, torch.device("cpu"))
+    conditions = Conditions(config, 3, 8, torch.device("cpu"), scalars={"score": 5.25})
+    for stated, expected in (({}, [5.25, 0]), ({"score": 2, "flip": 1}, [2, 1])):
+        condition = conditions.asked(np.zeros(1, np.int64), control=stated)
+        assert condition["control"].tolist() == [expected]
+
+
+def test_a_model_is_asked_by_a_number_stored_with_its_pictures(tiny, tmp_path) -> None:
+    train = ShardSet(tiny.folder / "train")
+    samples = [train[index] for index in range(32)]
+    members = [
+        {"key": s.key, "image": bytes(s.data), "extension": "png", "label": s.label}
+        for s in samples
+    ]
+    ink = [float(np.asarray(decode_picture(s.data, channels=1)).mean()) for s in samples]
+    rich = [member | {"meta": {"ink": value}} for member, value in zip(members, ink, strict=True)]
+    for name, chosen in (("rich", rich), ("poor", members)):
+        write_shards(tmp_path / name, chosen, classes=train.classes)
+    overrides = [f"data.shards={tmp_path / 'rich'}", "loop.images=64", "optim.lr=1e-2"]
+    overrides += ["model.conditioning.control=[{name: ink, exponent: 0}]"]
+    overrides += ["model.conditioning.control_zero=false"]
+    with pytest.raises(UserError, match="poor has the number 'ink' in its .json"):
+        recipe = load_recipe(tiny.ldm, [*overrides, f"held_out={tmp_path / 'poor'}"])
+        run_recipe(recipe, root=tmp_path / "runs", quiet=True)
+    recipe = load_recipe(tiny.ldm, [*overrides, f"held_out={tmp_path / 'rich'}"])
+    generator = open_generator(run_recipe(recipe, root=tmp_path / "runs", quiet=True)[0])
+    assert generator.conditions.scalars == pytest.approx({"ink": np.mean(ink)})
+    drawn = []
+    for control in ({}, generator.conditions.scalars, {"ink": 1.0}):
+        generator.control = dict(control)
+        drawn.append(generator.draw(np.arange(2), np.arange(2), seed=0)[0])
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
 def test_control_values_have_a_guidance_scale_of_their_own(tiny) -> None:

@@ -322,7 +322,7 @@ def test_classes_without_names_are_new_or_taken_by_number() -> None:
     assert torch.equal(target.state_dict()[name], source.state_dict()[name])
 
 
-@pytest.mark.parametrize("family", ["pixart", "mmdit", "unet"])
+@pytest.mark.parametrize("family", ["dit", "pixart", "mmdit", "unet"])
 def test_from_classes_to_texts_the_embedders_are_new(family: str) -> None:
     text = ConditioningConfig(
         semantic="text",
@@ -332,6 +332,7 @@ def test_from_classes_to_texts_the_embedders_are_new(family: str) -> None:
     )
     source, target = filled(config(family)), build_denoiser(config(family, conditioning=text))
     roots = {"pixart": {"y_embedder"}, "unet": {"text_tokens"}}
+    roots["dit"] = {"text_tokens", "context_embedder"}
     expected = roots.get(family, {"text_tokens", "context_embedder", "y_embedder"})
     report = moved(source, target, allow_new=sorted(expected))
     assert {name.split(".")[0] for name in report.names("new")} == expected

@@ -2,13 +2,15 @@
 
 Beside the tars stand `index.json` (names, sizes, hashes) and one `<shard>.offsets.npy` per tar. A
 sample is the run of neighbouring members that share a name up to its first dot, as in WebDataset:
-one picture, an optional `.cls` (an integer), `.txt` (a caption) and `.json` (`label`, `caption`).
-The files are written atomically and depend on the tars alone, so ranks may build them at once.
+one picture, an optional `.cls` (an integer), `.txt` (a caption) and `.json` (`label`, `caption`,
+and numbers by name, such as an aesthetic score, which a model can be asked by). The files are
+written atomically and depend on the tars alone, so ranks may build them at once.
 """
 
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 import zlib
@@ -26,6 +28,8 @@ PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff",
 NAME = "index.json"
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _BLOCK = 512
+_LARGEST = float(np.finfo(np.float32).max)
+SCALAR = "scalar:"  # a column of numbers from the samples' .json
 _NO_TEXT, _PLAIN_TEXT, _JSON_TEXT = 0, 1, 2
 
 
@@ -53,11 +57,13 @@ class Index(Config):
     captioned: bool
     shard_in_key: bool  # keys repeat across shards, so a sample's key is shard/key
     shards: list[ShardEntry]
+    scalars: list[str] = []  # the numbers that every sample's .json holds
     digest: str = ""
 
     def computed_digest(self) -> str:
-        """sha256 over all fields but `digest`."""
-        text = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
+        """sha256 over all fields but `digest`; without scalars as if there were no such field."""
+        left_out = {"digest"} if self.scalars else {"digest", "scalars"}
+        text = json.dumps(self.model_dump(exclude=left_out), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def content(self) -> str:
@@ -129,6 +135,7 @@ def build_index(folder: Path, index_folder: Path) -> Index:
     for path, table in zip(paths, tables, strict=True):
         _check_labels(path, table, classes)
     keys = [key for table in tables for key in table["key"].tolist()]
+    scalars = set.intersection(*(set(_scalars(table)) for table in tables))
     entries = []
     try:
         index_folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +158,7 @@ def build_index(folder: Path, index_folder: Path) -> Index:
             captioned=fields[1],
             shard_in_key=len(set(keys)) != len(keys),
             shards=entries,
+            scalars=sorted(scalars),
         )
         index = index.model_copy(update={"digest": index.computed_digest()})
         write_bytes_atomic(index_folder / NAME, index.model_dump_json(indent=1).encode())
@@ -212,7 +220,8 @@ def scan_shard(path: Path) -> np.ndarray:
 
     Columns: key, extension (bytes), image_offset, image_size, text_offset, text_size (bytes from
     the start of the file), text (0 none, 1 plain, 2 JSON), label (-1 none), crc (CRC-32 of the
-    picture followed by the text).
+    picture followed by the text), and a float64 column "scalar:NAME" for each number that the
+    .json of every sample holds under an ASCII NAME.
 
     Raises:
         UserError: naming the shard and member of whatever is wrong with the archive.
@@ -278,7 +287,7 @@ def _samples(path: Path, members: list[tuple[str, int, int]]) -> dict[str, dict]
 
 
 def _table(path: Path, file, samples: dict[str, dict]) -> np.ndarray:
-    rows = []
+    rows, scalars = [], []
     for key, fields in samples.items():
         pictures = sorted(PICTURES & fields.keys())
         if len(pictures) != 1:
@@ -287,7 +296,7 @@ def _table(path: Path, file, samples: dict[str, dict]) -> np.ndarray:
         row = {"key": key.encode(), "extension": pictures[0].encode(), "label": -1}
         row["image_offset"], row["image_size"] = fields[pictures[0]]
         row |= {"text_offset": 0, "text_size": 0, "text": _NO_TEXT}
-        _read_json(path, key, file, fields, row)
+        scalars.append(_read_json(path, key, file, fields, row))
         if "txt" in fields:
             row["text_offset"], row["text_size"] = fields["txt"]
             row["text"] = _PLAIN_TEXT
@@ -303,8 +312,18 @@ def _table(path: Path, file, samples: dict[str, dict]) -> np.ndarray:
     numbers = ["image_offset", "image_size", "text_offset", "text_size", "label"]
     kinds = [(name, f"S{length}") for name, length in longest.items()]
     kinds += [(name, "<i8") for name in numbers] + [("text", "<u4"), ("crc", "<u4")]
+    for name in sorted(set.intersection(*(set(found) for found in scalars))):
+        kinds.append((SCALAR + name, "<f8"))
+        for row, found in zip(rows, scalars, strict=True):
+            row[SCALAR + name] = found[name]
     names = [name for name, _ in kinds]
     return np.array([tuple(row[name] for name in names) for row in rows], dtype=kinds)
+
+
+def _scalars(table: np.ndarray) -> list[str]:
+    """Names of a table's scalars."""
+    columns = table.dtype.names or ()
+    return [name.removeprefix(SCALAR) for name in columns if name.startswith(SCALAR)]
 
 
 def _read(file, place: tuple[int, int]) -> bytes:
@@ -312,9 +331,10 @@ def _read(file, place: tuple[int, int]) -> bytes:
     return file.read(place[1])
 
 
-def _read_json(path: Path, key: str, file, fields: dict, row: dict) -> None:
+def _read_json(path: Path, key: str, file, fields: dict, row: dict) -> dict[str, float]:
+    """Fills label and caption of a row; the numbers that its .json holds by name."""
     if "json" not in fields:
-        return
+        return {}
     where = f"{path}: member {key}.json"
     try:
         content = json.loads(_read(file, fields["json"]))
@@ -328,6 +348,13 @@ def _read_json(path: Path, key: str, file, fields: dict, row: dict) -> None:
         row["text_offset"], row["text_size"] = fields["json"]
         row["text"] = _JSON_TEXT
         caption_of(_read(file, fields["json"]), _JSON_TEXT, where)
+    return {name: float(value) for name, value in content.items() if _is_scalar(name, value)}
+
+
+def _is_scalar(name: str, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or name == "label":
+        return False
+    return name.isascii() and name.isprintable() and abs(value) < _LARGEST and math.isfinite(value)
 
 
 def _label(where: str, text: bytes) -> int:

@@ -1,8 +1,8 @@
 """The files of a latent cache; called by latents.py alone.
 
 One safetensors file per shard of pictures: mean and std (n, variants, c, h, w), the crop and flip
-of each variant (n, variants), labels and valid (n,), keys and captions in the header. `cache.json`
-is written last and lists them; `plan.json` stands in for it until then.
+of each variant (n, variants), labels, valid and scalars (n,), keys and captions in the header.
+`cache.json` is written last and lists them; `plan.json` stands in for it until then.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from etude.core.errors import UserError
 from etude.core.files import write_bytes_atomic
 
 from .augment import Geometry
-from .index import file_sha256
+from .index import SCALAR, file_sha256
 from .shards import ShardSet
 
 DONE, PLAN = "cache.json", "plan.json"
@@ -72,10 +72,13 @@ def write_shard(
 
     samples = [data.described(int(index)) for index in indices]
     labels = np.array([label for _, label, _ in samples], dtype=np.int64)
+    scalars = {
+        SCALAR + name: data.scalar(name)[indices].astype(np.float32) for name in data.scalars
+    }
     words = {"keys": [k for k, _, _ in samples], "captions": [c for _, _, c in samples]}
     # One entry, because safetensors writes several in no fixed order: equal caches, equal bytes.
     metadata = {"etude": json.dumps({"key": key} | words)}
-    write_bytes_atomic(path, save(tensors | {"labels": labels}, metadata))
+    write_bytes_atomic(path, save(tensors | {"labels": labels} | scalars, metadata))
 
 
 def publish(folder: Path, plan: dict[str, Any], data: ShardSet) -> None:
@@ -104,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_shard(
-    folder: Path, entry: dict[str, Any], key: str, verify: bool
+    folder: Path, entry: dict[str, Any], plan: dict[str, Any], verify: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Memory-mapped arrays by name, and the keys and captions, of one shard's file."""
     path = folder / entry["name"]
@@ -113,13 +116,14 @@ def open_shard(
     if verify and file_sha256(path) != entry["sha256"]:
         raise UserError(f"{path} is damaged (sha256); {_AGAIN}")
     header, metadata, start = _header(path)
-    if metadata.get("key") != key:
+    if metadata.get("key") != plan["key"]:
         raise UserError(f"{path} is damaged or belongs to other latents; {_AGAIN}")
     try:
         arrays = {name: _map(path, info, start) for name, info in header.items()}
         words = {name: metadata[name] for name in ("keys", "captions")}
         lengths = {len(values) for values in (*arrays.values(), *words.values())}
-        complete = {"mean", "std", "valid", "labels", *GEOMETRY} <= arrays.keys()
+        scalars = {SCALAR + name for name in plan.get("scalars", [])}
+        complete = {"mean", "std", "valid", "labels", *GEOMETRY, *scalars} <= arrays.keys()
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError):
         lengths, complete = set(), False
     if not complete or lengths != {entry["count"]}:

@@ -23,6 +23,7 @@ from etude.core.rng import Stream, integers, normal
 from . import latent_cache
 from .augment import Geometry, geometry
 from .decode_torch import to_signed
+from .index import SCALAR
 from .latent_cache import GEOMETRY
 from .loader import Batch, DataConfig, Loader, Source, substitute
 from .order import Order
@@ -61,6 +62,8 @@ def latents_plan(
         raise UserError(f"latents are stored as float32 or float16, not {dtype}")
     if variants < 1:
         raise UserError(f"latents need at least one variant per picture, not {variants}")
+    # A cache without scalars keeps the key that it had before there were any.
+    scalars = {"scalars": list(data.scalars)} if data.scalars else {}
     return latent_cache.keyed(
         {
             "autoencoder": key,
@@ -72,6 +75,7 @@ def latents_plan(
             "data": data.fingerprint,
             "seed": seed,
         }
+        | scalars
     )
 
 
@@ -277,8 +281,7 @@ class LatentLoader(Source):
         if plan is not None:
             latent_cache.compare(folder, self.plan, plan)
         shards = [
-            latent_cache.open_shard(folder, entry, self.plan["key"], verify)
-            for entry in content["shards"]
+            latent_cache.open_shard(folder, entry, self.plan, verify) for entry in content["shards"]
         ]
         self._arrays = [arrays for arrays, _ in shards]
         self.keys = [key for _, words in shards for key in words["keys"]]
@@ -324,9 +327,16 @@ class LatentLoader(Source):
             images=None,
             latents=(latents - self.plan["shift_factor"]) * self.plan["scaling_factor"],
             labels=torch.from_numpy(self._gather("labels", indices)),
-            control=Geometry(**{name: rows[name] for name in GEOMETRY}).control(),
+            control=self._scalars(indices)
+            | Geometry(**{name: rows[name] for name in GEOMETRY}).control(),
             captions=[self._captions[index] for index in indices],
         )
+
+    def _scalars(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.from_numpy(self._gather(SCALAR + name, indices))
+            for name in self.plan.get("scalars", [])
+        }
 
     def _stand_in(self, position: int) -> int:
         attempt = 0

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -85,7 +85,8 @@ class Batch:
         latents: (B, c, h, w) float32 scaled latents, or None for pictures.
         labels: (B,) int64, -1 without labels.
         control: (B,) float32 by name: crop_top, crop_left, crop_height, crop_width, height, width
-            in pixels, flip 0 or 1; what really happened to each picture.
+            in pixels, flip 0 or 1, which is what really happened to each picture, and the
+            scalars of its `.json`.
         captions: B texts, "" without captions.
         wait_seconds: how long the training loop waited for this batch.
     """
@@ -176,6 +177,11 @@ class Source:
         finally:
             stop.set()
             thread.join(timeout=60)
+
+
+def _scalars(rows: list[Mapping[str, float]]) -> dict[str, torch.Tensor]:
+    """(B,) float32 by name."""
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
 def substitute(seed: int, position: int, attempt: int, size: int) -> int:
@@ -338,7 +344,7 @@ class Loader(Source):
             images=to_signed(images.to(self.device, non_blocking=True)),
             latents=None,
             labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-            control=cut.control(),
+            control=_scalars([sample.scalars for sample in samples]) | cut.control(),
             captions=[sample.caption for sample in samples],
         )
 

@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from etude.core.errors import UserError
 
 from .files import new_folder
-from .index import NAME, Index, build_index, caption_of, file_sha256, read_index
+from .index import NAME, SCALAR, Index, build_index, caption_of, file_sha256, read_index
 from .picture import BadPicture
 
 _OPEN_SHARDS = 256  # well below the usual limit of 1,024 open files
@@ -37,6 +37,7 @@ class Sample:
         label: class number, -1 when the folder has no labels.
         caption: "" when the folder has no captions.
         shard: file name of the tar.
+        scalars: the numbers in its `.json` that every sample of the folder has.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Sample:
     label: int
     caption: str
     shard: str
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
 
 def write_shards(
@@ -58,7 +60,8 @@ def write_shards(
 
     Args:
         samples: mappings with `key` (str), `image` (encoded bytes), `extension` ("png", "jpg"),
-            and optionally `label` (int), `caption` (str) and `meta` (a dict stored as `.json`).
+            and optionally `label` (int), `caption` (str) and `meta` (a dict stored as `.json`;
+            the numbers in it are what `ShardSet.scalars` names).
         per_shard: samples per tar. Equal samples give equal bytes.
         classes: class names; label i is classes[i].
 
@@ -114,6 +117,7 @@ class ShardSet:
         classes: class names, empty when `classes.txt` is absent.
         fingerprint: sha256 of the stored content (shard hashes and classes).
         labelled, captioned: whether every sample has a label, a caption.
+        scalars: names of the numbers that every sample's `.json` holds.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class ShardSet:
             self._verify()
         self.classes = list(self._index.classes)
         self.labelled, self.captioned = self._index.labelled, self._index.captioned
+        self.scalars = tuple(self._index.scalars)
         self.fingerprint = self._index.content()
         self.shard_sizes = tuple(shard.count for shard in self._index.shards)
         self._ends = np.cumsum(self.shard_sizes)
@@ -172,7 +177,8 @@ class ShardSet:
             raise BadPicture(f"{key} in {name}: the bytes are not those that were indexed")
         caption = caption_of(text, int(row["text"]), f"{name}: {key}") if row["text"] else ""
         extension = row["extension"].decode()
-        return Sample(key, data, extension, int(row["label"]), caption, name)
+        scalars = {name: float(row[SCALAR + name]) for name in self.scalars}
+        return Sample(key, data, extension, int(row["label"]), caption, name, scalars)
 
     def shard_of(self, index: int) -> tuple[str, int]:
         """(file name of the tar, number of the sample inside it)."""
@@ -198,8 +204,15 @@ class ShardSet:
     @property
     def labels(self) -> np.ndarray:
         """All labels in stored order, (len,) int64, without reading any picture."""
-        tables = [self._open(shard)[1]["label"] for shard in range(len(self.shard_sizes))]
-        return np.concatenate(tables).astype(np.int64)
+        return self._column("label").astype(np.int64)
+
+    def scalar(self, name: str) -> np.ndarray:
+        """One of `scalars` of all samples in stored order, (len,) float64."""
+        return self._column(SCALAR + name)
+
+    def _column(self, name: str) -> np.ndarray:
+        tables = [self._open(shard)[1][name] for shard in range(len(self.shard_sizes))]
+        return np.concatenate(tables)
 
     def _key(self, shard: int, key: bytes) -> str:
         text = key.decode()

@@ -86,12 +86,14 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
             self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, lengths: Tensor | None = None) -> Tensor:
+        """`lengths` (B,) int32: tokens at or beyond it are attended to by nobody."""
         norm = None
         if hasattr(self, "q_norm"):
             norm = QKNorm("rmsnorm", self.q_norm.weight, self.k_norm.weight)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(attention_packed(qkv, qk_norm=norm, rope=rope).flatten(2))
+        out = attention_packed(qkv, key_lengths=lengths, qk_norm=norm, rope=rope)
+        return self.proj(out.flatten(2))
 
 
 class Mlp(nn.Module):

@@ -33,7 +33,9 @@ FREQUENCIES = 256  # channels of a scalar's sines and cosines
 class ControlConfig(Config):
     """One control value of a picture."""
 
-    name: str = option(..., "crop_top, crop_left, height, width, aspect, flip, ...")
+    name: str = option(
+        ..., "crop_top, height, aspect, flip, ..., or a number that every sample's .json holds"
+    )
     exponent: float = option(
         1.0, "power of the cosine that phases it in; larger is later, 0 is always", ge=0
     )

@@ -14,6 +14,10 @@ SiT (Ma et al. 2024) is the same network under a flow objective. Options make th
 al. 2025) and two other starts of the modulation (arXiv 2608.09438): `gaussian` draws its weights
 with a spread of about 1e-3 instead of zero, `bottleneck` puts a narrow layer before it.
 
+With `semantic_path: attention`, or asked by text, the content leaves c: its tokens stand behind the
+picture's, pass all blocks and are left out at the end (section 3.2's in-context conditioning, with
+the time still in c). They have no position of their own.
+
 The residual stream is fused: a block hands on its last branch not yet added, and the next block
 adds it in the same pass that normalises (`gate_residual_adaln`).
 """
@@ -42,7 +46,7 @@ from .blocks import (
     seeded,
     unpatchify,
 )
-from .conditioning import ControlEmbedder, labels_of
+from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of
 from .denoiser import Condition, TransformerConfig
 
 SIZES = {  # depth, hidden size, heads
@@ -113,9 +117,27 @@ class DiTConfig(TransformerConfig):
                 f" modulation_bottleneck={self.modulation_bottleneck}"
             )
         asked = self.conditioning
-        if asked.semantic == "text" or asked.semantic_path == "attention":
-            raise ValueError("family dit takes a class through adaLN: set family: pixart or mmdit")
+        if asked.semantic == "text" and asked.semantic_path == "adaln":
+            raise ValueError("semantic_path: adaln has no place for a text: leave it out")
+        if asked.pooled_width:
+            raise ValueError(
+                "family dit has no place for a pooled text: leave out pooled_width, or set family:"
+                " mmdit"
+            )
+        if asked.class_tokens > 1 and not self.context_tokens:
+            raise ValueError(
+                f"class_tokens={asked.class_tokens} has no effect where a dit's class enters adaLN:"
+                " leave it out, or set semantic_path: attention"
+            )
         return self
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the content that stand behind the picture's; 0 where it enters adaLN."""
+        asked = self.conditioning
+        if asked.semantic == "text":
+            return asked.text_tokens
+        return asked.class_tokens if asked.semantic_path == "attention" else 0
 
     @property
     def coordinates(self) -> Tensor:
@@ -142,12 +164,15 @@ class DiTBlock(nn.Module):
         gate: Tensor | None,
         c: Tensor,
         rope: Rope | None = None,
+        lengths: Tensor | None = None,
     ) -> Stream:
         D = x.shape[-1]
         # Six vectors: shift_1, scale_1, the neighbours gate_1, shift_2, scale_2, and gate_2.
         vectors = self.adaLN_modulation(c).split((D, D, 3 * D, D), 1)
         x, y = add_and_modulate(x, h, gate, vectors[0], vectors[1], self.norm)
-        x, y = gate_residual_adaln(x, self.attn(y, rope), modulation=vectors[2], norm=self.norm)
+        x, y = gate_residual_adaln(
+            x, self.attn(y, rope, lengths), modulation=vectors[2], norm=self.norm
+        )
         return x, self.mlp(y), vectors[3]
 
 
@@ -178,7 +203,13 @@ class DiT(nn.Module):
         with seeded(seed):
             self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, D)
             self.t_embedder = TimestepEmbedder(D)
-            self.y_embedder = LabelEmbedder(config.num_classes, D)
+            if config.conditioning.semantic == "text":
+                self.text_tokens = TextTokens(config.conditioning)
+                self.context_embedder = nn.Linear(config.conditioning.text_width, D)
+            elif config.context_tokens:
+                self.class_embedder = ClassTokens(config.num_classes, config.context_tokens, D)
+            else:
+                self.y_embedder = LabelEmbedder(config.num_classes, D)
             if config.conditioning.control:
                 self.control_embedder = ControlEmbedder(D, config.conditioning)
             if config.positions != "rope":
@@ -186,8 +217,9 @@ class DiT(nn.Module):
                 self.pos_embed = nn.Parameter(table, requires_grad=False)
             if config.positions != "table":
                 cos, sin = rotary_2d(D // config.num_heads, grid, config.coordinates)
-                self.register_buffer("rope_cos", cos, persistent=False)
-                self.register_buffer("rope_sin", sin, persistent=False)
+                still = cos.new_zeros(config.context_tokens, cos.shape[1])  # not turned at all
+                self.register_buffer("rope_cos", torch.cat((cos, still + 1)), persistent=False)
+                self.register_buffer("rope_sin", torch.cat((sin, still)), persistent=False)
             self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
             self.final_layer = FinalLayer(D, config.patch_size, config.out_channels, config.norm)
             self._initialise()
@@ -195,25 +227,39 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Raw prediction for noisy latents; arguments and result as in `denoiser.py`.
 
-        Reads `labels`, `drop_semantic`, and with control `control` and `drop_control`.
+        Read of the condition: labels or text, text_lengths and text_noise, control, and what is
+        dropped.
         """
         config = self.config
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         if config.positions != "rope":
             tokens = tokens + self.pos_embed
         rope = None if config.positions == "table" else (self.rope_cos, self.rope_sin)
-        c = self.t_embedder(t) + self.y_embedder(labels_of(condition, config.num_classes))
+        c, count, lengths = self.t_embedder(t), tokens.shape[1], None
+        if config.context_tokens:
+            context, lengths = self._context(condition, count)
+            tokens = torch.cat((tokens, context), dim=1)
+        else:
+            c = c + self.y_embedder(labels_of(condition, config.num_classes))
         if config.conditioning.control:
             c = c + self.control_embedder(t, condition["control"], condition.get("drop_control"))
         stream: Stream = (tokens, None, None)
         recompute = config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                stream = checkpoint(block, *stream, c, rope, use_reentrant=False)
+                stream = checkpoint(block, *stream, c, rope, lengths, use_reentrant=False)
             else:
-                stream = block(*stream, c, rope)
-        patches = self.final_layer(*stream, c)
+                stream = block(*stream, c, rope, lengths)
+        patches = self.final_layer(*stream, c)[:, :count]
         return unpatchify(patches, config.out_channels, config.patch_size)
+
+    def _context(self, condition: Condition, before: int) -> tuple[Tensor, Tensor | None]:
+        """The content's tokens (B, L, D), and how many of `before` and these exist, (B,) int32."""
+        if self.config.conditioning.semantic == "class":
+            return self.class_embedder(labels_of(condition, self.config.num_classes)), None
+        text, lengths = self.text_tokens(condition)
+        tokens = self.context_embedder(text.to(self.context_embedder.weight.dtype))
+        return tokens, None if lengths is None else (lengths + before).to(torch.int32)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -223,7 +269,9 @@ class DiT(nn.Module):
         projection = self.x_embedder.proj
         nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
         nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name in ("y_embedder", "class_embedder"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name).embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         zero = [block.adaLN_modulation[-1] for block in self.blocks]

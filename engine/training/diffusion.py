@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from etude.conditions import Conditions
+from etude.conditions import DERIVED, GEOMETRY, Conditions
 from etude.core import distributed, rng
 from etude.core.errors import UserError
 from etude.core.log import read_metrics
@@ -54,6 +54,7 @@ class DiffusionJob(Job):
             recipe.data.augment.image_size,
             world.device,
             self.features,
+            self._scalars(),
         )
         self.objective = Objective(recipe.objective)
         if self.autoencoder is not None and recipe.latents.variants:
@@ -123,6 +124,21 @@ class DiffusionJob(Job):
         count = features.complete(captions)
         log.info(f"features of {count:,} different captions from {features.folder}")
         return prompts, features
+
+    def _scalars(self) -> dict[str, float]:
+        """Mean over the training pictures of each stored number that is a control."""
+        asked = {control.name for control in self.recipe.model.conditioning.control}
+        known = sorted(asked & set(self.train_set.scalars) - {*GEOMETRY, *DERIVED})
+        lacking = next((name for name in known if name not in self.held_out_set.scalars), None)
+        if lacking is not None:
+            raise UserError(
+                f"not every picture of {self.recipe.held_out} has the number {lacking!r} in its"
+                " .json, as those of data.shards have: store it there too"
+            )
+        return {name: float(self.train_set.scalar(name).mean()) for name in known}
+
+    def extra(self) -> dict:
+        return super().extra() | {"scalars": dict(self.conditions.scalars)}
 
     def begin(self) -> None:
         """Take the weights that the recipe starts from, if any."""

@@ -30,7 +30,8 @@ def config(tmp_path: Path) -> DataConfig:
         for number in range(COUNT):
             pixels = np.random.default_rng(number).integers(0, 256, (14, 12, 3), dtype=np.uint8)
             image = b"" if number == BAD else encode_png(pixels)
-            yield {"key": f"{number:03d}", "image": image, "extension": "png", "label": number}
+            sample = {"key": f"{number:03d}", "image": image, "extension": "png", "label": number}
+            yield sample | {"meta": {"score": number / 7, "flip": 5}}
 
     write_shards(tmp_path / "set", samples(), per_shard=8)
     augment = AugmentConfig(image_size=8, crop="random", flip=True)
@@ -68,6 +69,7 @@ def test_a_latent_is_the_encoders_of_the_same_crop(config: DataConfig, tmp_path:
         expected = (mean + std * noise[row] - 0.25) * 0.5
         assert (batch.latents[row] - expected[0]).abs().max() < 1e-6
         assert batch.keys[row] == picture.keys[0] and batch.labels[row] == indices[row]
+        assert picture.control["score"][0] == np.float32(indices[row] / 7)
         for name, values in picture.control.items():
             assert batch.control[name][row] == values[0], name
     assert [key for key, _ in loader.bad] == [f"{BAD:03d}"]

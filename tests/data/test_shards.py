@@ -88,6 +88,25 @@ def test_plain_tars_are_indexed_and_fields_come_from_json(tmp_path: Path) -> Non
     assert bytes(sample.data) == b"one" and ShardSet(folder)[0].label == 4
 
 
+def test_numbers_that_every_sample_holds_are_scalars(tmp_path: Path) -> None:
+    def meta(number: int, **more) -> dict:
+        return {"score": number / 3, "year": number, "label": 0, "whole": True, "text": "1"} | more
+
+    more = [{"some": 1.5}, {"some": float("nan")}, {"year": 10**400}, {}]
+    metas = [meta(number, **extra) for number, extra in enumerate(more)]
+    for name, chosen in (("all", metas), ("half", [*metas[:2], {"score": 1}])):
+        samples = [
+            {"key": f"{n}", "image": b"one", "extension": "png", "label": n, "meta": m}
+            for n, m in enumerate(chosen)
+        ]
+        write_shards(tmp_path / name, samples, per_shard=2)
+    data = ShardSet(tmp_path / "all")
+    assert data.scalars == ("score",) and data.scalar("score").tolist() == [0, 1 / 3, 2 / 3, 1]
+    assert [data[n].scalars for n in (1, 3)] == [{"score": 1 / 3}, {"score": 1.0}]
+    assert [data[n].label for n in range(4)] == [0, 1, 2, 3]
+    assert ShardSet(tmp_path / "half").scalars == ("score",)
+
+
 def test_an_index_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
     before = ShardSet(folder)
     (folder / "index.json").unlink()

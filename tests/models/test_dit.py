@@ -251,44 +251,102 @@ MODERN = dict(norm="rmsnorm", mlp="swiglu", qk_norm=True, positions="rope")
 CONTROL = {"control": [{"name": "flip", "exponent": 1.0}, {"name": "height", "exponent": 4.0}]}
 
 
-def test_the_modern_variant_is_its_formulas() -> None:
-    """One block, one head pair, against plain torch in float64."""
-    config = small(depth=1, **MODERN)
-    model = randomised(config, torch.float64)
-    x, t, condition = inputs(config, dtype=torch.float64)
-    D, H, grid = config.hidden_size, config.num_heads, 4
-    d = D // H
+def rms(v: torch.Tensor) -> torch.Tensor:
+    return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    def rms(v: torch.Tensor) -> torch.Tensor:
-        return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    def turned(v: torch.Tensor) -> torch.Tensor:  # (B, H, N, d): pairs as complex numbers
-        place = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
-        speed = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) * 4 / d)
-        angles = (place.flatten(1).T[:, :, None] * speed).flatten(1)
-        pairs = torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+def turned(v: torch.Tensor, grid: int) -> torch.Tensor:
+    """(B, H, N, d): pairs as complex numbers, turned by row and column; later tokens stay."""
+    place = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+    speed = 10000.0 ** (-torch.arange(v.shape[-1] // 4, dtype=torch.float64) * 4 / v.shape[-1])
+    angles = (place.flatten(1).T[:, :, None] * speed).flatten(1)
+    angles = torch.cat((angles, angles.new_zeros(v.shape[2] - grid * grid, angles.shape[1])))
+    pairs = torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
-    block, silu = model.blocks[0], torch.nn.functional.silu
-    c = model.t_embedder(t) + model.y_embedder(condition["labels"])
+
+def by_formulas(model: DiT, x, t, vector, context=None, lengths=None) -> torch.Tensor:
+    """One block of the modern variant in plain torch.
+
+    vector: (B, D) that adaLN has beside the time; context: (B, L, D) tokens behind the picture's,
+    of which the first `lengths` exist.
+    """
+    config, block, silu = model.config, model.blocks[0], torch.nn.functional.silu
+    H, count = config.num_heads, config.grid**2
+    d = config.hidden_size // H
+    c = model.t_embedder(t) + vector
     tokens = model.x_embedder(x)
+    if context is not None:
+        tokens = torch.cat((tokens, context), 1)
+    absent = torch.zeros(len(x), 1, 1, tokens.shape[1], dtype=torch.bool)
+    for row, length in enumerate([] if lengths is None else lengths):
+        absent[row, ..., count + length :] = True
     parts = block.adaLN_modulation[1](silu(c))[:, None].chunk(6, -1)
     y = rms(tokens) * (1 + parts[1]) + parts[0]
     q, k, v = block.attn.qkv(y).unflatten(-1, (3, H, d)).permute(2, 0, 3, 1, 4)
-    q = turned(rms(q) * block.attn.q_norm.weight)
-    k = turned(rms(k) * block.attn.k_norm.weight)
-    scores = (q @ k.mT / d**0.5).softmax(-1) @ v
+    q = turned(rms(q) * block.attn.q_norm.weight, config.grid)
+    k = turned(rms(k) * block.attn.k_norm.weight, config.grid)
+    scores = (q @ k.mT / d**0.5).masked_fill(absent, -torch.inf).softmax(-1) @ v
     tokens = tokens + parts[2] * block.attn.proj(scores.transpose(1, 2).flatten(2))
     y = rms(tokens) * (1 + parts[4]) + parts[3]
     gate, value = block.mlp.w12(y).chunk(2, -1)
-    tokens = tokens + parts[5] * block.mlp.w3(silu(gate) * value)
+    tokens = (tokens + parts[5] * block.mlp.w3(silu(gate) * value))[:, :count]
     shift, scale = model.final_layer.adaLN_modulation[1](silu(c))[:, None].chunk(2, -1)
-    patches = model.final_layer.linear(rms(tokens) * (1 + scale) + shift)
-    expected = unpatchify(patches, 8, 2)
-    output = model(x, t, condition)
+    return unpatchify(model.final_layer.linear(rms(tokens) * (1 + scale) + shift), 8, 2)
+
+
+TEXT = {"semantic": "text", "text_tokens": 6, "text_width": 10}
+
+
+@pytest.mark.parametrize("asked", [{}, {"semantic_path": "attention", "class_tokens": 3}, TEXT])
+def test_the_modern_variant_is_its_formulas(asked: dict) -> None:
+    """Content in adaLN, as tokens of a class, and as those of texts of several lengths."""
+    config = small(depth=1, conditioning=asked, **MODERN)
+    model = randomised(config, torch.float64)
+    x, t, condition = inputs(config, dtype=torch.float64)
+    if asked is TEXT:
+        text = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(3)).double()
+        condition = {"text": text, "text_lengths": torch.tensor([6, 2, 0])}
+        content = (0, model.context_embedder(text), [6, 2, 0])
+    elif asked:
+        content = (0, model.class_embedder(condition["labels"]))
+    else:
+        content = (model.y_embedder(condition["labels"]),)
+    expected, output = by_formulas(model, x, t, *content), model(x, t, condition)
     assert output.std() > 0.1
     # The rotary tables are float32.
     assert (output - expected).norm() / expected.norm() < 1e-6
+
+
+def test_content_that_is_tokens_can_be_left_out_and_compiles() -> None:
+    config = small(depth=2, conditioning=TEXT)
+    model = randomised(config)
+    x, t, _ = inputs(config)
+    text = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(3))
+    condition = {"text": text, "text_lengths": torch.tensor([6, 2, 4])}
+    expected = model(x, t, condition)
+    dropped = model(x, t, condition | {"drop_semantic": torch.tensor([True, False, False])})
+    null = {"text": torch.zeros_like(text), "text_lengths": torch.full((3,), 6)}
+    assert torch.allclose(dropped[0], model(x, t, null)[0], atol=1e-6)
+    assert torch.allclose(dropped[1:], expected[1:], atol=1e-6)
+    assert (dropped[0] - expected[0]).abs().max() > 1e-3
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, t, condition), expected)
+    recomputed = randomised(small(depth=2, conditioning=TEXT, activation_checkpointing=True))
+    assert torch.equal(recomputed(x, t, condition), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"class_tokens": 3}, "class_tokens=3 has no effect where a dit's class enters adaLN"),
+        (TEXT | {"semantic_path": "adaln"}, "semantic_path: adaln has no place for a text"),
+        (TEXT | {"pooled_width": 4}, "no place for a pooled text"),
+    ],
+)
+def test_content_without_a_place_is_refused(asked: dict, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        small(conditioning=asked)
 
 
 def test_the_modern_variant_compiles_and_recomputes() -> None:
