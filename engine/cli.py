@@ -195,7 +195,10 @@ def evaluate(
 def sample(
     run: RunFolder,
     count: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 100,
-    to: Annotated[Path | None, typer.Option(help="Folder of shards [default: in the run].")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write [default: in the run].")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="shards, or png: files and metadata.csv.")
+    ] = "shards",
     weights: Annotated[str, typer.Option(help="raw or ema:<decay> [default: longest ema].")] = "",
     seed: Annotated[int, typer.Option(help="Names the sequence of pictures.")] = 0,
     label: Annotated[list[int] | None, typer.Option(help="Class to draw; repeatable.")] = None,
@@ -209,36 +212,37 @@ def sample(
         float | None, typer.Option(help="Guidance scale [default: the recipe's].")
     ] = None,
 ) -> None:
-    """Draw pictures from a trained run into shards and one contact sheet; needs no other flag.
+    """Draw pictures from a trained run into a folder, with a contact sheet; needs no other flag.
 
-    Example: etude sample ldm-digits-0123456789 --count 500 --label 3 --label 7
+    The same command goes on with an interrupted one. On several processes:
+    torchrun --nproc-per-node 8 -m etude sample RUN --count 50000
+
+    Example: etude sample ldm-digits-0123456789 --count 500 --label 3 --label 7 --format png
     """
+    from etude.core import distributed
     from etude.core.log import Log
-    from etude.sampling import (
-        contact_sheet,
-        default_device,
-        open_generator,
-        sample_folder,
-        sample_to_shards,
-        sampling_protocol,
-    )
+    from etude.sampled import contact_sheet, sample_folder, sample_to_folder, sampling_protocol
+    from etude.sampling import open_generator
     from etude.texts import read_prompts
 
-    generator = open_generator(run, weights=weights, device=default_device())
+    world = distributed.start()
+    generator = open_generator(run, weights=weights, device=world.device)
     changes = {"steps": steps} if steps else {}
     changes |= {"guidance_scale": guidance} if guidance is not None else {}
     settings = generator.sampler.model_dump() | changes
     generator.sampler = type(generator.sampler).model_validate(settings)
     generator.control = dict(map(_control_value, control or []))
-    labels, texts = label or [], prompt or []
-    texts = [*texts, *read_prompts(prompts)] if prompts else texts
-    protocol = sampling_protocol(generator, count, seed, labels, texts)
-    folder = to or sample_folder(run, protocol)
-    log = Log(None)
-    with Stopper() as stopper:
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    asked = {"seed": seed, "labels": label or [], "prompts": texts}
+    folder = to or sample_folder(run, sampling_protocol(generator, count, **asked), form)
+    log = Log(None, rank=world.rank)
+    with Stopper(watch_parent=world.size > 1) as stopper:
         log.on_advance = stopper.check
-        sample_to_shards(generator, folder, count, seed=seed, log=log, labels=labels, prompts=texts)
-    say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
+        sample_to_folder(generator, folder, count, log=log, form=form, world=world, **asked)
+    if world.rank == 0:
+        say(f"{count:,} pictures in {folder}; contact sheet {contact_sheet(folder)}")
+    if world.size > 1:
+        distributed.stop(world)
 
 
 def _control_value(text: str) -> tuple[str, float]:
@@ -271,14 +275,20 @@ def start(
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="A recipe to check the machine for.")] = None,
     dist: Annotated[bool, typer.Option("--dist", help="All-reduce over all ranks.")] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of one device: says what the recipe costs.")
+    ] = None,
 ) -> None:
     """What is installed, what is missing, what is lost without it, and what to type.
+
+    With a recipe also its files, memory, disk, pictures per second, hours and cost, as far as they
+    were measured.
 
     Example: torchrun --nproc-per-node 2 -m etude doctor --dist
     """
     from etude import doctor as examination
 
-    raise typer.Exit(examination.examine(recipe, dist=dist))
+    raise typer.Exit(examination.examine(recipe, dist=dist, price_per_hour=price_per_hour))
 
 
 @data_app.command("fetch")
@@ -400,6 +410,26 @@ def runs_replay(
     columns, rows, picture = replay(run, at)
     print_table(f"step at {at}", columns, rows)
     say(f"pictures {picture}")
+
+
+@runs_app.command("export")
+def runs_export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Argument(help="The folder to write.")],
+    layout: Annotated[str, typer.Option(help="original: the family's own; or diffusers.")] = (
+        "original"
+    ),
+    weights: Annotated[str, typer.Option(help="raw or ema:<decay> [default: longest ema].")] = "",
+) -> None:
+    """A run's weights for others: a folder that `etude sample` and diffusers' classes read.
+
+    Example: etude runs export ldm-digits-0123456789 digits-dit --layout diffusers
+    """
+    from etude.exporting import export
+    from etude.sampling import open_generator
+
+    generator = open_generator(run, weights=weights)
+    say(f"{generator.name} in {export(generator, to, layout=layout)}")
 
 
 @runs_app.command("diff")

@@ -17,6 +17,7 @@ from etude.core import rng
 from etude.core.errors import UserError
 from etude.core.recipe_tree import nearest
 from etude.data.loader import Batch
+from etude.diffusion.samplers import SamplerConfig
 from etude.models.conditioning import ConditioningConfig
 
 # What an augmentation leaves behind, as a batch names it.
@@ -29,6 +30,15 @@ DERIVED: dict[str, Callable[[Mapping[str, Tensor], int], Tensor]] = {
 }
 # Texts -> features: text (n, L, d), text_lengths (n,), and pooled (n, p) where the model has it.
 Features = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def check_guidance(sampler: SamplerConfig, conditioning: ConditioningConfig) -> None:
+    """A scale for control values needs a model that has some; else raises `UserError`."""
+    if len(sampler.guidance_weights) > 1 and not conditioning.control:
+        raise UserError(
+            "sampler.control_scale has no effect on a model without control values: leave it out,"
+            " or name them in model.conditioning.control"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Conditions:
         if self.config.semantic == "class":
             found = {"labels": self._labels(batch.labels)}
         else:
-            found = self._text(batch.captions)
+            found = self._text(batch.captions, batch.text)
         return found | self._control(batch.control)
 
     def dropped(
@@ -156,9 +166,12 @@ class Conditions:
         labels = labels.to(self.device)
         return torch.where(labels < 0, self.num_classes, labels)
 
-    def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def _text(
+        self, captions: Sequence[str], ready: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         assert self.features is not None
-        return {name: value.to(self.device) for name, value in self.features(captions).items()}
+        found = ready or self.features(captions)
+        return {name: value.to(self.device) for name, value in found.items()}
 
     def _control(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._stacked(self._columns(values)) if self.config.control else {}

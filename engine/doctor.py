@@ -81,16 +81,22 @@ _OPTIONAL = (
 )
 
 
-def examine(recipe: str | None = None, *, dist: bool = False) -> int:
+def examine(
+    recipe: str | None = None, *, dist: bool = False, price_per_hour: float | None = None
+) -> int:
     """Print the report; returns the exit status, 0 when nothing needed is missing.
 
     Args:
         recipe: a recipe's name or file to check this machine for.
+        price_per_hour: of one device, in any currency; the report then says what the recipe costs.
         dist: start all ranks of this job and make them add up a number within 60 s.
 
     Raises:
-        UserError: the recipe cannot be read, or ranks are missing or disagree.
+        UserError: the recipe cannot be read, ranks are missing or disagree, or a price without a
+            recipe.
     """
+    if price_per_hour is not None and recipe is None:
+        raise UserError("--price-per-hour has no effect without a recipe: name one")
     rank = int(os.environ.get("RANK", 0))
     log = Log(None, rank=rank)
     if dist:
@@ -104,7 +110,7 @@ def examine(recipe: str | None = None, *, dist: bool = False) -> int:
         log.warn(warning)
     missing = [part.name for part in parts if part.required and not part.found]
     if recipe is not None:
-        missing += _report_recipe(recipe, log)
+        missing += _report_recipe(recipe, log, price_per_hour)
     if missing:
         log.warn(f"needed and missing: {', '.join(dict.fromkeys(missing))}")
     return 1 if missing else 0
@@ -183,13 +189,13 @@ def check_ranks(timeout_s: float = 60.0) -> tuple[list[str], list[list[str]]]:
     return ["rank", "host and device", "all-reduce"], rows
 
 
-def _report_recipe(name: str, log: Log) -> list[str]:
+def _report_recipe(name: str, log: Log, price_per_hour: float | None) -> list[str]:
     from etude.core.recipe import load_recipe
 
     from .estimate import describe, needed_files
 
     recipe = load_recipe(name)
-    for table in describe(recipe):
+    for table in describe(recipe, price_per_hour):
         log.table(*table)
     return [item.path for item in needed_files(recipe) if not item.present and not item.made]
 

@@ -89,9 +89,9 @@ def _dry_run_study(study: StudyRecipe, print_line: Callable[[str], None]) -> Non
     for instance in instances(study):
         job = study.jobs[instance.job]
         placeholder[instance] = Path(f"<run of {instance.label}>")
-        resolved = load_recipe(job.recipe, overrides(study, instance, placeholder))
+        recipe = load_recipe(job.recipe, overrides(study, instance, placeholder))
         if job.takes:
             sources = ", ".join(job.takes.values())
             print_line(f"{instance.label}: resolved; takes runs from {sources}")
         else:
-            dry_run(resolved, print_line=print_line)
+            dry_run(recipe, print_line=print_line)

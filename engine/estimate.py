@@ -1,7 +1,8 @@
-"""What a recipe needs before it starts: files, disk, memory, time; called by `etude doctor RECIPE`.
+"""What a recipe needs before it starts: files, disk, memory; called by `etude doctor RECIPE`.
 
 Sizes are arithmetic over the parameter counts of models built without memory, so nothing is loaded
-or trained. What activations take is not estimated; `--dry-run` takes one real step instead.
+or trained. What activations and frozen networks take is not estimated; `--dry-run` takes one real
+step instead. Speed, hours and cost come from `measured.py`.
 """
 
 import hashlib
@@ -10,15 +11,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from etude.core.errors import UserError
 from etude.core.recipe import Recipe, leaves, load_recipe
+from etude.core.strategy import StrategyConfig
 
 from .fetching import DIGITS, needs
+from .measured import study_rows, time_rows
+from .study import StudyRecipe, instances, overrides
 
 # Fields that name something on the disk, by the last part of their dotted path.
 _SHARDS = {"shards", "held_out", "monitor", "test", "real", "train", "real_train", "generated"}
@@ -51,8 +54,8 @@ class NeededFile:
 def needed_files(recipe: Recipe) -> list[NeededFile]:
     """Every file, folder of shards and run that the recipe (or each job of a study) reads."""
     found = []
-    for job in _jobs(recipe):
-        prefix = "" if job is recipe else f"{job.name}: "
+    for label, job, _ in _jobs(recipe):
+        prefix = f"{label}: " if label else ""
         known = {str(need.path): need for need in needs(job)}
         for field, path, role in _named(job):
             place, need = _resolve(path, role), known.get(path)
@@ -80,18 +83,31 @@ def content_digest(path: Path) -> str:
 
 def parameter_count(recipe: Recipe) -> int | None:
     """Trainable parameters of what the recipe trains; None for a kind that trains nothing."""
-    model = _build(recipe)
-    return sum(p.numel() for p in model.parameters()) if model is not None else None
+    return _count(_build(recipe))
+
+
+def discriminator_count(recipe: Recipe) -> int:
+    """Parameters of the discriminator that an autoencoder is trained against; 0 without one."""
+    if recipe.kind != "autoencoder" or recipe.adversarial is None:
+        return 0
+    from etude.models.discriminator import PatchDiscriminator
+
+    with torch.device("meta"):
+        config = recipe.adversarial.discriminator
+        return _count(PatchDiscriminator(config, recipe.model.in_channels)) or 0
 
 
 def memory_rows(recipe: Recipe, world_size: int = 1) -> list[list[str]]:
     """Rows (what, size per process) of weights, gradients, moments and averages."""
-    count = parameter_count(recipe)
+    count, second = parameter_count(recipe), discriminator_count(recipe)
     if count is None:
         return []
     sizes = state_bytes(count, recipe, world_size)
+    if second:
+        sizes["discriminator, its gradients and moments"] = discriminator_bytes(second, recipe)
     device = sum(size for name, size in sizes.items() if not name.endswith("(host)"))
     rows = [["parameters", f"{count:,}"]]
+    rows += [["parameters of the discriminator", f"{second:,}"]] if second else []
     rows += [[name, gigabytes(size)] for name, size in sizes.items()]
     rows.append(["together, without activations", gigabytes(device)])
     rows.append(["free", gigabytes(free_memory())])
@@ -102,11 +118,23 @@ def state_bytes(count: int, recipe: Recipe, world_size: int = 1) -> dict[str, fl
     """Bytes per process of everything kept for `count` parameters under the recipe's strategy.
 
     ZeRO shards the optimizer's state from stage 1, gradients from stage 2, weights from stage 3;
-    below float32 weights the optimizer keeps a float32 master copy of its share.
+    below float32 weights the optimizer keeps a float32 master copy of its share, and plain torch
+    adds gradients up in float32.
     """
     strategy = getattr(recipe, "strategy", None)
-    optim = getattr(recipe, "optim", None)
-    averages = len(getattr(optim, "ema", ()))
+    averages = len(getattr(getattr(recipe, "optim", None), "ema", ()))
+    return _state_bytes(count, strategy, averages, world_size)
+
+
+def discriminator_bytes(count: int, recipe: Recipe) -> float:
+    """Bytes per process of a discriminator: whole on every one, in plain torch, not averaged."""
+    strategy = StrategyConfig(kind="local", precision=recipe.strategy.precision)
+    return sum(_state_bytes(count, strategy, 0, 1).values())
+
+
+def _state_bytes(
+    count: int, strategy: StrategyConfig | None, averages: int, world_size: int
+) -> dict[str, float]:
     zero = strategy is not None and strategy.kind == "zero"
     half = strategy is not None and strategy.precision == "bf16"
     stage = (1 if strategy.stage is None else strategy.stage) if zero else 0
@@ -117,7 +145,7 @@ def state_bytes(count: int, recipe: Recipe, world_size: int = 1) -> dict[str, fl
     host = " (host)" if strategy is not None and strategy.offload else ""
     sizes = {
         "weights": width * (count / world_size if stage >= 3 else count),
-        "gradients": width * (count / world_size if stage >= 2 else count),
+        "gradients": (width if zero else 4) * (count / world_size if stage >= 2 else count),
     }
     if half or stage >= 1:
         sizes[f"master weights{host}"] = 4 * share
@@ -134,21 +162,12 @@ def disk_sentence(recipe: Recipe) -> str:
     loop, count = getattr(recipe, "loop", None), parameter_count(recipe)
     if loop is None or count is None:
         return ""
-    need = disk_need(count, len(recipe.optim.ema), loop.checkpoint, loop.images)
+    numbers = count * (3 + len(recipe.optim.ema)) + 3 * discriminator_count(recipe)
+    need = disk_need(numbers, loop.checkpoint, loop.images)
     folder = Path("runs").resolve()
     while not folder.exists():
         folder = folder.parent
     return f"{need.sentence}; {gigabytes(shutil.disk_usage(folder).free)} are free in {folder}"
-
-
-def time_sentence(recipe: Recipe) -> str:
-    """How long the recipe takes, as far as anybody has measured it."""
-    expects = recipe.expects
-    if expects.hours is None:
-        return f"not measured{' on ' + expects.hardware if expects.hardware else ''}"
-    minutes = max(1, round(expects.hours * 60))
-    length = f"{expects.hours:g} hours" if expects.hours >= 1 else f"{minutes} min"
-    return f"{length} on {expects.hardware or 'hardware that the recipe does not name'}"
 
 
 def free_memory() -> float:
@@ -167,13 +186,25 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
-def _jobs(recipe: Recipe) -> Iterator[Recipe]:
-    if recipe.kind != "study":
-        yield recipe
+def _jobs(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:
+    """(job, recipe, runs) of a study's jobs, the first run of each; others are one without name."""
+    if not isinstance(recipe, StudyRecipe):
+        yield "", recipe, 1
         return
-    for job in recipe.jobs.values():
-        values = [f"{field}={_FROM_JOB}{source}" for field, source in job.takes.items()]
-        yield load_recipe(job.recipe, values)
+    runs: dict[str, list[Recipe]] = {}
+    for label, job in study_runs(recipe):
+        runs.setdefault(label, []).append(job)
+    for label, jobs in runs.items():
+        yield label, jobs[0], len(jobs)
+
+
+def study_runs(study: StudyRecipe) -> Iterator[tuple[str, Recipe]]:
+    """(job, recipe) of every run of a study, with what it takes from other jobs named so."""
+    found = instances(study)
+    places = {instance: Path(f"{_FROM_JOB}{instance.label}") for instance in found}
+    for instance in found:
+        job = study.jobs[instance.job]
+        yield instance.job, load_recipe(job.recipe, overrides(study, instance, places))
 
 
 def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
@@ -213,6 +244,10 @@ def _command(path: str, role: str) -> str:
     return "etude data list shows what can be fetched; then set this field"
 
 
+def _count(model: nn.Module | None) -> int | None:
+    return sum(p.numel() for p in model.parameters()) if model is not None else None
+
+
 def _build(recipe: Recipe) -> nn.Module | None:
     """The model a recipe trains, without memory for its weights."""
     with torch.device("meta"):
@@ -234,8 +269,10 @@ def _build(recipe: Recipe) -> nn.Module | None:
     return None
 
 
-def describe(recipe: Recipe) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Tables (title, columns, rows) of a recipe's needs."""
+def describe(
+    recipe: Recipe, price_per_hour: float | None = None
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Tables (title, columns, rows) of a recipe's needs; `price_per_hour` is one device's."""
     files = [
         [item.field, item.path, "yes" if item.present else "missing", item.digest, item.command]
         for item in needed_files(recipe)
@@ -246,10 +283,14 @@ def describe(recipe: Recipe) -> list[tuple[str, list[str], list[list[str]]]]:
         ("files", ["field", "path", "there", "sha256", "type this"], files)
     ]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    for job in _jobs(recipe):
-        rows: list[Any] = memory_rows(job, world_size)
+    for label, job, runs in _jobs(recipe):
+        rows = memory_rows(job, world_size)
         disk = disk_sentence(job)
         rows += [["disk", disk]] if disk else []
-        rows.append(["time", time_sentence(job)])
-        tables.append((f"{job.name}: size, per process", ["what", "how much"], rows))
+        rows += time_rows(job, price_per_hour)
+        title = f"{label} ({job.name}, {runs} run{'s' * (runs > 1)})" if label else job.name
+        tables.append((f"{title}: size, per process", ["what", "how much"], rows))
+    if isinstance(recipe, StudyRecipe):
+        rows = study_rows(recipe, list(study_runs(recipe)), price_per_hour)
+        tables.append((f"{recipe.name}: all jobs", ["what", "how much"], rows))
     return tables

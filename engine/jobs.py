@@ -201,7 +201,10 @@ def _evaluate(recipe: Recipe, desk: Desk) -> dict:
     generator = None
     if recipe.generator:
         generator = open_generator(
-            recipe.generator, weights=recipe.weights, device=desk.world.device
+            recipe.generator,
+            weights=recipe.weights,
+            sampler=recipe.sampler,
+            device=desk.world.device,
         )
     with _stopping_anywhere(desk):
         if recipe.kind == "extract":

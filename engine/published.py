@@ -5,26 +5,32 @@ or in diffusers' (`transformer/` with config.json), and the autoencoder in diffu
 `vae/`. Everything else is read off the tensors' shapes or is the publication's: Peebles and Xie
 2023, 250 steps of DDPM on a linear table of 1000, learned variances, guidance 1.5 on three of the
 four channels, with which their table 4 has FID 2.27 at 256 x 256.
+
+A folder with `etude.json`, as `exporting.py` writes it, states all of this itself, and may hold any
+family, asked by class or text, with or without an autoencoder.
 """
 
 import hashlib
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from etude.convert.checkpoint import SUFFIXES, read_denoiser, read_file
+from etude.convert.checkpoint import read_denoiser, read_file, weights_file, weights_files
 from etude.core.errors import UserError
+from etude.core.files import read_json
 from etude.data.index import file_sha256
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.models.dit import SIZES, DiTConfig
-from etude.models.families import build_denoiser
+from etude.models.families import FAMILIES, build_denoiser
 
 from .conditions import Conditions
+from .texts import TextConfig, TextFeatures, open_features
 
 OBJECTIVE = ObjectiveConfig(prediction="eps", schedule="linear", variance="learned_range")
 SAMPLER = SamplerConfig(
@@ -34,6 +40,36 @@ SAMPLER = SamplerConfig(
     guidance_convention="one_plus_lambda",
     guidance_channels=3,
 )
+STATED = "etude.json"
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a published folder holds.
+
+    Attributes:
+        weights: a file, or diffusers' folder with one.
+        model: the denoiser's configuration.
+        image_size: side of the pictures it was trained on; 0: what the autoencoder makes of its
+            latents.
+        classes: their names in index order; empty for a model asked by text.
+        profile: which weights these are.
+        autoencoder: whether there is one, under vae/.
+        text, text_key: the text encoders, and the hash of their features.
+        scalars: as `Conditions` has them.
+    """
+
+    weights: Path
+    model: Any
+    classes: list[str]
+    objective: ObjectiveConfig = OBJECTIVE
+    sampler: SamplerConfig = SAMPLER
+    image_size: int = 0
+    profile: str = "as published"
+    autoencoder: bool = True
+    text: TextConfig | None = None
+    text_key: str = ""
+    scalars: dict[str, float] = field(default_factory=dict)
 
 
 def is_published(folder: str | Path) -> bool:
@@ -41,38 +77,67 @@ def is_published(folder: str | Path) -> bool:
     folder = Path(folder)
     if not folder.is_dir() or (folder / "recipe.yaml").exists():
         return False
-    return (folder / "transformer").is_dir() or bool(_weights(folder))
+    stated = (folder / STATED).exists() or (folder / "transformer").is_dir()
+    return stated or bool(weights_files(folder))
 
 
 def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
     """What a `sampling.Generator` is made of, from a published folder.
 
     Raises:
-        UserError: no autoencoder, several weights files, or a network that is not a DiT.
+        UserError: no autoencoder, several weights files, or a network that is not known.
     """
     folder = Path(folder)
-    source, config = network(folder)
-    state, layout = read_denoiser(source, config)
+    found = described(folder)
+    config = found.model
+    state, layout = read_denoiser(found.weights, config)
     model = build_denoiser(config)
     model.load_state_dict(state)
     model.to(device).eval().requires_grad_(False)
-    autoencoder, key = _autoencoder(folder, config, device)
-    file = source if source.is_file() else _weights(source)[0]
-    identity = json.dumps([file_sha256(file), key, config.model_dump(mode="json")])
-    side = config.input_size * autoencoder.downscale
+    autoencoder, key = _autoencoder(folder, config, device) if found.autoencoder else (None, "")
+    identity = [file_sha256(weights_file(found.weights)), key, config.model_dump(mode="json")]
+    identity += [found.objective.model_dump(mode="json")] if found.objective != OBJECTIVE else []
+    features: TextFeatures | None = None
+    if found.text is not None:
+        features = open_features(found.text, found.text_key, device)
+        identity.append(features.key)
+    side = found.image_size or config.input_size * (autoencoder.downscale if autoencoder else 1)
     return {
         "model": model,
-        "objective": Objective(OBJECTIVE),
-        "sampler": SAMPLER,
+        "objective": Objective(found.objective),
+        "sampler": found.sampler,
         "autoencoder": autoencoder,
-        "classes": _classes(folder, config.num_classes),
+        "classes": found.classes,
         "latent_shape": (config.in_channels, config.input_size, config.input_size),
-        "conditions": Conditions(config.conditioning, config.num_classes, side, device),
+        "conditions": Conditions(
+            config.conditioning, config.num_classes, side, device, features, found.scalars
+        ),
         "name": f"{folder.name} ({layout} layout)",
-        "fingerprint": hashlib.sha256(identity.encode()).hexdigest()[:16],
-        "profile": "as published",
+        "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        "profile": found.profile,
         "device": device,
     }
+
+
+def described(folder: Path) -> Described:
+    """What a folder states of itself, or what is known of the published DiT that it looks like."""
+    if not (folder / STATED).exists():
+        weights, config = network(folder)
+        return Described(weights, config, _classes(folder, config.num_classes))
+    stated, kinds = read_json(folder / STATED), dict(_KINDS)
+    try:
+        kinds["model"] = FAMILIES[stated["model"]["family"]][0]
+        kinds |= {"text": TextConfig} if stated["text"] else {}
+        parts = {name: k.model_validate_json(json.dumps(stated[name])) for name, k in kinds.items()}
+        return Described(**stated | parts | {"weights": folder / stated["weights"]})
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{folder / STATED} does not describe a model ({reason}): export the run again"
+        ) from None
+
+
+_KINDS = {"objective": ObjectiveConfig, "sampler": SamplerConfig}
 
 
 def dit_config(state: dict[str, Tensor], where: Path) -> DiTConfig:
@@ -112,12 +177,8 @@ def network(folder: Path) -> tuple[Path, DiTConfig]:
     """The weights (a file, or diffusers' folder) and the configuration of the network."""
     if (folder / "transformer").is_dir():
         return folder / "transformer", _diffusers_config(folder / "transformer" / "config.json")
-    files = _weights(folder)
-    if len(files) > 1:
-        raise UserError(
-            f"{folder} holds several weights files ({', '.join(f.name for f in files)}): leave one"
-        )
-    return files[0], dit_config(read_file(files[0]), files[0])
+    file = weights_file(folder)
+    return file, dit_config(read_file(file), file)
 
 
 def _diffusers_config(path: Path) -> DiTConfig:
@@ -169,7 +230,3 @@ def _classes(folder: Path, count: int) -> list[str]:
     stated = json.loads(path.read_text()).get("id2label") if path.exists() else None
     names = stated or {}
     return [str(names.get(str(label), label)) for label in range(count)]
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES)

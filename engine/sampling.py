@@ -9,8 +9,7 @@ matrix product depends on its batch: the same block shape, device and threads gi
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 from etude.core import rng
 from etude.core.checkpoint import latest_checkpoint, read_weights, verify_checkpoint
 from etude.core.errors import UserError
-from etude.core.files import read_json, write_json_atomic
-from etude.core.log import Log
 from etude.core.run import load_run
-from etude.data.decode_torch import decode_picture
 from etude.data.index import file_sha256
-from etude.data.shards import ShardSet, write_shards
+from etude.data.shards import ShardSet
+from etude.diffusion.captured import CapturedSteps
 from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
 from etude.diffusion.objectives import Objective
 from etude.diffusion.samplers import SamplerConfig, sample
@@ -35,10 +32,9 @@ from etude.external.diffusers import WEIGHTS, Autoencoder
 from etude.kernels import solver
 from etude.models.families import build_denoiser
 
-from .conditions import Conditions
-from .pictures import picture_grid, png
+from .conditions import Conditions, check_guidance
 from .published import is_published, published_parts
-from .texts import TextFeatures, captions_of
+from .texts import captions_of, open_features
 
 BLOCK = 64
 
@@ -59,6 +55,8 @@ class Generator:
 
     Attributes:
         prompts: what a model asked by text draws when nobody says what, in turn.
+        captured: keeps the sampler's steps from block to block, on a GPU as CUDA graphs; pays for a
+            model whose weights stay where they are.
     """
 
     model: nn.Module
@@ -75,13 +73,16 @@ class Generator:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dict[str, float] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
+    captured: CapturedSteps | None = None
+    _called: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.sampler.guidance_weights) > 1 and not self.conditions.config.control:
-            raise UserError(
-                "sampler control_scale has no effect on a model without control values: leave it"
-                " out, or name them in model.conditioning.control"
-            )
+        check_guidance(self.sampler, self.conditions.config)
+
+    @property
+    def evaluations(self) -> int:
+        """Rows that the denoiser has predicted so far, padding and guidance included."""
+        return self._called + (self.captured.replayed if self.captured else 0)
 
     @property
     def num_classes(self) -> int:
@@ -103,7 +104,7 @@ class Generator:
 
     def _asked(self) -> dict:
         control = {"control": self.control} if self.control else {}
-        return control | ({"prompts": _stated(self.prompts)} if self.asked_by_text else {})
+        return control | ({"prompts": stated_prompts(self.prompts)} if self.asked_by_text else {})
 
     def decode(self, latents: Tensor) -> Tensor:
         """Model-space latents (B, C, h, w) to pictures (B, C, H, W) in [-1, 1], differentiable."""
@@ -198,9 +199,15 @@ class Generator:
             where = positions * (1 << 24) + step
             return rng.normal(seed, stream, where, self.latent_shape, self.device)
 
+        def predict(x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+            self._called += len(x)
+            return denoiser(self.model)(x, t, condition)
+
+        if self.captured is not None:
+            self.captured.model = self.model
         condition = self.conditions.asked(labels, captions, control=self.control)
         latents = sample(
-            denoiser(self.model),
+            predict,
             self.objective,
             self.sampler,
             field_of(rng.Stream.SAMPLE_NOISE, 0),
@@ -208,14 +215,10 @@ class Generator:
             nulls=self.conditions.nulls(condition),
             guide=guide,
             step_noise=lambda step: field_of(rng.Stream.SAMPLE_STEP, step),
+            captured=self.captured,
         )
         with torch.no_grad():
             return self.decode(latents)
-
-
-def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def balanced_labels(indices: np.ndarray, num_classes: int) -> np.ndarray:
@@ -243,6 +246,7 @@ def open_generator(
             raise UserError(f"{run} holds one set of weights: leave out --weights")
         generator = Generator(**published_parts(run, torch.device(device)))
         generator.sampler = sampler or generator.sampler
+        generator.captured = CapturedSteps(generator.model)
         return generator
     recipe, folder = load_run(run)
     if recipe.kind != "ldm":
@@ -263,7 +267,9 @@ def open_generator(
     )
     size = recipe.model.input_size
     device = torch.device(device)
-    features = _open_features(recipe, extra, device)
+    features = None
+    if recipe.model.conditioning.semantic == "text":
+        features = open_features(recipe.text, extra["text"], device)
     parts = [extra["fingerprint"], images_seen, weights, autoencoder_key]
     identity = json.dumps([*parts, features.key] if features else parts)
     return Generator(
@@ -287,20 +293,8 @@ def open_generator(
         training_shards=recipe.data.shards,
         device=device,
         prompts=_prompts(recipe) if features else [],
+        captured=CapturedSteps(model),
     )
-
-
-def _open_features(recipe: Any, extra: dict, device: torch.device) -> TextFeatures | None:
-    """The text encoders that a run was trained with; others are refused."""
-    if recipe.model.conditioning.semantic == "class":
-        return None
-    features = TextFeatures(recipe.text, device)
-    if features.key != extra["text"]:
-        raise UserError(
-            f"{', '.join(recipe.text.encoders)} is another text encoder than the run was trained"
-            " with: put the one back that it had"
-        )
-    return features
 
 
 def _prompts(recipe: Any) -> list[str]:
@@ -331,150 +325,9 @@ def open_autoencoder(
     return autoencoder, file_sha256(weights)
 
 
-def sample_to_shards(
-    generator: Generator,
-    folder: Path,
-    count: int,
-    *,
-    seed: int,
-    log: Log,
-    labels: Sequence[int] = (),
-    prompts: Sequence[str] = (),
-) -> Path:
-    """Draw `count` pictures into WebDataset shards with the protocol beside them; resumable.
-
-    Blocks are kept beside the folder until all are there, so an interrupted call goes on, and the
-    folder appears whole. A count, seed, label or sampler of another call is refused.
-
-    Args:
-        labels: classes to draw in turn; all of them when empty.
-        prompts: of a model asked by text, drawn in turn; the generator's own when empty.
-
-    Raises:
-        UserError: the folder holds other pictures, a label is not one of the classes, or the model
-            is asked otherwise.
-    """
-    folder, labels = Path(folder), list(labels)
-    prompts = _wanted_prompts(generator, labels, prompts)
-    wrong = [label for label in labels if not 0 <= label < max(generator.num_classes, 1)]
-    if wrong:
-        raise UserError(
-            f"{generator.name} has no class {wrong[0]}: give labels from 0 to "
-            f"{max(generator.num_classes, 1) - 1}"
-        )
-    if count < 1:
-        raise UserError(f"{count} pictures were asked for: ask for at least one")
-    protocol = sampling_protocol(generator, count, seed, labels, prompts)
-    parts = folder.with_name(f".{folder.name}.blocks")
-    for stated in (folder / "protocol.json", parts / "protocol.json"):
-        if stated.exists() and read_json(stated) != protocol:
-            raise UserError(f"{folder} holds pictures of another protocol: name another folder")
-    if (folder / "index.json").exists():
-        shutil.rmtree(parts, ignore_errors=True)
-        return folder
-    parts.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(parts / "protocol.json", protocol)
-
-    with log.progress("sampling", count, unit="pictures") as progress:
-        for start in range(0, count, BLOCK):
-            target = parts / f"{start:09d}.npy"
-            indices = np.arange(start, min(start + BLOCK, count))
-            if not target.exists():
-                wanted = _labels(indices, labels, generator.num_classes)
-                texts = [prompts[i % len(prompts)] for i in indices] if prompts else None
-                images, _ = generator.draw(indices, wanted, seed=seed, captions=texts)
-                partial = target.with_suffix(".partial")
-                with partial.open("wb") as stream:
-                    np.save(stream, images)
-                partial.rename(target)
-            progress.advance(len(indices))
-
-    samples = _samples(parts, labels, prompts, generator.classes)
-    write_shards(parts / "shards", samples, classes=[] if prompts else generator.classes)
-    write_json_atomic(parts / "shards" / "protocol.json", protocol)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    elif folder.exists():
-        raise UserError(f"{folder} is not empty: name another folder")
-    (parts / "shards").rename(folder)
-    shutil.rmtree(parts)
-    return folder
-
-
-def sampling_protocol(
-    generator: Generator,
-    count: int,
-    seed: int,
-    labels: Sequence[int] = (),
-    prompts: Sequence[str] = (),
-) -> dict:
-    """What fixes a folder of drawn pictures; written beside them."""
-    prompts = _wanted_prompts(generator, labels, prompts)
-    asked = {"prompts": _stated(prompts)} if prompts else {"labels": list(labels) or "in turn"}
-    return generator.protocol | {"seed": seed, "count": count} | asked
-
-
-def _stated(prompts: Sequence[str]) -> list[str] | dict:
+def stated_prompts(prompts: Sequence[str]) -> list[str] | dict:
     """Prompts as a protocol states them: word for word, or many of them by their sha256."""
     if len(prompts) <= BLOCK:
         return list(prompts)
     text = json.dumps(list(prompts))
     return {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _wanted_prompts(
-    generator: Generator, labels: Sequence[int], prompts: Sequence[str]
-) -> list[str]:
-    """The texts to draw in turn, none for a model asked by class."""
-    if not generator.asked_by_text:
-        if prompts:
-            raise UserError(f"{generator.name} is asked by class, not by text: give --label")
-        return []
-    if labels:
-        raise UserError(f"{generator.name} is asked by text, not by class: give --prompt")
-    if not (prompts or generator.prompts):
-        raise UserError(f"{generator.name} is asked by text: give --prompt or --prompts FILE")
-    return list(prompts or generator.prompts)
-
-
-def sample_folder(run: str | Path, protocol: dict) -> Path:
-    """Where pictures of a protocol live when nobody says where: inside their run."""
-    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-    folder = Path(run) if is_published(run) else load_run(run)[1]
-    return folder / "samples" / digest[:10]
-
-
-def contact_sheet(folder: Path, limit: int = 100) -> Path:
-    """A PNG of the first pictures of a folder of shards, beside them."""
-    samples = ShardSet(folder)
-    pictures = [
-        np.asarray(decode_picture(samples[i].data, channels=3))
-        for i in range(min(limit, len(samples)))
-    ]
-    path = Path(folder) / "contact-sheet.png"
-    path.write_bytes(png(picture_grid(np.stack(pictures), columns=10)))
-    return path
-
-
-def _labels(indices: np.ndarray, labels: Sequence[int], num_classes: int) -> np.ndarray:
-    if labels:
-        return np.asarray(labels, np.int64)[indices % len(labels)]
-    return balanced_labels(indices, num_classes)
-
-
-def _samples(
-    parts: Path, labels: Sequence[int], prompts: Sequence[str], classes: Sequence[str]
-) -> Iterator[dict]:
-    for part in sorted(parts.glob("*.npy")):
-        images = np.load(part)
-        indices = int(part.stem) + np.arange(len(images))
-        for index, image, label in zip(
-            indices, images, _labels(indices, labels, len(classes)), strict=True
-        ):
-            sample = {"key": f"{index:09d}", "extension": "png"}
-            sample["image"] = png(image[..., 0] if image.shape[-1] == 1 else image)
-            if prompts:
-                yield sample | {"caption": prompts[index % len(prompts)]}
-            else:
-                caption = classes[label] if classes else ""
-                yield sample | {"label": int(label), "caption": caption}

@@ -2,7 +2,8 @@
 
 Reads the folder (gathering.py), splits it by content so that near-duplicates stay on one side,
 writes checked shards, a contact sheet and two commented recipes sized to this machine below
-`data/NAME`, and prints the next three commands. Called by the command line.
+`data/NAME`, and prints the commands that come next. Pictures with captions and no classes are
+asked by text, others by class. Called by the command line.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from etude.data.shards import ShardSet, write_shards
 
 from .gathering import Found, Gathered, gather, groups
 from .pictures import picture_grid, png
-from .starting_recipes import Machine, Pictures, autoencoder_recipe, latent_recipe
+from .starting_recipes import ENCODER, Machine, Pictures, autoencoder_recipe, latent_recipe
 
 FEW_PICTURES = 2000
 NAMED_BAD = 20  # unreadable pictures named in the terminal; start.json names all
@@ -283,7 +284,9 @@ def _finish(target: Path, name: str, log: Log) -> Started:
             f"Compare samples with their nearest training pictures on the run's page, and report "
             f"KID rather than FID, which is biased at this size"
         )
+    fetched = record["form"] != "captions" or ENCODER.is_dir()
     commands = [
+        *([] if fetched else [f"etude data fetch {ENCODER.name}"]),
         f"etude train {autoencoder} --run {name}-autoencoder",
         f"etude train {latent} --run {name}-ldm",
         f"etude sample {name}-ldm --count 64",

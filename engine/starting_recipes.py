@@ -16,6 +16,8 @@ from etude.core.config import Config
 
 CORES_FOR_64 = 8  # with fewer cores and no GPU, 64 pixels take longer than a person waits
 GIGABYTES_FOR_256 = 20.0  # of GPU memory
+ENCODER = Path("data/minilm")  # what reads captions, as `etude data fetch minilm` leaves it
+ENCODER_WIDTH, TOKENS = 384, 32  # its features, and tokens of a caption that are read
 
 
 class Size(Config):
@@ -122,6 +124,11 @@ class Pictures:
     train: int
     captions: bool
 
+    @property
+    def asked_by_text(self) -> bool:
+        """Whether captions are all that tells what a picture shows."""
+        return self.captions and self.classes == 1
+
 
 def autoencoder_recipe(pictures: Pictures, machine: Machine) -> str:
     """YAML of an autoencoder recipe that extends autoencoder/digits."""
@@ -164,11 +171,17 @@ loop:
 def latent_recipe(pictures: Pictures, machine: Machine) -> str:
     """YAML of a latent diffusion recipe that extends ldm/digits."""
     size = machine.size(pictures.size)
-    captions = (
-        "# The captions are in the shards; this recipe conditions on the class alone.\n"
-        if pictures.captions
-        else ""
-    )
+    captions, family, asked = "", "", ""
+    columns, left_out = pictures.classes, "class"
+    if pictures.asked_by_text:
+        captions = f"# Asked by caption, which the text encoder in {ENCODER} reads.\n"
+        family, columns, left_out = "\n  family: pixart", 8, "caption"
+        asked = f"""
+  conditioning: {{semantic: text, text_tokens: {TOKENS}, text_width: {ENCODER_WIDTH}}}
+# Captions are read up to this length; another encoder has another text_width.
+text: {{encoders: [{ENCODER}], max_tokens: {TOKENS}}}"""
+    elif pictures.captions:
+        captions = "# Asked by class alone; the captions are in the shards all the same.\n"
     return f"""\
 # A latent diffusion model for {pictures.name}, in the latents of {pictures.name}-autoencoder.
 # Written by `etude start` for {machine}.
@@ -181,7 +194,7 @@ autoencoder: runs/{pictures.name}-autoencoder
 {_data(pictures, machine)}
 # Random crops and flips are encoded once, in this many variants of every picture.
 latents: {{variants: {8 if pictures.train < 5000 else 2}}}
-model:
+model:{family}
   input_size: {latent_side(pictures, machine)}
   in_channels: 4
   patch_size: 2
@@ -189,8 +202,8 @@ model:
   depth: {size.depth}
   num_heads: {size.heads}
   num_classes: {pictures.classes}
-  learn_sigma: false
-# One sample in ten trains without its class, which makes guidance possible.
+  learn_sigma: false{asked}
+# One sample in ten trains without its {left_out}, which makes guidance possible.
 drop_semantic: 0.1
 optim: {{lr: {"3.0e-4" if machine.gpu else "1.0e-3"}, betas: [0.9, 0.99], warmup_images: \
 {size.images // 20}, schedule: cosine, clip: 1.0, ema: [{"0.999" if machine.gpu else "0.99"}]}}
@@ -206,7 +219,7 @@ loop:
   evaluate_every: {size.images // 10}
   checkpoint: {{every_images: {size.images // 10}}}
 sampler: {{method: heun, steps: 16}}
-grid: {{per_class: {max(1, min(8, 32 // pictures.classes))}}}
+grid: {{per_class: {max(1, min(8, 32 // columns))}}}
 """
 
 

@@ -44,15 +44,19 @@ class StudyRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Instance:
-    """A job with one combination of grid values; `label` tells it apart in tables."""
+    """A job with one combination of grid values; `label` tells it apart in tables.
+
+    Attributes:
+        values: dotted fields and their values as JSON, since a list has no hash.
+    """
 
     job: str
-    values: tuple[tuple[str, Any], ...] = ()
+    values: tuple[tuple[str, str], ...] = ()
     upstream: tuple[tuple[str, "Instance"], ...] = field(default=())
 
     @property
     def label(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, value in self.values)
+        own = ", ".join(f"{name}={json.loads(value)}" for name, value in self.values)
         inherited = [i.label for _, i in self.upstream if "[" in i.label]
         inside = ", ".join([own] * bool(own) + inherited)
         return f"{self.job}[{inside}]" if inside else self.job
@@ -78,7 +82,7 @@ def instances(study: StudyRecipe) -> list[Instance]:
         found[name] = [
             Instance(
                 name,
-                tuple(zip(job.grid, values, strict=True)),
+                tuple(zip(job.grid, map(json.dumps, values), strict=True)),
                 tuple(zip(job.takes, upstream, strict=True)),
             )
             for values in itertools.product(*job.grid.values())
@@ -107,7 +111,8 @@ def _agree(upstream: tuple[Instance, ...]) -> bool:
 def overrides(study: StudyRecipe, instance: Instance, runs: dict[Instance, Path]) -> list[str]:
     """The dotted overrides that turn the job's recipe into this instance."""
     job = study.jobs[instance.job]
-    values = ({"seed": study.seed} if study.seed else {}) | job.set | dict(instance.values)
+    values = ({"seed": study.seed} if study.seed else {}) | job.set
+    values |= {name: json.loads(value) for name, value in instance.values}
     values |= {name: str(runs[source]) for name, source in instance.upstream}
     return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 

@@ -12,6 +12,7 @@ for CLIP and T5, and every token is attended to.
 Features are computed once for every caption, before training, and read from files by their text.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,8 @@ from etude.external.transformers import Encoded, TextEncoder
 from .models.conditioning import ConditioningConfig
 
 BATCH = 32  # texts encoded together
-PER_FILE = 1024  # texts of a file
+PER_FILE = 1024  # texts of a file, at most
+_FILE_NUMBERS = 1 << 27  # numbers of a file, at most: they are in memory while it is written
 _REMEMBERED = 1 << 28  # numbers of texts outside the cache that are kept in memory (1 GiB)
 
 
@@ -126,6 +128,7 @@ class TextFeatures:
         self.folder = Path(config.folder) / self.key[:16]
         self._cache: TextCache | None = None
         self._remembered: dict[str, tuple[Tensor, Tensor]] = {}
+        self._lock = threading.Lock()  # a batch's thread and an evaluation may ask at once
 
     def check(self, conditioning: ConditioningConfig, name: str) -> None:
         """The model must take these features; says which fields to set.
@@ -163,8 +166,9 @@ class TextFeatures:
         """
         unique = sorted(set(captions))
         cache = TextCache(self.folder, self.encoder.plan)
-        for start in range(rank * PER_FILE, len(unique), world * PER_FILE):
-            chunk = unique[start : start + PER_FILE]
+        count = min(PER_FILE, max(1, _FILE_NUMBERS // (self.encoder.tokens * self.encoder.width)))
+        for start in range(rank * count, len(unique), world * count):
+            chunk = unique[start : start + count]
             here = cache.has(chunk)
             lacking = [caption for caption, found in zip(chunk, here, strict=True) if not found]
             if not lacking:
@@ -172,7 +176,7 @@ class TextFeatures:
             tokens, pooled = self._encode(lacking, check)
             write_texts(self.folder, self.key, lacking, tokens, torch.stack(pooled))
             if log is not None:
-                done = min(start + PER_FILE, len(unique))
+                done = min(start + count, len(unique))
                 log.info(f"captions: {done:,} of {len(unique):,} different ones are encoded")
         self.encoder.release()
 
@@ -194,6 +198,20 @@ class TextFeatures:
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """text (n, L, d) float32, zero behind each text's end, text_lengths (n,), pooled (n, p)."""
+        with self._lock:
+            rows = self._rows(captions)
+        shape = (len(captions), self.encoder.tokens, self.encoder.width)
+        text = torch.zeros(shape)
+        lengths = torch.zeros(len(captions), dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            tokens = rows[caption][0]
+            text[row, : len(tokens)] = tokens.float()
+            lengths[row] = len(tokens)
+        pooled = torch.stack([rows[caption][1].float() for caption in captions])
+        return {"text": text, "text_lengths": lengths, "pooled": pooled}
+
+    def _rows(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tokens (length, d) and pooled vector (p,) of each different text."""
         if self._cache is None and (self.folder / "plan.json").is_file():
             self._cache = TextCache(self.folder, self.encoder.plan)
         asked = list(dict.fromkeys(captions))
@@ -212,15 +230,7 @@ class TextFeatures:
             if count * self.encoder.tokens * self.encoder.width > _REMEMBERED:
                 self._remembered.clear()
             self._remembered |= made
-        shape = (len(captions), self.encoder.tokens, self.encoder.width)
-        text = torch.zeros(shape)
-        lengths = torch.zeros(len(captions), dtype=torch.int64)
-        for row, caption in enumerate(captions):
-            tokens = rows[caption][0]
-            text[row, : len(tokens)] = tokens.float()
-            lengths[row] = len(tokens)
-        pooled = torch.stack([rows[caption][1].float() for caption in captions])
-        return {"text": text, "text_lengths": lengths, "pooled": pooled}
+        return rows
 
     def _encode(
         self, captions: Sequence[str], check: Callable[[], None] = lambda: None
@@ -234,6 +244,17 @@ class TextFeatures:
                 tokens.append(row[:length].clone())
             pooled += found.pooled.cpu().unbind(0)
         return tokens, pooled
+
+
+def open_features(config: TextConfig, key: str, device: torch.device) -> TextFeatures:
+    """The text encoders that a model was trained with; others than those of `key` are refused."""
+    features = TextFeatures(config, device)
+    if features.key != key:
+        raise UserError(
+            f"{', '.join(config.encoders)} is another text encoder than the run was trained"
+            " with: put the one back that it had"
+        )
+    return features
 
 
 def captions_of(data: ShardSet) -> list[str]:

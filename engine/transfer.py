@@ -78,12 +78,11 @@ class StartConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "StartConfig":
-        if not self.source and self.model_fields_set:
-            given = [name for name in self.model_fields_set if name != "source"]
-            idle = [name for name in given if getattr(self, name) != _default(self, name)]
+        if not self.source:
+            idle = [name for name in type(self).model_fields if self.differs(name)]
             if idle:
                 raise ValueError(
-                    f"start.{sorted(idle)[0]} has no effect without start.from: name a run or a"
+                    f"start.{idle[0]} has no effect without start.from: name a run or a"
                     " weights file there"
                 )
         return self
@@ -400,10 +399,6 @@ def _why(plan: _Plan, names: Sequence[str]) -> str:
     said = ", ".join(note for note in notes if note)
     hint = "; start.classes=numbers takes them by number" if "no names" in said else ""
     return f" ({said}{hint})" if said else ""
-
-
-def _default(config: Config, name: str) -> Any:
-    return type(config).model_fields[name].default
 
 
 def _check_kin(source: DenoiserConfig, target: DenoiserConfig) -> None:

@@ -26,7 +26,7 @@ from etude.models.lpips import LPIPS
 from etude.training.critics import Critics
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"), ("here:cpu",))
-WORKER = Path(__file__).parent / "train_adversarial.py"
+WORKER = Path(__file__).parent / "workers" / "adversarial.py"
 SHARDED = ["local", "zero1", "zero2", "zero3"]
 
 
@@ -79,13 +79,14 @@ def losses(folder: Path) -> list[float]:
 )
 def test_the_gradient_is_that_of_the_published_loss(recipe_file, adaptive, reduction) -> None:
     given = [f"adversarial.adaptive={adaptive}", f"model.reduction={reduction}"]
+    given += ["adversarial.adaptive_images=2"] if adaptive else []
     recipe = load_recipe(recipe_file, given)
     model = Autoencoder.build(recipe.model, seed=1)
     critics = Critics(recipe, model, ALONE)
     critics.discriminator.layers[-1].weight.data *= 5.0  # a ratio far from one
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 1, 32, 32, generator=generator) * 2 - 1
-    eps = torch.randn(3, 2, 16, 16, generator=generator)
+    images = torch.rand(4, 1, 32, 32, generator=generator) * 2 - 1
+    eps = torch.randn(4, 2, 16, 16, generator=generator)
 
     loss, rebuilt, last_input = model(images, eps, parts=True)
     ours = loss + critics.added(images, rebuilt, last_input, playing=True)
@@ -105,15 +106,18 @@ def test_the_gradient_is_that_of_the_published_loss(recipe_file, adaptive, reduc
         sides = [sides[0] / images[0].numel(), sides[1] / mean[0].numel()]
     game = -critics.discriminator(rebuilt).mean((1, 2, 3))
     last = model.network.decoder.conv_out.weight
-    norms = [
-        torch.autograd.grad(value.mean(), last, retain_graph=True)[0].norm()
-        for value in (sides[0], game)
-    ]
-    ratio = norms[0] / (norms[1] + 1e-4)
-    assert not 0.5 < ratio < 2.0
-    weight = 0.5 * ratio.clamp(0, 1e4) if adaptive else 0.5
-    assert weight * norms[1] > 0.1 * norms[0]
-    wanted = sides[0] + 1e-4 * sides[1] + weight * game
+    weights = []
+    for two in (slice(0, 2), slice(2, 4)):
+        norms = [
+            torch.autograd.grad(value[two].mean(), last, retain_graph=True)[0].norm()
+            for value in (sides[0], game)
+        ]
+        ratio = norms[0] / (norms[1] + 1e-4)
+        assert not 0.5 < ratio < 2.0
+        weights += [0.5 * ratio.clamp(0, 1e4) if adaptive else torch.tensor(0.5)] * 2
+        assert weights[-1] * norms[1] > 0.1 * norms[0]
+    assert not adaptive or (weights[0] / weights[2] - 1).abs() > 0.01
+    wanted = sides[0] + 1e-4 * sides[1] + torch.stack(weights) * game
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
     wanted.mean().backward()
     whole = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -124,8 +128,8 @@ def test_the_gradient_is_that_of_the_published_loss(recipe_file, adaptive, reduc
 
 
 def test_the_ratio_is_limited(recipe_file) -> None:
-    grads = []
-    for given in (["adversarial.adaptive_limit=0.001"], ["adversarial.adaptive=false"]):
+    grads, limited = [], ["adversarial.adaptive_limit=0.001", "adversarial.adaptive_images=2"]
+    for given in (limited, ["adversarial.adaptive=false"]):
         recipe = load_recipe(recipe_file, [*given, "adversarial.weight=0.25"])
         critics = Critics(recipe, Autoencoder.build(recipe.model, seed=1), ALONE)
         critics.perceptual = None
@@ -198,8 +202,9 @@ def test_the_weights_of_the_distance_are_a_needed_file(recipe_file) -> None:
 def pair(recipe_file, tmp_path_factory) -> Path:
     """Two ranks under every strategy; one retry, because DeepSpeed at times aborts at exit."""
     root = tmp_path_factory.mktemp("pair")
-    runs = ["local:strategy.kind=local,loop.micro_batch=8"]
-    runs += [f"zero{s}:strategy.kind=zero,strategy.stage={s},loop.micro_batch=8" for s in (1, 2, 3)]
+    kinds = {"local": "strategy.kind=local"}
+    kinds |= {f"zero{stage}": f"strategy.kind=zero,strategy.stage={stage}" for stage in (1, 2, 3)}
+    runs = [f"{name}:{kind},loop.micro_batch=4" for name, kind in kinds.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     for _ in range(2):
         done = subprocess.run(
@@ -243,3 +248,5 @@ def test_what_cannot_be_is_one_sentence(recipe_file) -> None:
     ):
         with pytest.raises(UserError, match=match):
             build("adversarial.adaptive=false", override)
+    with pytest.raises(UserError, match="micro_batch=2 is not a multiple of adversarial.adaptive_"):
+        build("loop.micro_batch=2")

@@ -21,7 +21,7 @@ VERBS = {"demo", "start", "train", "sample", "practice", "extract", "evaluate"}
 NOUNS = {
     "data": {"fetch", "list"},
     "recipes": {"list", "show", "diff", "copy", "schema"},
-    "runs": {"list", "replay", "diff"},
+    "runs": {"list", "replay", "diff", "export"},
     "kernels": {"status", "list", "bench", "tune"},
     "doctor": set(),
 }

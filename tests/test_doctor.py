@@ -1,5 +1,6 @@
 """The doctor on machines that lack parts (made by blocking imports), and its arithmetic."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from etude import estimate
+from etude import estimate, measured
 from etude.core.checkpoint import CheckpointConfig, disk_need
 from etude.core.errors import UserError
-from etude.core.recipe import load_recipe
+from etude.core.recipe import load_recipe, recipe_from_dict
 from etude.doctor import environment_parts, examine, warnings
+from etude.models.discriminator import PatchDiscriminator
 from etude.models.dit import DiT
 
 BLOCK = """
@@ -152,11 +154,104 @@ def test_disk_and_time_are_those_of_the_recipe() -> None:
     recipe = load_recipe("ldm/digits", ["loop.checkpoint={keep_last: 3}"])
     config, count = recipe.loop.checkpoint, estimate.parameter_count(recipe)
     assert isinstance(config, CheckpointConfig) and config.keep_last == 3
-    sentence = disk_need(count, 1, config, recipe.loop.images).sentence
+    sentence = disk_need(4 * count, config, recipe.loop.images).sentence
     assert estimate.disk_sentence(recipe).startswith(sentence)
-    assert estimate.time_sentence(recipe) == "3 min on 2 CPU cores"
+    assert ["time", "3 min on 2 CPU cores, as the recipe says"] in measured.time_rows(recipe)
     longer = load_recipe("ldm/digits", ["expects={hours: 30, hardware: 8 H200}"])
-    assert estimate.time_sentence(longer) == "30 hours on 8 H200"
+    assert ["time", "30 hours on 8 H200, as the recipe says"] in measured.time_rows(longer)
+
+
+def test_a_discriminator_takes_memory_and_disk() -> None:
+    kl_f8 = load_recipe("autoencoder/kl_f8")
+    second = sum(
+        p.numel() for p in PatchDiscriminator(kl_f8.adversarial.discriminator, 3).parameters()
+    )
+    alone = load_recipe("autoencoder/kl_f8", ["adversarial=null"])
+    assert estimate.discriminator_count(kl_f8) == second
+    assert estimate.discriminator_count(alone) == 0
+    rows = dict(estimate.memory_rows(kl_f8))
+    assert rows["parameters of the discriminator"] == f"{second:,}"
+    assert rows["discriminator, its gradients and moments"] == estimate.gigabytes(16 * second)
+    assert "discriminator" not in str(estimate.memory_rows(alone))
+    config, count = kl_f8.loop.checkpoint, estimate.parameter_count(kl_f8)
+    need = disk_need(4 * count + 3 * second, config, kl_f8.loop.images)
+    assert estimate.disk_sentence(kl_f8).startswith(need.sentence)
+    half = load_recipe("autoencoder/kl_f8", ["strategy.precision=bf16"])
+    # weights of 2 bytes; gradients are added up in float32, as are masters and moments
+    assert estimate.discriminator_bytes(1000, half) == 1000 * (2 + 4 + 4 + 8)
+
+
+def results(folder: Path, *rows: dict) -> None:
+    common = {"processor": "NVIDIA H200", "device": "cuda", "time": "2026-01-02T03:04:05"}
+    lines = [json.dumps(common | row) for row in rows]
+    (folder / "end_to_end_cuda.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_hours_and_cost_are_pictures_over_what_was_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ETUDE_RESULTS", str(tmp_path))
+    recipe = load_recipe("ldm/dit_xl2_imagenet256")  # 1,792,000,000 pictures
+    here = measured.device_name()
+    nothing = [["images", "1,792,000,000"], ["images/s", f"not measured on {here}"]]
+    nothing += [["time", "not measured on 8 or more GPUs"]]
+    assert measured.time_rows(recipe) == nothing
+    assert measured.time_rows(recipe, 2.5) == [*nothing, ["cost", "not measured"]]
+    step = {"model": "DiT-XL/2", "dtype": "bfloat16"}
+    results(
+        tmp_path,
+        step | {"provider": "etude", "images_s": 10.0, "time": "2026-01-01"},  # an older row
+        step | {"provider": "etude", "images_s": 500.0},
+        step | {"provider": "torch_compile", "images_s": 700.0},
+        step | {"provider": "etude", "images_s": 900.0, "dtype": "float32"},
+        step | {"provider": "etude", "images_s": 900.0, "model": "DiT-B/2"},
+        step | {"provider": "etude", "images_s": 100.0, "input_size": 64},
+    )
+    where = "end_to_end_cuda.jsonl, 2026-01-02; the step alone, on data that is there"
+    hours = 1_792_000_000 / 500 / 3600
+    assert measured.time_rows(recipe, 2.5) == [
+        ["images", "1,792,000,000"],
+        ["images/s", f"500 on NVIDIA H200 ({where})"],
+        ["images/s", f"not measured on {here}"],
+        ["time", f"{hours:,.4g} hours on one NVIDIA H200 ({where})"],
+        ["cost", f"{2.5 * hours:,.4g} = {hours:,.4g} hours x 2.5 on one NVIDIA H200"],
+    ]
+    rows = measured.time_rows(load_recipe("ldm/dit_xl2_imagenet512"))
+    assert ["images/s", rows[1][1]] == rows[1] and rows[1][1].startswith("100 on NVIDIA H200")
+
+
+def test_a_study_takes_as_long_as_its_runs_together(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ETUDE_RESULTS", str(tmp_path))
+    study = load_recipe("studies/gates_cifar10")
+    rows = dict(estimate.describe(study, 1.0)[-1][2])
+    # 15 values of the grids, 3 of which are those of the recipe itself and one run
+    assert rows["runs"] == "13" and rows["images"] == f"{13 * 25600:,}, in training"
+    assert rows["not measured"] == "crop, flip, size" and rows["cost"] == "not measured"
+    cores = {"processor": "Chip", "device": "cpu", "cores": 2}
+    results(tmp_path, cores | {"recipe": "ldm/cifar10_small_mmdit", "images_s": 25600 / 3600})
+    rows = dict(estimate.describe(study, 2.0)[-1][2])
+    assert rows["time"] == "13 hours on one Chip, 2 cores (sum of the runs)"
+    assert rows["cost"] == "26 = 13 hours x 2 on one Chip, 2 cores"
+    # a job at another size is not the recipe that was measured
+    results(tmp_path, cores | {"recipe": "ldm/digits", "images_s": 100.0})
+    sizes = {"model.input_size": 16, "data.augment.image_size": 32}
+    jobs = {"same": {"recipe": "ldm/digits"}, "larger": {"recipe": "ldm/digits", "set": sizes}}
+    study = recipe_from_dict({"kind": "study", "jobs": jobs}, "mine")
+    _, same, larger, _ = (str(rows) for _, _, rows in estimate.describe(study))
+    assert "100 on Chip, 2 cores" in same and "Chip" not in larger
+    whole = {"study": "studies/demo", "seconds": 7200}
+    results(tmp_path, cores | whole)
+    found = measured.time_rows(load_recipe("studies/demo"))
+    assert ["time", "2 hours on one Chip, 2 cores (end_to_end_cuda.jsonl, 2026-01-02)"] in found
+
+
+def test_the_doctor_says_what_a_recipe_costs(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ETUDE_RESULTS", str(tmp_path))
+    assert examine("ldm/mmdit_xl2_cc12m512", price_per_hour=3) == 1  # the data are not there
+    shown = "".join(capfd.readouterr())
+    assert "weights/t5-v1_1-xxl" in shown and "together, without activations" in shown
+    assert "cost" in shown and shown.count("not measured") >= 3
+    with pytest.raises(UserError, match="has no effect without a recipe"):
+        examine(price_per_hour=3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PINNED = {
     "AugmentConfig": "(image_size, crop, scale, flip, channels)",
     "Autoencoder": "(network, config)",
     "AutoencoderConfig": "config",
-    "Batch": "(positions, keys, images, latents, labels, control, captions, wait_seconds)",
+    "Batch": "(positions, keys, images, latents, labels, control, captions, text, wait_seconds)",
     "Classifier": "(config, seed)",
     "ClassifierConfig": "config",
     "DataConfig": "config",

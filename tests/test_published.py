@@ -1,7 +1,6 @@
 """Sampling a published DiT: one command, no flag, in both layouts; random weights stand in."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 import torch
 
 from etude import cli
-from etude.convert.checkpoint import write_denoiser
 from etude.core.errors import UserError
 from etude.data.shards import ShardSet
+from etude.exporting import export
 from etude.external.diffusers import Autoencoder, AutoencoderConfig
 from etude.models import dit
 from etude.models.dit import DiT, DiTConfig
@@ -65,20 +64,15 @@ def test_the_network_is_that_of_the_file(folder) -> None:
 
 
 def test_diffusers_layout_draws_the_same_pictures(folder, tmp_path) -> None:
-    where, model = folder
-    other = tmp_path / "pipeline"
-    (other / "transformer").mkdir(parents=True)
-    shutil.copytree(where / "vae", other / "vae")
-    weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
-    write_denoiser(model.state_dict(), model.config, weights, layout="diffusers")
-    stated = {
-        "_class_name": "DiTTransformer2DModel", "sample_size": 4, "in_channels": 4,
-        "out_channels": 8, "patch_size": 2, "num_attention_heads": 4, "attention_head_dim": 8,
-        "num_layers": 2, "num_embeds_ada_norm": 5,
-    }  # fmt: skip
-    (other / "transformer" / "config.json").write_text(json.dumps(stated))
+    where, _ = folder
+    first = open_generator(where)
+    other = export(first, tmp_path / "pipeline", layout="diffusers")
+    stated = open_generator(other)
+    (other / "etude.json").unlink()  # as somebody else has it
     (other / "model_index.json").write_text(json.dumps({"id2label": {"0": "tench"}}))
-    first, second = open_generator(where), open_generator(other)
+    second = open_generator(other)
+    assert second.name == stated.name == "pipeline (diffusers layout)"
+    assert second.fingerprint == stated.fingerprint
     assert second.classes == ["tench", "1", "2", "3", "4"]
     few = first.sampler.model_copy(update={"steps": 3})
     pictures = []
@@ -96,7 +90,7 @@ def test_what_is_missing_is_one_sentence(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="has no autoencoder: put one in diffusers' layout"):
         open_generator(where)
     torch.save(model.state_dict(), where / "again.pt")
-    with pytest.raises(UserError, match="holds several weights files"):
+    with pytest.raises(UserError, match=r"32x32\.pt, again\.pt where one weights"):
         open_generator(where)
     assert not is_published(tmp_path / "nowhere")
     (where / "transformer").mkdir()

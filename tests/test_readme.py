@@ -1,7 +1,9 @@
-"""The README says what is there: its table of operators is the catalogue's."""
+"""The README says what is there: its operators are the catalogue's, its recipes all of them."""
 
 import re
 from pathlib import Path
+
+from etude.core.recipe import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,3 +26,10 @@ def test_every_results_file_that_the_readme_names_exists() -> None:
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"benchmarks/results/[a-z0-9_]+\.jsonl", text))
     assert named and all((ROOT / name).exists() for name in named)
+
+
+def test_the_tables_of_recipes_name_every_recipe_once() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Recipes\n")[1].split("\n## ")[0]
+    rows = "\n".join(line for line in section.splitlines() if line.startswith("| `"))
+    named = re.findall(r"`([a-z_]+/[a-z0-9_]+)`", rows)
+    assert sorted(named) == shipped(), "add to, or remove from, the README's tables of recipes"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from etude import cli
 from etude.conditions import Conditions
 from etude.core import rng
 from etude.core.errors import UserError
@@ -23,18 +24,13 @@ from etude.data.decode_torch import decode_picture
 from etude.data.shards import ShardSet, write_shards
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
+from etude.evaluation.sets import Stages, open_pictures
+from etude.exporting import export
+from etude.gathering import gather
 from etude.jobs import run_recipe
 from etude.models.conditioning import ConditioningConfig, ControlConfig
-from etude.sampling import (
-    BLOCK,
-    Generator,
-    balanced_labels,
-    contact_sheet,
-    denoiser,
-    open_generator,
-    sample_to_shards,
-    to_uint8,
-)
+from etude.sampled import contact_sheet, sample_to_folder
+from etude.sampling import BLOCK, Generator, balanced_labels, denoiser, open_generator, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +118,7 @@ def test_shards_are_resumed_by_block_and_hold_what_was_drawn(generator, tmp_path
     log = Stopping(None, quiet=True)
     log.on_advance = log.look
     with pytest.raises(StopRequested):
-        sample_to_shards(generator, folder, count, seed=1, log=log, labels=[3, 8])
+        sample_to_folder(generator, folder, count, seed=1, log=log, labels=[3, 8])
     assert not folder.exists()
     blocks = sorted((tmp_path / ".drawn.blocks").glob("*.npy"))
     assert [int(path.stem) for path in blocks] == [0, BLOCK]
@@ -130,7 +126,7 @@ def test_shards_are_resumed_by_block_and_hold_what_was_drawn(generator, tmp_path
     np.save(blocks[0], 255 - marked)  # a block that is there is not drawn again
 
     quiet = Log(None, quiet=True)
-    sample_to_shards(generator, folder, count, seed=1, log=quiet, labels=[3, 8])
+    sample_to_folder(generator, folder, count, seed=1, log=quiet, labels=[3, 8])
     assert [p.name for p in tmp_path.iterdir()] == ["drawn"]
     samples = ShardSet(folder, verify=True)
     labels = np.array([3, 8])[np.arange(count) % 2]
@@ -149,9 +145,92 @@ def test_shards_are_resumed_by_block_and_hold_what_was_drawn(generator, tmp_path
     for change in ({"seed": 2}, {"labels": [3]}, {"count": count + 1}):
         asked = {"count": count, "seed": 1, "labels": [3, 8]} | change
         with pytest.raises(UserError, match="pictures of another protocol: name another folder"):
-            sample_to_shards(generator, folder, log=quiet, **asked)
+            sample_to_folder(generator, folder, log=quiet, **asked)
     with Image.open(contact_sheet(folder, limit=20)) as sheet:
         assert sheet.size == (10 * 66 + 2, 2 * 66 + 2)  # ten in a row, 64 pixels and a frame
+
+
+def test_png_files_hold_the_same_pictures_and_their_classes(generator, tmp_path) -> None:
+    folder, quiet = tmp_path / "drawn", Log(None, quiet=True)
+    asked = {"seed": 1, "labels": [8, 3], "log": quiet}
+    sample_to_folder(generator, folder, 12, form="png", **asked)
+    names = [f"{index:09d}.png" for index in range(12)]
+    stated = ["metadata.csv", "protocol.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, *stated])
+    labels = np.array([8, 3] * 6)
+    expected, _ = generator.draw(np.arange(12), labels, seed=1)
+    found = open_pictures(folder, channels=1, classes=generator.classes)
+    read = found.read(0, 12, Stages())
+    assert np.array_equal(read.images, expected) and read.labels.tolist() == labels.tolist()
+    assert found.protocol == json.loads((folder / "protocol.json").read_text())
+    gathered = gather(folder, quiet)
+    assert gathered.form == "classes" and not gathered.bad
+    assert {(p.path.name, p.label) for p in gathered.pictures} <= {
+        (name, generator.classes[label]) for name, label in zip(names, labels, strict=True)
+    }
+    assert contact_sheet(folder) == tmp_path / "drawn-contact-sheet.png"
+    with pytest.raises(UserError, match="is not empty and holds no shards: name another folder"):
+        sample_to_folder(generator, folder, 12, **asked)
+    with pytest.raises(UserError, match="are not written as 'jpg': give shards or png"):
+        sample_to_folder(generator, folder, 12, form="jpg", **asked)
+
+
+def test_two_processes_write_what_one_does(run, generator, tmp_path) -> None:
+    """Three blocks for two processes, so that one of them has nothing to do in the last round."""
+    count, quiet = 2 * BLOCK + 10, Log(None, quiet=True)
+    sample_to_folder(generator, tmp_path / "one", count, seed=4, log=quiet, form="png")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "etude", "sample", str(run), "--count", str(count), "--seed", "4"]
+    words += ["--format", "png", "--to", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count(f"{count} pictures in {tmp_path / 'two'}") == 1
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_an_exported_run_draws_the_same_pictures(generator, layout, tmp_path) -> None:
+    folder = export(generator, tmp_path / "mine", layout=layout)
+    again = open_generator(folder)
+    assert again.name == f"mine ({layout} layout)" and again.profile == "ema:0.9"
+    assert again.classes == generator.classes and again.sampler == generator.sampler
+    indices = np.array([2, 70])
+    drawn = [g.draw(indices, np.array([4, 1]), seed=2)[0] for g in (generator, again)]
+    assert np.array_equal(*drawn)
+    with pytest.raises(UserError, match="is not empty"):
+        export(generator, folder, layout=layout)
+    (folder / "etude.json").write_text(json.dumps({"model": {"family": "dit"}}))
+    with pytest.raises(UserError, match="does not describe a model .*: export the run again"):
+        open_generator(folder)
+
+
+def test_an_exported_run_is_a_model_of_diffusers(run, generator, tmp_path, monkeypatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    words = ["etude", "runs", "export", str(run), str(tmp_path / "mine"), "--layout", "diffusers"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert not done.value.code
+    peer, told = diffusers.DiTTransformer2DModel.from_pretrained(
+        tmp_path / "mine" / "transformer", output_loading_info=True, low_cpu_mem_usage=False
+    )
+    assert not any(told.values()), told
+    for block in peer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # theirs cannot be told
+    x, t, labels = torch.randn(2, 1, 16, 16), torch.tensor([100, 900]), torch.tensor([3, 10])
+    expected = generator.model(x, t.float(), {"labels": labels})
+    with torch.no_grad():
+        found = peer.eval()(x, timestep=t, class_labels=labels).sample
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="family dit has no layout 'flax'"):
+        export(generator, tmp_path / "other", layout="flax")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_of_other_things_and_a_class_that_is_not_there_are_refused(
@@ -159,11 +238,11 @@ def test_a_folder_of_other_things_and_a_class_that_is_not_there_are_refused(
 ) -> None:
     quiet = Log(None, quiet=True)
     with pytest.raises(UserError, match="has no class 10: give labels from 0 to 9"):
-        sample_to_shards(generator, tmp_path / "x", 4, seed=0, log=quiet, labels=[10])
+        sample_to_folder(generator, tmp_path / "x", 4, seed=0, log=quiet, labels=[10])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        sample_to_shards(generator, tmp_path / "full", 4, seed=0, log=quiet)
+        sample_to_folder(generator, tmp_path / "full", 4, seed=0, log=quiet)
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
 
 
@@ -277,3 +356,15 @@ def test_control_values_have_a_guidance_scale_of_their_own(tiny) -> None:
         generator([], guidance_scale=2.0, control_scale=3.0)
     with pytest.raises(UserError, match=message):
         load_recipe(tiny.ldm, ["sampler.control_scale=3"])
+
+
+def test_guidance_away_from_what_was_never_dropped_is_refused(tiny) -> None:
+    control = ["model.conditioning.control=[{name: flip}]", "drop_control=0"]
+    load_recipe(tiny.ldm, control)  # guided by the class alone: the control is never left out
+    load_recipe(tiny.ldm, ["drop_semantic=0", "sampler.guidance_scale=1"])
+    for overrides, fault in (
+        (["drop_semantic=0"], "drop_semantic=0 never trains what sampler.guidance_scale"),
+        ([*control, "sampler.control_scale=3"], "drop_control=0 never trains what sampler.control"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            load_recipe(tiny.ldm, overrides)

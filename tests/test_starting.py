@@ -95,15 +95,20 @@ def test_the_recipes_load_and_say_what_was_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [32, 64, 256])
 @pytest.mark.parametrize("gpu", [0.0, 80.0])
-def test_every_size_gives_recipes_that_load(tmp_path: Path, size: int, gpu: float) -> None:
-    pictures = Pictures("x", tmp_path, size, 1, 1, 100, True)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_every_size_gives_recipes_that_load(
+    tmp_path: Path, size: int, gpu: float, classes: int
+) -> None:
+    pictures = Pictures("x", tmp_path, size, 1, classes, 100, True)
     path = tmp_path / "x.yaml"
     path.write_text(latent_recipe(pictures, Machine(4, 16.0, gpu)))
     recipe = load_recipe(path)
     chosen = (GPU_SIZES if gpu else CPU_SIZES)[size]
     assert recipe.model.hidden_size == chosen.hidden and recipe.loop.images == chosen.images
     assert recipe.strategy.precision == ("bf16" if gpu else "fp32")
-    assert recipe.data.augment.channels == 1 and "captions" in path.read_text()
+    assert recipe.data.augment.channels == 1
+    assert recipe.model.conditioning.semantic == ("text" if classes == 1 else "class")
+    assert ("Asked by class alone" in path.read_text()) == (classes == 2)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,8 @@ def test_bad_pictures_are_named_and_left_out(tmp_path: Path) -> None:
     assert len(record["left_out"]) == 5 and "notes.md" not in text
 
 
-def test_captions_beside_and_in_a_table(tmp_path: Path) -> None:
+def test_captions_beside_and_in_a_table(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     beside = tmp_path / "beside"
     beside.mkdir()
     for number in range(12):
@@ -165,6 +171,13 @@ def test_captions_beside_and_in_a_table(tmp_path: Path) -> None:
         assert {s.label for s in samples} == {0}
     assert captions[0] == captions[1] == sorted(f"picture number {n}" for n in range(12))
     assert "captions.csv, line 14, not found" in "\n".join(log.lines)
+    assert len(second.commands) == 4 and second.commands[0] == "etude data fetch minilm"
+    (tmp_path / "data" / "minilm").mkdir()
+    assert start(table, out=tmp_path / "data", log=QUIET).commands == second.commands[1:]
+    recipe = load_recipe(second.latent)
+    asked = recipe.model.conditioning
+    assert (recipe.model.family, asked.semantic, asked.text_width) == ("pixart", "text", 384)
+    assert recipe.text.encoders == ["data/minilm"] and recipe.text.max_tokens == asked.text_tokens
     (table / "captions.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="has the columns a, b; it needs file_name"):
         gather(table, QUIET)

@@ -20,9 +20,12 @@ from etude.core.recipe import load_recipe
 from etude.data.shards import ShardSet, write_shards
 from etude.data.text_cache import TextCache, keyed, write_texts
 from etude.evaluation.sets import GeneratedPictures, Stages
+from etude.exporting import export
+from etude.gathering import gather
 from etude.jobs import run_recipe
 from etude.models.conditioning import ConditioningConfig
-from etude.sampling import BLOCK, open_generator, sample_to_shards
+from etude.sampled import sample_to_folder
+from etude.sampling import BLOCK, open_generator
 from etude.texts import TextConfig, TextFeatures, read_prompts
 
 QUIET = Log(None, quiet=True)
@@ -86,11 +89,12 @@ def test_the_encoders_are_asked_for_each_caption_once(text_models, tmp_path, mon
 
 
 def test_ranks_share_the_work_and_agree(text_models, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("etude.texts.PER_FILE", 2)
     captions = [f"{one} {two}" for one in ("red", "blue") for two in ("cat", "sun", "dog", "tree")]
     asked = config(text_models, tmp_path)
     alone = prepared(asked.model_copy(update={"folder": str(tmp_path / "alone")}), captions)
     ranks, seen = [TextFeatures(asked) for _ in range(3)], []
+    two = 2 * ranks[0].encoder.tokens * ranks[0].encoder.width
+    monkeypatch.setattr("etude.texts._FILE_NUMBERS", two)  # so many numbers are two texts at most
     for features in ranks:
         encode = features.encoder.encode
         monkeypatch.setattr(features.encoder, "encode", lambda c, e=encode: seen.extend(c) or e(c))
@@ -223,7 +227,18 @@ def recipe(tiny, text_models, tmp_path_factory) -> str:
 def run(recipe, tmp_path_factory) -> Path:
     overrides = ["loop.images=320", "optim.lr=5e-3", "drop_semantic=0.2"]
     root = tmp_path_factory.mktemp("runs") / "runs"
-    return run_recipe(load_recipe(recipe, overrides), root=root, quiet=True)[0]
+    threads, made = [], TextFeatures.__call__
+
+    def noting(features: TextFeatures, captions: list[str]) -> dict:
+        threads.append(threading.current_thread().name)
+        return made(features, captions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextFeatures, "__call__", noting)
+        folder = run_recipe(load_recipe(recipe, overrides), root=root, quiet=True)[0]
+    # 20 steps, features of which are read ahead; the others are evaluations'.
+    assert threads.count("etude-data") >= 20 > threads.count("MainThread") > 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -260,16 +275,34 @@ def test_a_picture_depends_on_its_own_caption(generator) -> None:
 def test_prompts_become_captioned_shards(generator, tmp_path) -> None:
     folder, prompts = tmp_path / "drawn", ["a red sun", "the moon"]
     count = BLOCK + 3
-    sample_to_shards(generator, folder, count, seed=1, log=QUIET, prompts=prompts)
+    sample_to_folder(generator, folder, count, seed=1, log=QUIET, prompts=prompts)
     samples = ShardSet(folder)
     assert samples.captioned and not samples.labelled and len(samples) == count
     assert [samples[i].caption for i in range(count)] == [prompts[i % 2] for i in range(count)]
     stated = json.loads((folder / "protocol.json").read_text())
     assert stated["prompts"] == prompts and "labels" not in stated
     with pytest.raises(UserError, match="pictures of another protocol"):
-        sample_to_shards(generator, folder, count, seed=1, log=QUIET, prompts=prompts[:1])
+        sample_to_folder(generator, folder, count, seed=1, log=QUIET, prompts=prompts[:1])
     with pytest.raises(UserError, match="is asked by text, not by class: give --prompt"):
-        sample_to_shards(generator, folder, 2, seed=1, log=QUIET, labels=[1])
+        sample_to_folder(generator, folder, 2, seed=1, log=QUIET, labels=[1])
+
+
+def test_prompts_become_captions_of_png_files_and_an_export_is_asked_by_text(
+    generator, tmp_path
+) -> None:
+    prompts = ["a red sun", "the moon, of course"]
+    asked = {"seed": 1, "log": QUIET, "prompts": prompts, "form": "png"}
+    sample_to_folder(generator, tmp_path / "drawn", 4, **asked)
+    gathered = gather(tmp_path / "drawn", QUIET)
+    assert gathered.form == "captions" and not gathered.bad
+    found = {p.path.name: p.caption for p in gathered.pictures}
+    assert found == {f"{i:09d}.png": prompts[i % 2] for i in range(4)}
+    again = open_generator(export(generator, tmp_path / "mine"))
+    assert again.asked_by_text and not again.prompts
+    sample_to_folder(again, tmp_path / "again", 4, **asked)
+    for name in found:
+        one, two = ((tmp_path / place / name).read_bytes() for place in ("drawn", "again"))
+        assert one == two
 
 
 def test_an_evaluation_draws_the_held_out_captions_in_turn(generator) -> None:
@@ -389,6 +422,6 @@ def test_a_model_asked_by_class_takes_no_prompt(tiny, tmp_path) -> None:
     folder, _ = run_recipe(load_recipe(tiny.ldm, ["loop.images=16"]), root=tmp_path, quiet=True)
     generator = open_generator(folder)
     with pytest.raises(UserError, match="is asked by class, not by text: give --label"):
-        sample_to_shards(generator, tmp_path / "x", 1, seed=0, log=QUIET, prompts=["a cat"])
+        sample_to_folder(generator, tmp_path / "x", 1, seed=0, log=QUIET, prompts=["a cat"])
     with pytest.raises(UserError, match="is asked by class, not by text: give labels"):
         generator.draw(np.arange(1), np.zeros(1), seed=0, captions=["a cat"])

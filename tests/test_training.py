@@ -6,6 +6,7 @@ Runs are real: processes of their own wherever a signal, a kill or a second rank
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,23 @@ def test_every_phase_stops_with_85_and_a_requeue_file(tiny, tmp_path, phase) -> 
         reason = "SIGTERM"
     assert json.loads((folder / "REQUEUE").read_text())["reason"] == reason
     assert not (folder / "result.json").exists() and not (folder / "lock.json").exists()
+
+
+def test_a_run_does_not_go_on_with_other_pictures(tiny, tmp_path) -> None:
+    place = tmp_path / "train"
+    shutil.copytree(tiny.folder / "train", place)
+    overrides = [f"data.shards={place}", "loop.images=16", "loop.evaluate_every=16"]
+    recipe = load_recipe(tiny.ldm, overrides)
+    run = run_recipe(recipe, root=tmp_path, name="run", quiet=True)[0]
+    (run / "result.json").unlink()
+    place.rename(tmp_path / "moved")
+    shutil.copytree(tiny.folder / "monitor", place)
+    with pytest.raises(UserError, match="data.shards names other pictures than .*/run was trained"):
+        run_recipe(recipe, root=tmp_path, name="run", quiet=True)
+    assert not (run / "result.json").exists()
+    shutil.rmtree(place)
+    place.symlink_to(tmp_path / "moved")  # the same pictures from another place
+    assert "stopped" not in run_recipe(recipe, root=tmp_path, name="run", quiet=True)[1]
 
 
 def test_the_best_checkpoint_is_kept(tiny, tmp_path) -> None:

@@ -524,7 +524,10 @@ def test_two_ranks_of_zero_start_from_the_same_weights(tiny, small_run, tmp_path
     [
         (["start.from=missing"], "there is no run `missing`"),
         (["start.from=missing.safetensors"], "does not exist: name a run"),
-        (["start.from={run}/checkpoints"], "is no run, and holds none where one weights file"),
+        (
+            ["start.from={run}/checkpoints"],
+            "checkpoints holds none where one weights file should be",
+        ),
         (["start.from={run}", "start.weights=ema:0.5"], "set start.weights to one of raw, ema:"),
         (["start.from={run}", "start.model={hidden_size: 8}"], "leave out start.model"),
         (["start.from={run}", "start.sha256=abcd"], "than start.sha256=abcd"),

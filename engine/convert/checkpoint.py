@@ -64,6 +64,29 @@ def read_file(path: str | Path) -> dict[str, Tensor]:
     return found
 
 
+def weights_files(folder: str | Path) -> list[Path]:
+    """The weights files that lie in a folder, by name."""
+    return sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix in SUFFIXES)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The path itself, or the one weights file of a folder.
+
+    Raises:
+        UserError: the folder holds none, or several.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    files = weights_files(path)
+    if len(files) != 1:
+        held = ", ".join(file.name for file in files) or "none"
+        raise UserError(
+            f"{path} holds {held} where one weights file should be: keep one, or name it"
+        )
+    return files[0]
+
+
 def read_denoiser(path: str | Path, config: Any) -> tuple[dict[str, Tensor], str]:
     """A denoiser's weights in our names, and the layout that they were found in.
 
@@ -74,7 +97,7 @@ def read_denoiser(path: str | Path, config: Any) -> tuple[dict[str, Tensor], str
     Raises:
         UserError: what is missing, unknown or of another shape, with the nearest names.
     """
-    theirs = read_file(_weights_file(Path(path)))
+    theirs = read_file(weights_file(path))
     # One published file may hold the autoencoder and the text encoders too.
     if config.family == "mmdit" and any(name.startswith(mmdit.PREFIX) for name in theirs):
         length = len(mmdit.PREFIX)
@@ -121,13 +144,3 @@ def write_denoiser(
 
 def _is_state(found: dict) -> bool:
     return bool(found) and all(isinstance(value, Tensor) for value in found.values())
-
-
-def _weights_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-    if len(files) != 1:
-        named = ", ".join(p.name for p in files) or "none"
-        raise UserError(f"{path} should hold one weights file, it holds {named}: name the file")
-    return files[0]

@@ -30,7 +30,6 @@ _SHARED = (
     "hidden_size",
     "depth",
     "num_heads",
-    "mlp_ratio",
 )
 _EMBEDDERS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
@@ -46,10 +45,15 @@ def diffusers_table(config: DiTConfig) -> list[Entry]:
         UserError: the model has parts that diffusers' has not.
     """
     plain = DiTConfig(**{name: getattr(config, name) for name in _SHARED})
-    if config.model_copy(update={"preset": "", "activation_checkpointing": False}) != plain:
+    asked = config.conditioning
+    if asked.semantic_path == "adaln":  # the published way
+        asked = asked.model_copy(update={"semantic_path": "published"})
+    # Where the weights lie depends on none of these.
+    free = {"preset": "", "activation_checkpointing": False, "modulation_start": "zero"}
+    if config.model_copy(update=free | {"conditioning": asked}) != plain:
         raise UserError(
-            "diffusers' DiT is the published one: this model has control or options of the modern"
-            " variant; write layout: original"
+            "diffusers' DiT is the published one: this model has control, another mlp_ratio or"
+            " options of the modern variant; write layout: original"
         )
     blocks = [f"transformer_blocks.{n}" for n in range(config.depth)]
     grid = config.grid

@@ -333,20 +333,17 @@ def prune_checkpoints(
     return removed
 
 
-def disk_need(
-    parameters: int, profiles: int, config: CheckpointConfig, total_images: int = 0
-) -> DiskNeed:
+def disk_need(numbers: int, config: CheckpointConfig, total_images: int = 0) -> DiskNeed:
     """Disk space that a run's checkpoints take.
 
     Args:
-        parameters: number of trainable parameters.
-        profiles: number of EMA profiles.
+        numbers: float32 numbers in one checkpoint: of every trained model its parameters x (weight
+            + 2 moments + profiles).
         total_images: length of the run, for the ones kept forever.
 
-    A checkpoint is 4 bytes x parameters x (weight + 2 moments + profiles); a new one is written
-    before an old one goes.
+    A new checkpoint is written before an old one goes.
     """
-    one = 4 * parameters * (3 + profiles)
+    one = 4 * numbers
     forever = -(-total_images // config.keep_every_images) if config.keep_every_images else 0
     count = config.keep_last + 1 + forever + int(config.keep_best)
     sentence = (

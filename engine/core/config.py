@@ -15,6 +15,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    def differs(self, name: str) -> bool:
+        """Whether field `name` has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].get_default()
+
 
 def option(
     default: Any = ...,

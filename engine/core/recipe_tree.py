@@ -206,16 +206,15 @@ def parse_override(text: str) -> Node:
 
 
 def lay(base: Node, over: Node) -> Node:
-    """Like `merge`, but keys of `over` that are numbers reach into the lists of `base`."""
+    """Like `merge`, but keys of `over` reach into the lists of `base`: an entry's number, its
+    `name`, or several of them with commas between.
+    """
     if isinstance(base.value, list) and isinstance(over.value, dict):
         items = list(base.value)
-        for key, child in over.value.items():
-            if not key.isdecimal() or int(key) >= len(items):
-                raise UserError(
-                    f"{over.place}: `{key}` is not an entry of a list with {len(items)} entries; "
-                    f"use 0 to {len(items) - 1}"
-                )
-            items[int(key)] = lay(items[int(key)], child)
+        for keys, child in over.value.items():
+            for key in keys.split(","):
+                index = _entry(items, key, over.place)
+                items[index] = lay(items[index], child)
         return Node(items, base.place)
     if isinstance(base.value, dict) and isinstance(over.value, dict) and not over.replaces:
         merged = dict(base.value)
@@ -223,6 +222,23 @@ def lay(base: Node, over: Node) -> Node:
             merged[key] = lay(merged[key], child) if key in merged else child
         return Node(merged, base.place)
     return over
+
+
+def _entry(items: list[Node], key: str, place: Place) -> int:
+    """The number of a list's entry that `key` means."""
+    entries = [item.value for item in items]
+    names = [str(e["name"].value) for e in entries if isinstance(e, dict) and "name" in e]
+    if len(names) == len(items) and key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    known = f"use 0 to {len(items) - 1}" if items else "give the whole list"
+    if names:
+        near = nearest(key, names)
+        known = f"did you mean `{near}`?" if near else f"give one of {', '.join(names)}"
+    raise UserError(
+        f"{place}: `{key}` is not an entry of a list with {len(items)} entries; {known}"
+    )
 
 
 def from_plain(value: Any, origin: str) -> Node:

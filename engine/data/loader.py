@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -88,6 +88,7 @@ class Batch:
             in pixels, flip 0 or 1, which is what really happened to each picture, and the
             scalars of its `.json`.
         captions: B texts, "" without captions.
+        text: the captions' features by name, from a stream that was told how to make them.
         wait_seconds: how long the training loop waited for this batch.
     """
 
@@ -98,13 +99,19 @@ class Batch:
     labels: torch.Tensor
     control: dict[str, torch.Tensor]
     captions: list[str] = field(default_factory=list)
+    text: dict[str, torch.Tensor] = field(default_factory=dict)
     wait_seconds: float = 0.0
 
 
 class Source:
-    """What can make a batch of any positions; gives the endless prefetched stream."""
+    """What can make a batch of any positions; gives the endless prefetched stream.
+
+    Attributes:
+        features: texts to tensors by name, called in the stream's thread for its batches.
+    """
 
     prefetch = 2
+    features: Callable[[Sequence[str]], dict[str, torch.Tensor]] | None = None
     waited_seconds = 0.0
     ran_seconds = 0.0
 
@@ -148,6 +155,8 @@ class Source:
                 first = start + (micro * world + rank) * micro_batch
                 try:
                     item = self.fetch(np.arange(first, first + micro_batch, dtype=np.int64))
+                    if self.features is not None:
+                        item.text = self.features(item.captions)
                 except BaseException as error:
                     item = error
                 while not stop.is_set():

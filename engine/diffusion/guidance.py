@@ -24,6 +24,7 @@ H is the learner's entropy on the decoded clean estimate. Two modes:
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -36,40 +37,48 @@ from etude.core.config import Config, option
 
 from .objectives import Denoiser, Objective
 
-Predictor = Callable[[Tensor, Tensor, float], Tensor]
 
+@dataclass(frozen=True)
+class Predictor:
+    """What classifier-free guidance needs of a network, in one call on a stacked batch.
 
-def stacked_predictor(
-    denoiser: Denoiser,
-    condition: dict[str, Any],
-    nulls: Sequence[dict[str, Any]],
-    *,
-    contrasts: int,
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> Predictor:
-    """A predictor (x, t (B,), time) -> raw output of what classifier-free guidance needs.
-
-    The predictions under the condition and under the first `contrasts` of `nulls`, in this order:
-    ((1 + contrasts) B, ...) of one call on a stacked batch. Outside `interval`, and for no
-    contrast, the conditional one alone, (B, ...).
+    Attributes:
+        condition: what is asked for, entries of length B.
+        stacked: it and those that ask for less, one after another.
     """
-    if contrasts == 0:
-        return lambda x, t, time: denoiser(x, t, condition)
-    if len(nulls) < contrasts:
-        raise ValueError(
-            f"classifier-free guidance needs nulls: {contrasts} conditions that ask for less and"
-            f" less, not {len(nulls)}"
-        )
-    stacked = _concatenate(condition, *nulls[:contrasts])
-    low, high = interval
 
-    def predict(x: Tensor, t: Tensor, time: float) -> Tensor:
-        if not low <= time <= high:
-            return denoiser(x, t, condition)
-        copies = 1 + contrasts
-        return denoiser(torch.cat((x,) * copies), torch.cat((t,) * copies), stacked)
+    denoiser: Denoiser
+    condition: dict[str, Any]
+    stacked: dict[str, Any]
 
-    return predict
+    @classmethod
+    def of(
+        cls,
+        denoiser: Denoiser,
+        condition: dict[str, Any],
+        nulls: Sequence[dict[str, Any]],
+        contrasts: int,
+    ) -> "Predictor":
+        """Stacks the condition on the first `contrasts` of `nulls`, which ask for ever less."""
+        if len(nulls) < contrasts:
+            raise ValueError(
+                f"classifier-free guidance needs nulls: {contrasts} conditions that ask for less"
+                f" and less, not {len(nulls)}"
+            )
+        stacked = _concatenate(condition, *nulls[:contrasts]) if contrasts else {}
+        return cls(denoiser, condition, stacked)
+
+    def __call__(self, x: Tensor, time: Tensor, copies: int) -> Tensor:
+        """Raw output at x (B, C, H, W) and a time () in [0, 1].
+
+        Args:
+            copies: 1: under the condition alone, (B, ...); else how many conditions are stacked,
+                (copies B, ...) in their order.
+        """
+        t = time.repeat(copies * len(x))
+        if copies == 1:
+            return self.denoiser(x, t, self.condition)
+        return self.denoiser(torch.cat((x,) * copies), t, self.stacked)
 
 
 def power_cosine(time: float, power: float) -> float:
@@ -78,12 +87,12 @@ def power_cosine(time: float, power: float) -> float:
 
 
 def classifier_free(
-    output: Tensor, x: Tensor, *, weights: Sequence[float], channels: int | None = None
+    output: Tensor, x: Tensor, *, weights: Tensor, channels: int | None = None
 ) -> Tensor:
-    """The guided prediction of a `stacked_predictor`'s output at x: (B, ...).
+    """The guided prediction of a `Predictor`'s output at x: (B, ...).
 
     Args:
-        weights: of the differences between neighbours of the stack; 0 leaves one out.
+        weights: (K,), of the differences between neighbours of the stack; 0 leaves one out.
         channels: guide only the first channels of the prediction; the others, and a learned
             variance, are the conditional ones.
     """
@@ -93,7 +102,9 @@ def classifier_free(
     count = x.shape[1] if channels is None else min(channels, x.shape[1])
     guided = parts[0][:, :count]
     for weight, more, less in zip(weights, parts[:-1], parts[1:], strict=True):
-        guided = guided + weight * (more[:, :count] - less[:, :count])
+        # In the weight's dtype: in bfloat16 the weight itself would be rounded.
+        step = weight * (more[:, :count] - less[:, :count]).to(weight.dtype)
+        guided = guided + step.to(guided.dtype)
     return torch.cat((guided, parts[0][:, count:]), dim=1)
 
 

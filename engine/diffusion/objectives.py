@@ -108,7 +108,7 @@ class ObjectiveConfig(Config):
         if self.weighting != "min_snr":
             idle.append(("weighting_gamma", "weighting: min_snr"))
         for name, wanted in idle:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.differs(name):
                 raise ValueError(f"{name} has no effect here: leave it out, or set {wanted}")
 
 

@@ -28,128 +28,20 @@ t = 1, where their multistep rules start at 1 - 1e-6 and take the first step by 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
-from etude.core.config import Config, option
-from etude.core.errors import UserError
-from etude.kernels.solver import solver_coefficients, solver_step
+from etude.kernels.solver import solver_step
 
-from .guidance import EntropyGuidance, classifier_free, power_cosine, stacked_predictor
+from .guidance import EntropyGuidance, Predictor, classifier_free
 from .objectives import Denoiser, Objective, learned_log_variance
-from .schedules import posterior
-from .unipc import unipc_rows
+from .steps import HEUN, SamplerConfig, Step, plan, time_grid
 
-Method = Literal["ddim", "dpmpp_2m", "unipc", "heun", "heun_sigma", "ddpm"]
-HEUN = ("heun", "heun_sigma")
-
-
-class SamplerConfig(Config):
-    """How pictures are drawn; part of an evaluation's protocol."""
-
-    method: Method = option("ddim", "rule of one step; ddim is Euler's on a flow")
-    eta: float = option(0.0, "share of ddpm's noise in a ddim step; 0 draws none", ge=0, le=1)
-    steps: int = option(50, "steps from noise to a clean sample", unit="steps", gt=0)
-    spacing: Literal["linspace", "leading", "trailing"] = option(
-        "linspace", "which entries of a table are visited; continuous schedules take linspace"
-    )
-    shift: float = option(
-        1.0, "moves the grid of a continuous schedule toward noise, beyond the objective's", gt=0
-    )
-    guidance_convention: Literal["lambda", "one_plus_lambda"] = option(
-        help="lambda: (1 + scale) cond - scale uncond; one_plus_lambda: diffusers' guidance_scale"
-    )
-    guidance_scale: float | None = option(None, "classifier-free guidance; none: conditional only")
-    control_scale: float | None = option(
-        None, "guidance_scale of the control values, by a third evaluation; none: asked for in all"
-    )
-    guidance_power: float | None = option(
-        None, "raise guidance over the steps by the power-cosine; 4 as published for MDTv2", gt=0
-    )
-    guidance_interval: tuple[float, float] = option(
-        (0.0, 1.0), "times in [0, 1] between which classifier-free guidance acts, both included"
-    )
-    guidance_channels: int | None = option(
-        None, "guide only the first channels, as published for DiT (3 of 4); none: all", gt=0
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> "SamplerConfig":
-        low, high = self.guidance_interval
-        if not 0.0 <= low < high <= 1.0:
-            raise ValueError(
-                f"guidance_interval {self.guidance_interval} must be two times low < high in [0, 1]"
-            )
-        given = self.control_scale, self.guidance_power, self.guidance_channels
-        restricted = self.guidance_interval != (0.0, 1.0) or given != (None, None, None)
-        if self.guidance_scale is None and restricted:
-            raise ValueError(
-                "control_scale, guidance_power, guidance_interval and guidance_channels have no"
-                " effect without guidance_scale: set guidance_scale, or leave them out"
-            )
-        if self.eta and self.method != "ddim":
-            raise ValueError(
-                f"eta has no effect on method {self.method!r}: leave it out, or set method to ddim"
-            )
-        return self
-
-    @property
-    def draws(self) -> bool:
-        """Whether steps take noise from `step_noise`."""
-        return self.method == "ddpm" or self.eta > 0
-
-    @property
-    def guidance_weights(self) -> tuple[float, ...]:
-        """Weights of the differences that guidance adds to the conditional prediction.
-
-        (): it is taken as it is; (w,): the semantic part; (w, u): the semantic and the control
-        part, by a third evaluation.
-        """
-        plain = float(self.guidance_convention == "one_plus_lambda")
-        scales = self.guidance_scale, self.control_scale
-        semantic, control = (0.0 if scale is None else scale - plain for scale in scales)
-        if control:
-            return semantic, control
-        return (semantic,) if semantic else ()
-
-    def weights_at(self, time: float) -> tuple[float, ...]:
-        """`guidance_weights` at a time in [0, 1], where `guidance_power` lets them rise."""
-        if self.guidance_power is None:
-            return self.guidance_weights
-        share = power_cosine(time, self.guidance_power)
-        return tuple(weight * share for weight in self.guidance_weights)
-
-
-def time_grid(objective: Objective, config: SamplerConfig) -> list[float]:
-    """The steps + 1 decreasing times of a sampler; the last, 0.0, stands for the clean sample."""
-    schedule, steps = objective.schedule, config.steps
-    if not schedule.discrete:
-        if config.spacing != "linspace":
-            raise UserError(
-                f"sampler spacing {config.spacing!r} is for tables, but the schedule is"
-                f" {schedule.name!r}: set spacing: linspace"
-            )
-        even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-        shift = config.shift * objective.config.shift
-        # As training does: shifted first, so that no time lies beyond the last one trained.
-        return (schedule.shifted(even, shift) * objective.last_time).tolist()
-    total = schedule.steps
-    if steps > total or config.shift != 1.0:
-        raise UserError(
-            f"sampler steps={steps}, shift={config.shift} do not fit a table of {total} entries:"
-            f" set steps to at most {total} and leave out shift"
-        )
-    if config.spacing == "leading":
-        index = (np.arange(steps) * (total // steps))[::-1]
-    elif config.spacing == "trailing":
-        index = np.round(np.arange(total, 0, -total / steps)) - 1
-    else:
-        index = np.linspace(0, total - 1, steps).round()[::-1] if steps > 1 else [total - 1]
-    return [float(i) / total for i in index] + [0.0]
+if TYPE_CHECKING:
+    from .captured import CapturedSteps
 
 
 @torch.no_grad()
@@ -165,6 +57,7 @@ def sample(
     step_noise: Callable[[int], Tensor] | None = None,
     progress: Callable[[int, Tensor, Tensor], None] | None = None,
     times: list[float] | None = None,
+    captured: "CapturedSteps | None" = None,
 ) -> Tensor:
     """Draw one sample per row of `noise`; rows do not influence each other.
 
@@ -179,6 +72,8 @@ def sample(
         step_noise: step (0, 1, ...) -> standard normal (B, C, H, W); needed by ddpm and by eta.
         progress: called after each step with (steps done, x, x0_hat).
         times: replaces the grid of `time_grid`: decreasing times followed by 0.0.
+        captured: holds the steps of the network that `denoiser` calls from batch to batch, as CUDA
+            graphs; without effect beside a guide, which takes gradients.
 
     Returns:
         (B, C, H, W) clean samples in the scale the objective was trained on.
@@ -188,150 +83,123 @@ def sample(
             f"method {config.method!r} with eta={config.eta} needs step_noise, a callable from"
             " step to noise"
         )
-    times = time_grid(objective, config) if times is None else times
-    points = _points(objective, times)
-    if config.method == "heun_sigma" and points[0][0] == 0.0:
-        raise UserError(
-            "method 'heun_sigma' cannot start at pure noise, where sigma / alpha has no value: set"
-            " method: heun"
-        )
-    weights = [config.weights_at(time) for time in times]
-    predict = stacked_predictor(
-        denoiser,
-        condition,
-        nulls,
-        contrasts=len(config.guidance_weights),
-        interval=config.guidance_interval,
-    )
-    table, mix = _rows(objective, config, points)
-    rows = table.to(noise.device, noise.dtype)
-    scales = torch.tensor(weights, dtype=noise.dtype).to(noise.device)
+    steps = plan(objective, config, times or time_grid(objective, config), noise)
+    predict = Predictor.of(denoiser, condition, nulls, len(config.guidance_weights))
+    take = Taking(predict, objective, config, guide)
     if guide is not None:
         guide.start(len(noise), noise.device)
-
-    def guides(step: int) -> bool:
-        return guide is not None and guide.acts(step, times[step])
-
-    def raw(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
-        t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
-        return predict(x, t, time), t
-
-    def estimate(
-        output: Tensor, x: Tensor, t: Tensor, step: int, *, corrector: bool = False
-    ) -> tuple[Any, ...]:
-        output = classifier_free(
-            output, x, weights=weights[step + corrector], channels=config.guidance_channels
-        )
-        prediction, variance = objective.split(output, x)
-        if guide is not None and guides(step):
-            x, x0, eps = guide.push(
-                denoiser, objective, x, prediction, t, condition, corrector=corrector
-            )
-        else:
-            x0, eps = objective.clean(prediction, x, t)
-        return x, x0, eps, variance
-
-    x, previous, older = noise, None, None
-    for step in range(len(times) - 1):
-        last, extra = step == len(times) - 2, None
-        if config.method == "dpmpp_2m":
-            extra = previous
-        elif config.method == "unipc" and previous is not None:
-            extra = mix[step][0] * previous
-            extra = extra if older is None else extra + mix[step][1] * older
-        elif config.draws and not last:
-            assert step_noise is not None
-            extra = step_noise(step).to(x.dtype)
-        output, t = raw(x, times[step])
-        whole = last or config.method not in HEUN
-        if whole and not guides(step) and not _varies(objective, config, output, x):
-            guided = len(output) != len(x)
-            x, x0 = solver_step(
-                x,
-                output,
-                rows[step],
-                guidance=scales[step] if guided else None,
-                guided_channels=config.guidance_channels if guided else None,
-                extra=extra,
-            )
-        else:
-            x, x0, eps, variance = estimate(output, x, t, step)
-            if last:
-                x = x0
-            elif config.method == "ddpm":
-                x = _ancestral(points[step], points[step + 1], x, x0, variance, extra)
-            elif config.method in HEUN:
-                (alpha, sigma), (alpha_next, sigma_next) = points[step], points[step + 1]
-                flow = config.method == "heun"
-                total, total_next = alpha + flow * sigma, alpha_next + flow * sigma_next
-                width = sigma_next / total_next - sigma / total
-                euler = alpha_next * x0 + sigma_next * eps
-                corrected = raw(euler, times[step + 1])
-                _, x0_next, eps_next, _ = estimate(
-                    corrected[0], euler, corrected[1], step, corrector=True
-                )
-                velocity = 0.5 * ((eps - x0) + (eps_next - x0_next) if flow else eps + eps_next)
-                x = (x / total + width * velocity) * total_next
-            else:
-                from_x, from_x0, from_eps, from_extra = rows[step, 4:]
-                x = from_x * x + (from_x0 * x0 + from_eps * eps)
-                x = x if extra is None else x + from_extra * extra
-        previous, older = x0, previous
+    elif captured is not None:
+        take = captured.of(take, noise)
+    x, earlier = noise, []
+    for step in steps:
+        x, x0 = take(step, x, _extra(step, config, earlier, step_noise))
+        earlier = [x0, *earlier[:1]]
         if progress is not None:
-            progress(step + 1, x, x0)
+            progress(step.index + 1, x, x0)
     if guide is not None:
         guide.finish(x, condition)
     return x
 
 
-def _varies(objective: Objective, config: SamplerConfig, output: Tensor, x: Tensor) -> bool:
-    """Whether a step draws with a variance of the network's."""
-    learned = objective.config.variance == "learned_range" and output.shape[1] != x.shape[1]
-    return config.method == "ddpm" and learned
+def _extra(
+    step: Step,
+    config: SamplerConfig,
+    earlier: Sequence[Tensor],
+    step_noise: Callable[[int], Tensor] | None,
+) -> Tensor | None:
+    """What a step adds beside x and the prediction: noise, or the clean estimates before it."""
+    if config.draws and not step.last:
+        assert step_noise is not None
+        return step_noise(step.index).to(step.numbers["row"].dtype)
+    if not earlier or config.method not in ("dpmpp_2m", "unipc"):
+        return None
+    if config.method == "dpmpp_2m":
+        return earlier[0]
+    mixed = [weight * x0 for weight, x0 in zip(step.numbers["mix"], earlier, strict=False)]
+    return sum(mixed[1:], mixed[0])
 
 
-def _rows(
-    objective: Objective, config: SamplerConfig, points: list[tuple[float, float]]
-) -> tuple[Tensor, list[list[float]]]:
-    """`solver_step`'s numbers for every step of a grid, (steps, 8) float64; Heun's are Euler's.
+@dataclass(frozen=True)
+class Taking:
+    """Takes the steps of a sampler; a function of tensors but where a `guide` pushes."""
 
-    And, for unipc, the weights of the two last clean estimates in the step's extra tensor.
-    """
-    alpha, sigma = torch.tensor(points, dtype=torch.float64).unbind(1)
-    if config.method == "unipc":
-        return unipc_rows(objective.config.prediction, alpha, sigma)
-    ways = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
-    rule = "ddim" if config.method in HEUN else config.method
-    rows = solver_coefficients(rule, objective.config.prediction, *ways, eta=config.eta)
-    if rule == "dpmpp_2m" and len(points) > 2:
-        rows[1:] = solver_coefficients(
-            rule,
-            objective.config.prediction,
-            *(way[1:] for way in ways),
-            alpha_previous=alpha[:-2],
-            sigma_previous=sigma[:-2],
+    predict: Predictor
+    objective: Objective
+    config: SamplerConfig
+    guide: EntropyGuidance | None = None
+
+    def __call__(self, step: Step, x: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x', x0_hat) of a step at x (B, C, H, W), with `extra` of the same shape."""
+        output = self.predict(x, step.numbers["times"][0], step.copies[0])
+        if self._is_linear(step, x, output):
+            guided = step.copies[0] > 1
+            return solver_step(
+                x,
+                output,
+                step.numbers["row"],
+                guidance=step.numbers["weights"][0] if guided else None,
+                guided_channels=self.config.guidance_channels if guided else None,
+                extra=extra,
+            )
+        x, x0, eps, variance = self._estimate(step, x, output)
+        if step.last:
+            return x0, x0
+        if self.config.method == "ddpm":
+            assert extra is not None
+            return _ancestral(step.numbers["rule"], x, x0, variance, extra), x0
+        if self.config.method in HEUN:
+            return self._trapezoid(step, x, x0, eps), x0
+        from_x, from_x0, from_eps, from_extra = step.numbers["row"][4:]
+        x = from_x * x + (from_x0 * x0 + from_eps * eps)
+        return (x if extra is None else x + from_extra * extra), x0
+
+    def _is_linear(self, step: Step, x: Tensor, output: Tensor) -> bool:
+        """Whether the step is linear in x, the prediction and the extra tensor."""
+        if self._pushes(step) or (self.config.method in HEUN and not step.last):
+            return False
+        learned = self.objective.config.variance == "learned_range"
+        return self.config.method != "ddpm" or not learned or output.shape[1] == x.shape[1]
+
+    def _pushes(self, step: Step) -> bool:
+        return self.guide is not None and self.guide.acts(step.index, step.time)
+
+    def _estimate(
+        self, step: Step, x: Tensor, output: Tensor, *, end: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x, which the guide may move, x0_hat, eps_hat and the network's variance, if it has one,
+        from an evaluation at x where the step begins, or at its end."""
+        time, weights = (step.numbers[name][int(end)] for name in ("times", "weights"))
+        channels = self.config.guidance_channels
+        output = classifier_free(output, x, weights=weights, channels=channels)
+        prediction, variance = self.objective.split(output, x)
+        t = time.repeat(len(x))
+        if not self._pushes(step):
+            return x, *self.objective.clean(prediction, x, t), variance
+        assert self.guide is not None
+        denoiser, condition = self.predict.denoiser, self.predict.condition
+        pushed = self.guide.push(
+            denoiser, self.objective, x, prediction, t, condition, corrector=end
         )
-    return rows, []
+        return *pushed, variance
 
-
-def _points(objective: Objective, times: list[float]) -> list[tuple[float, float]]:
-    """(alpha, sigma) of every time of the grid, computed once; the last point is clean."""
-    alpha, sigma = objective.schedule.coefficients(torch.tensor(times[:-1], dtype=torch.float64))
-    return [*zip(alpha.tolist(), sigma.tolist(), strict=True), (1.0, 0.0)]
+    def _trapezoid(self, step: Step, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """Heun's: the mean of the velocities at x and where Euler's step from there ends."""
+        alpha, sigma, total, total_next, width = step.numbers["rule"]
+        euler = alpha * x0 + sigma * eps
+        output = self.predict(euler, step.numbers["times"][1], step.copies[1])
+        _, x0_next, eps_next, _ = self._estimate(step, euler, output, end=True)
+        if self.config.method == "heun":
+            velocity = 0.5 * ((eps - x0) + (eps_next - x0_next))
+        else:
+            velocity = 0.5 * (eps + eps_next)
+        return (x / total + width * velocity) * total_next
 
 
 def _ancestral(
-    point: tuple[float, float],
-    following: tuple[float, float],
-    x: Tensor,
-    x0: Tensor,
-    variance: Tensor | None,
-    noise: Tensor,
+    rule: Tensor, x: Tensor, x0: Tensor, variance: Tensor | None, noise: Tensor
 ) -> Tensor:
     """A draw of q(x' | x, x0_hat); a learned variance (B, C, H, W) replaces the posterior's."""
-    step = posterior(*(torch.tensor(c, dtype=torch.float64) for c in (*point, *following)))
-    spread = step.variance.sqrt().to(x.dtype)
+    from_x0, from_x, spread, smallest, largest = rule
     if variance is not None:
-        smallest, largest = (v.clamp(min=1e-20).to(x) for v in (step.variance, step.largest))
         spread = torch.exp(0.5 * learned_log_variance(variance, smallest, largest))
-    return step.mean(x0, x) + spread * noise
+    return from_x0 * x0 + from_x * x + spread * noise

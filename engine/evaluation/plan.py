@@ -18,6 +18,7 @@ from etude.core.log import Log
 from etude.core.recipe import Recipe
 from etude.core.rng import Stream, permute
 from etude.core.run import Run
+from etude.diffusion.samplers import SamplerConfig
 from etude.metrics.extractors import Extractor, load_extractor
 from etude.metrics.extractors.classifier import ClassifierExtractor
 from etude.metrics.extractors.pixels import PixelExtractor
@@ -65,6 +66,9 @@ class ExtractRecipe(Recipe):
     train: str = option("", "folder of the generator's training pictures, for nearest pictures")
     generator: str = option("", "run that draws the pictures: its folder or name")
     weights: str = option("", "profile of that run, such as ema:0.9999; by default its longest")
+    sampler: SamplerConfig | None = option(
+        None, "how the generator draws; null: as its run's recipe says"
+    )
     generated: str = option("", "folder of pictures (shards or files) in place of a generator")
     samples: int = option(1000, "pictures to draw", unit="images", ge=2)
     image_size: int = option(
@@ -81,6 +85,8 @@ class ExtractRecipe(Recipe):
     def _check(self) -> Self:
         if bool(self.generator) and bool(self.generated):
             raise ValueError("generator and generated are both set; keep one")
+        if self.sampler is not None and not self.generator:
+            raise ValueError("sampler has no effect without a generator; set generator=RUN")
         if "memorisation" in self.metrics and not self.train:
             raise ValueError("memorisation needs the training pictures; set train=FOLDER")
         if "agreement" in self.metrics and not self.judge and self.extractor.kind != "classifier":

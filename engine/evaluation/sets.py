@@ -4,6 +4,7 @@ Whatever it comes from, a set has a fingerprint and gives uint8 pictures (B, H, 
 keys, labels and groups for any range of its consecutive numbers, so extraction resumes anywhere.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -164,11 +165,13 @@ class ShardPictures:
 
 
 class FolderPictures:
-    """The PNG and JPEG files of a folder, sorted; class subfolders give labels.
+    """The PNG and JPEG files of a folder, sorted; class subfolders give labels, or a table does.
 
     Args:
+        folder: with a `metadata.csv` that has a column file_name, its rows are the set, and their
+            column label, if there is one, names the classes.
         classes: class names of the real pictures, so that labels mean the same; by default the
-            sorted names of the subfolders.
+            sorted names of the subfolders or of the table.
         size, channels: as in `ShardPictures`.
     """
 
@@ -181,15 +184,19 @@ class FolderPictures:
         classes: list[str] | None = None,
     ) -> None:
         self.folder, self.name = Path(folder), str(folder)
-        files = [p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in _SUFFIXES]
-        if not files:
+        table = _table(self.folder)
+        files = table or [p.relative_to(folder) for p in sorted(self.folder.rglob("*"))]
+        self._files = [path for path in files if path.suffix.lower() in _SUFFIXES]
+        if not self._files:
             raise UserError(f"{folder} holds no .png or .jpg pictures; name a folder that does")
-        self._files = [path.relative_to(self.folder) for path in files]
-        folders = sorted({path.parts[0] for path in self._files if len(path.parts) > 1})
-        self.classes = folders if classes is None else classes
+        # A file's class: its row's, or the first folder that it lies in; "" for none.
+        self._names = table or {p: p.parts[0] if len(p.parts) > 1 else "" for p in self._files}
+        found = sorted({self._names[path] for path in self._files} - {""})
+        self.classes = found if classes is None else classes
         self._encoded = _Encoded(size, channels)
         hashes = [[str(path), _file_sha256(self.folder / path)] for path in self._files]
-        self.fingerprint = _sha256(["folder", hashes, self.classes, size, channels])
+        parts = ["folder", hashes, self.classes, size, channels]
+        self.fingerprint = _sha256([*parts, [*table.values()]] if table else parts)
         stated = self.folder / "protocol.json"
         self.protocol = json.loads(stated.read_text()) if stated.exists() else {}
 
@@ -208,7 +215,7 @@ class FolderPictures:
         return Pictures(images, keys, labels, [_group(self.classes, n) for n in labels])
 
     def _label(self, path: Path) -> int:
-        name = path.parts[0] if len(path.parts) > 1 else None
+        name = self._names[path]
         return self.classes.index(name) if name in self.classes else -1
 
 
@@ -263,6 +270,20 @@ def open_pictures(
 
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+
+def _table(folder: Path) -> dict[Path, str]:
+    """File -> class, sorted, of a folder's `metadata.csv`; empty where there is none."""
+    path = folder / "metadata.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
+    found = {Path(row["file_name"]): row.get("label") or "" for row in rows}
+    missing = next((name for name in found if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise UserError(f"{path} names {missing}, which is not there: copy the folder again")
+    return dict(sorted(found.items()))
 
 
 def _group(classes: list[str], label: int) -> str:

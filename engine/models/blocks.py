@@ -1,18 +1,31 @@
-"""Building blocks shared by the transformer denoisers: embedders, attention, MLP and final layer.
+"""Building blocks shared by the denoisers: embedders, attention, MLP, final layer, first weights.
 
-Called by `dit.py`. Parameter names follow the original DiT (Peebles and Xie 2023), so published
-weights load without a map. Shapes: B batch, N tokens, D hidden size, C channels, P patch size.
+Called by every denoiser of this room. Parameter names follow the original DiT (Peebles and Xie
+2023), so published weights load without a map. Shapes: B batch, N tokens, D hidden size, C
+channels, P patch size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from etude.kernels import QKNorm, attention_packed, mlp, swiglu
+from etude.kernels import (
+    QKNorm,
+    adaln_modulate,
+    attention_packed,
+    gate_residual_adaln,
+    mlp,
+    swiglu,
+)
 from etude.kernels.attention import Rope
+
+# x (B, N, D), the last branch (B, N, D) and its gate (B, D), not yet added to x.
+Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @contextmanager
@@ -43,12 +56,15 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = vector_mlp(frequencies, hidden_size)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+def vector_mlp(inputs: int, outputs: int) -> nn.Sequential:
+    """What makes a vector that blocks are modulated by: two linear maps, SiLU between them."""
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
 
 def sinusoids(values: Tensor, channels: int) -> Tensor:
@@ -137,6 +153,70 @@ def modulation(hidden_size: int, chunks: int, bottleneck: int = 1) -> nn.Sequent
         nn.SiLU(),
         nn.Linear(inner, chunks * hidden_size),
     )
+
+
+class FinalLayer(nn.Module):
+    """The last normalisation and the map from tokens to patches (B, N, P * P * C)."""
+
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, norm: str = "layernorm"
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = modulation(hidden_size, 2)
+
+    def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        _, y = add_and_modulate(x, h, gate, shift, scale, self.norm)
+        return self.linear(y)
+
+
+def add_and_modulate(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    norm: str = "layernorm",
+) -> tuple[Tensor, Tensor]:
+    """Add the pending branch, if any; returns the stream and its modulated normalisation."""
+    if h is None or gate is None:
+        return x, adaln_modulate(x, shift, scale, norm=norm)
+    return gate_residual_adaln(x, h, gate, shift, scale, norm=norm)
+
+
+def run_block(block: Callable, *arguments: Any, recompute: bool) -> Any:
+    """`block(*arguments)`; with `recompute` it is run again in the backward pass to save memory."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
+
+
+def draw_linears(model: nn.Module) -> None:
+    """Xavier's uniform weights for all linear maps and that of the patches; their biases zero.
+
+    The patches' bias stays as it is: not every publication draws it alike.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    projection = model.x_embedder.proj
+    nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
+
+
+def draw_small(weights: Iterable[Tensor]) -> None:
+    """N(0, 0.02), as embeddings start."""
+    for weight in weights:
+        nn.init.normal_(weight, std=0.02)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all its parameters zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 def positions_2d(hidden_size: int, grid: int, coordinates: Tensor | None = None) -> Tensor:

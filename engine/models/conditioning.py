@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from etude.core.config import Config, option
 
-from .blocks import sinusoids
+from .blocks import sinusoids, vector_mlp
 
 FREQUENCIES = 256  # channels of a scalar's sines and cosines
 
@@ -62,7 +62,8 @@ class ConditioningConfig(Config):
     control: list[ControlConfig] = option([], "values that pictures are told apart by")
     control_embedding: Literal["separate", "concatenated", "micro"] = option(
         "separate",
-        "separate: an MLP each, summed; concatenated: one MLP (SDXL); micro: slices (PixArt)",
+        "separate: an MLP each, summed; concatenated: one MLP (SDXL); micro: an MLP each, side by"
+        " side (PixArt's form for any family; its own layers are model.micro_conditions)",
     )
     control_zero: bool = option(True, "control starts without effect: its last layer is zero")
 
@@ -97,7 +98,7 @@ class ConditioningConfig(Config):
             names = ("control_embedding", "control_zero")
             idle += [(name, "control: []", "control to some values") for name in names]
         for name, given, wanted in idle:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.differs(name):
                 raise ValueError(
                     f"{name} has no effect with {given}: leave it out, or set {wanted}"
                 )
@@ -116,6 +117,11 @@ def scaled(values: Tensor, control: Sequence[ControlConfig]) -> Tensor:
     return torch.stack([values[:, k] * entry.scale for k, entry in enumerate(control)], dim=1)
 
 
+def zero_where(dropped: Tensor | None, vectors: Tensor) -> Tensor:
+    """Vectors (B, D), zero in the rows where `dropped` (B,) bool is true; None: in none."""
+    return vectors if dropped is None else vectors.masked_fill(dropped[:, None], 0.0)
+
+
 class ControlEmbedder(nn.Module):
     """Control values (B, K) and times (B,) to a vector (B, D) that adaLN adds to the timestep's."""
 
@@ -132,10 +138,7 @@ class ControlEmbedder(nn.Module):
             widths = [(FREQUENCIES, b - a) for a, b in zip(edges, edges[1:], strict=False)]
         else:
             widths = [(FREQUENCIES, hidden_size)] * count
-        self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(wide, out), nn.SiLU(), nn.Linear(out, out))
-            for wide, out in widths
-        )
+        self.mlps = nn.ModuleList(vector_mlp(wide, out) for wide, out in widths)
 
     def initialise(self, zero: bool) -> None:
         """Weights N(0, 0.02) as the timestep's, biases zero; the last layers zero with `zero`."""
@@ -165,7 +168,7 @@ class ControlEmbedder(nn.Module):
                 rows = [mlp(waves[:, k].to(dtype)) for k, mlp in enumerate(self.mlps)]
                 out = torch.cat(rows, dim=1)
             out = power_cosine(time, self.exponents[0]).to(dtype)[:, None] * out
-        return out if dropped is None else out.masked_fill(dropped[:, None], 0.0)
+        return zero_where(dropped, out)
 
 
 class TextTokens(nn.Module):

@@ -37,7 +37,7 @@ class DiscriminatorConfig(Config):
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "DiscriminatorConfig":
-        if self.norm == "batch" and self.groups != type(self).model_fields["groups"].default:
+        if self.norm == "batch" and self.differs("groups"):
             raise ValueError("groups has no effect with norm: batch; leave it out")
         if self.norm == "group" and any(width % self.groups for width in self.widths[1:]):
             raise ValueError(

@@ -27,24 +27,30 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from etude.core.config import option
-from etude.kernels import adaln_modulate, gate_residual_adaln
+from etude.kernels import gate_residual_adaln
 from etude.kernels.attention import Rope
 
 from .blocks import (
     Attention,
+    FinalLayer,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    Stream,
     SwiGLU,
     TimestepEmbedder,
+    add_and_modulate,
+    draw_linears,
+    draw_small,
     modulation,
     positions_2d,
     rotary_2d,
+    run_block,
     seeded,
     unpatchify,
+    zeroed,
 )
 from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of
 from .denoiser import Condition, TransformerConfig
@@ -66,10 +72,6 @@ PRESETS = {
     for patch in (1, 2, 4, 8)
 }
 Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
-
-# x (B, N, D), the last branch (B, N, D) and its gate (B, D), not yet added to x.
-Stream = tuple[Tensor, Tensor | None, Tensor | None]
-
 
 # Spreads of adaLN-Gaussian's second form: the shift's, the scale's and the gate's weights.
 GAUSSIAN = (8e-4, 1.2e-3, 8e-4)
@@ -176,23 +178,6 @@ class DiTBlock(nn.Module):
         return x, self.mlp(y), vectors[3]
 
 
-class FinalLayer(nn.Module):
-    """The last normalisation and the map from tokens to patches (B, N, P * P * C)."""
-
-    def __init__(
-        self, hidden_size: int, patch_size: int, out_channels: int, norm: str = "layernorm"
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = modulation(hidden_size, 2)
-
-    def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        _, y = add_and_modulate(x, h, gate, shift, scale, self.norm)
-        return self.linear(y)
-
-
 class DiT(nn.Module):
     """Denoiser with the original parameter names; the weights are a function of `seed`."""
 
@@ -244,12 +229,9 @@ class DiT(nn.Module):
         if config.conditioning.control:
             c = c + self.control_embedder(t, condition["control"], condition.get("drop_control"))
         stream: Stream = (tokens, None, None)
-        recompute = config.activation_checkpointing and torch.is_grad_enabled()
+        recompute = config.activation_checkpointing
         for block in self.blocks:
-            if recompute:
-                stream = checkpoint(block, *stream, c, rope, lengths, use_reentrant=False)
-            else:
-                stream = block(*stream, c, rope, lengths)
+            stream = run_block(block, *stream, c, rope, lengths, recompute=recompute)
         patches = self.final_layer(*stream, c)[:, :count]
         return unpatchify(patches, config.out_channels, config.patch_size)
 
@@ -262,39 +244,17 @@ class DiT(nn.Module):
         return tokens, None if lengths is None else (lengths + before).to(torch.int32)
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
-        nn.init.zeros_(projection.bias)
-        for name in ("y_embedder", "class_embedder"):
-            if hasattr(self, name):
-                nn.init.normal_(getattr(self, name).embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        zero = [block.adaLN_modulation[-1] for block in self.blocks]
-        for layer in (*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        draw_linears(self)
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        named = [getattr(self, name, None) for name in ("y_embedder", "class_embedder")]
+        draw_small(embedder.embedding_table.weight for embedder in named if embedder is not None)
+        draw_small((self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight))
+        for part in (*self.blocks, self.final_layer):
+            zeroed(part.adaLN_modulation[-1])
+        zeroed(self.final_layer.linear)
         if self.config.conditioning.control:
             self.control_embedder.initialise(self.config.conditioning.control_zero)
         if self.config.modulation_start == "gaussian":
             for block in self.blocks:
                 for k, part in enumerate(block.adaLN_modulation[-1].weight.chunk(6)):
                     nn.init.normal_(part, std=GAUSSIAN[k % 3])
-
-
-def add_and_modulate(
-    x: Tensor,
-    h: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    norm: str = "layernorm",
-) -> tuple[Tensor, Tensor]:
-    """Add the pending branch, if any; returns the stream and its modulated normalisation."""
-    if h is None or gate is None:
-        return x, adaln_modulate(x, shift, scale, norm=norm)
-    return gate_residual_adaln(x, h, gate, shift, scale, norm=norm)

@@ -29,21 +29,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from etude.core.config import option
 
 from .blocks import (
+    FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    Stream,
     TimestepEmbedder,
+    draw_linears,
+    draw_small,
     positions_2d,
+    run_block,
     seeded,
     unpatchify,
+    zeroed,
 )
 from .conditioning import ControlEmbedder, labels_of
 from .denoiser import Condition, TransformerConfig
-from .dit import SIZES, FinalLayer, Stream
+from .dit import SIZES
 from .mdt_blocks import Kept, MDTBlock, complete
 
 # Decoder blocks where a published run says how many.
@@ -167,18 +172,11 @@ class MDT(nn.Module):
         return torch.where(absent, complete(*stream), x)
 
     def _run(self, block: Callable, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+        return run_block(block, *arguments, recompute=self.config.activation_checkpointing)
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
-        nn.init.zeros_(projection.bias)
+        draw_linears(self)
+        nn.init.zeros_(self.x_embedder.proj.bias)
         small = [self.y_embedder.embedding_table.weight, self.mask_token]
         small += [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
         zero = [self.final_layer.adaLN_modulation[-1], self.final_layer.linear]
@@ -186,11 +184,9 @@ class MDT(nn.Module):
             if isinstance(block, MDTBlock):
                 small.append(block.attn.rel_pos_bias.relative_position_bias_table)
                 zero.append(block.adaLN_modulation[-1])
-        for parameter in small:
-            nn.init.normal_(parameter, std=0.02)
+        draw_small(small)
         for layer in zero:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            zeroed(layer)
         if self.config.conditioning.control:
             self.control_embedder.initialise(self.config.conditioning.control_zero)
 

@@ -18,8 +18,7 @@ from etude.kernels import (
     relative_position_bias,
 )
 
-from .blocks import Attention, Mlp, modulation
-from .dit import add_and_modulate
+from .blocks import Attention, Mlp, add_and_modulate, modulation
 
 
 class Kept(NamedTuple):

@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from etude.core.config import option
 from etude.kernels import (
@@ -39,18 +38,25 @@ from etude.kernels import (
 )
 
 from .blocks import (
+    FinalLayer,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    Stream,
     TimestepEmbedder,
+    add_and_modulate,
+    draw_linears,
+    draw_small,
     modulation,
     positions_2d,
+    run_block,
     seeded,
     unpatchify,
+    vector_mlp,
+    zeroed,
 )
-from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of
+from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of, zero_where
 from .denoiser import Condition, TransformerConfig
-from .dit import FinalLayer, Stream, add_and_modulate
 
 HEAD = 64  # channels of a head, as published
 
@@ -242,9 +248,7 @@ class VectorEmbedder(nn.Module):
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = vector_mlp(width, hidden_size)
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.mlp(pooled.to(self.mlp[0].weight.dtype))
@@ -290,12 +294,9 @@ class MMDiT(nn.Module):
             lengths = (lengths + tokens.shape[1]).to(torch.int32)
         image: Stream = (tokens, None, None)
         text: Stream | None = (context, None, None)
-        recompute = config.activation_checkpointing and torch.is_grad_enabled()
+        recompute = config.activation_checkpointing
         for block in self.joint_blocks:
-            if recompute:
-                image, text = checkpoint(block, image, text, c, lengths, use_reentrant=False)
-            else:
-                image, text = block(image, text, c, lengths)
+            image, text = run_block(block, image, text, c, lengths, recompute=recompute)
         patches = self.final_layer(*image, c)
         return unpatchify(patches, config.out_channels, config.patch_size)
 
@@ -304,9 +305,7 @@ class MMDiT(nn.Module):
         config = self.config
         c = self.t_embedder(t)
         if config.has_vector and config.conditioning.semantic == "text":
-            pooled, dropped = condition["pooled"], condition.get("drop_semantic")
-            if dropped is not None:
-                pooled = pooled.masked_fill(dropped[:, None], 0.0)
+            pooled = zero_where(condition.get("drop_semantic"), condition["pooled"])
             c = c + self.y_embedder(pooled)
         elif config.has_vector:
             c = c + self.y_embedder(labels_of(condition, config.num_classes))
@@ -330,25 +329,16 @@ class MMDiT(nn.Module):
 
     def _initialise(self) -> None:
         """As a DiT's: the reference that published the names has no training code."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
-        nn.init.zeros_(projection.bias)
+        draw_linears(self)
+        nn.init.zeros_(self.x_embedder.proj.bias)
         embedders = [self.t_embedder, getattr(self, "y_embedder", None)]
-        for mlp in (e.mlp for e in embedders if hasattr(e, "mlp")):
-            nn.init.normal_(mlp[0].weight, std=0.02)
-            nn.init.normal_(mlp[2].weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        mlps = [embedder.mlp for embedder in embedders if hasattr(embedder, "mlp")]
+        draw_small(layer.weight for mlp in mlps for layer in (mlp[0], mlp[2]))
+        draw_small(m.weight for m in self.modules() if isinstance(m, nn.Embedding))
         streams = [s for block in self.joint_blocks for s in (block.x_block, block.context_block)]
         zero = [part.adaLN_modulation[1] for part in (*streams, self.final_layer)]
         for layer in (*zero, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            zeroed(layer)
         if self.config.conditioning.control:
             self.control_embedder.initialise(self.config.conditioning.control_zero)
 

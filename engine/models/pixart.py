@@ -27,11 +27,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from etude.core.config import option
 from etude.kernels import (
-    adaln_modulate,
     adaln_single,
     dot_product_attention,
     gate_residual,
@@ -42,11 +40,17 @@ from .blocks import (
     Attention,
     Mlp,
     PatchEmbed,
+    Stream,
     TimestepEmbedder,
+    add_and_modulate,
+    draw_linears,
+    draw_small,
     modulation,
     positions_2d,
+    run_block,
     seeded,
     unpatchify,
+    zeroed,
 )
 from .conditioning import (
     ClassTokens,
@@ -55,6 +59,7 @@ from .conditioning import (
     TextTokens,
     labels_of,
     power_cosine,
+    zero_where,
 )
 from .denoiser import Condition, TransformerConfig
 
@@ -67,9 +72,6 @@ Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
 
 # What the micro-conditions are made of, by the names of `conditioning.control`.
 MICRO = ("height", "width", "aspect")
-
-# x (B, N, D), the last branch (B, N, D) and its gate (B, D), not yet added to x.
-Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class PixArtConfig(TransformerConfig):
@@ -86,7 +88,9 @@ class PixArtConfig(TransformerConfig):
         1.0, "divides the positions; published: 2 for latents of 128, else 1", gt=0
     )
     micro_conditions: bool = option(
-        False, "height, width and aspect of conditioning.control enter as published (MS)"
+        False,
+        "height, width and aspect of conditioning.control enter by the published layers (MS), which"
+        " height and width share; other control as conditioning.control_embedding says",
     )
 
     @model_validator(mode="after")
@@ -173,18 +177,15 @@ class PixArtBlock(nn.Module):
         """shared: (B, 6 D), the map of c; ones: (B, D), the gate of the text's branch."""
         vectors = adaln_single(shared, self.scale_shift_table)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.chunk(6, 1)
-        if h is None or gate is None:
-            y = adaln_modulate(x, shift_1, scale_1)
-        else:
-            x, y = gate_residual_adaln(x, h, gate, shift_1, scale_1)
+        x, y = add_and_modulate(x, h, gate, shift_1, scale_1)
         x = gate_residual(x, self.attn(y), gate_1)
         asked = self.cross_attn(x, context, lengths)
         x, y = gate_residual_adaln(x, asked, ones, shift_2, scale_2)
         return x, self.mlp(y), gate_2
 
 
-class FinalLayer(nn.Module):
-    """The last normalisation and the map from tokens to patches (B, N, P * P * C)."""
+class TableFinalLayer(nn.Module):
+    """As `blocks.FinalLayer`, its shift and scale from c itself and a table."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -226,7 +227,7 @@ class PixArt(nn.Module):
             self.blocks = nn.ModuleList(
                 PixArtBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
             )
-            self.final_layer = FinalLayer(D, config.patch_size, config.out_channels)
+            self.final_layer = TableFinalLayer(D, config.patch_size, config.out_channels)
             self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -241,13 +242,9 @@ class PixArt(nn.Module):
         shared, ones = self.t_block(c), torch.ones_like(c)
         context, lengths = self._context(condition)
         stream: Stream = (tokens, None, None)
-        recompute = config.activation_checkpointing and torch.is_grad_enabled()
+        more, recompute = (shared, ones, context, lengths), config.activation_checkpointing
         for block in self.blocks:
-            more = (shared, ones, context, lengths)
-            if recompute:
-                stream = checkpoint(block, *stream, *more, use_reentrant=False)
-            else:
-                stream = block(*stream, *more)
+            stream = run_block(block, *stream, *more, recompute=recompute)
         patches = self.final_layer(*stream, c)
         return unpatchify(patches, config.out_channels, config.patch_size)
 
@@ -272,7 +269,7 @@ class PixArt(nn.Module):
         parts = self.csize_embedder(values[:, :2]), self.ar_embedder(values[:, 2:])
         out = torch.cat(parts, 1)
         out = (gates.to(out.dtype)[:, :, None] * out).flatten(1)
-        return out if dropped is None else out.masked_fill(dropped[:, None], 0.0)
+        return zero_where(dropped, out)
 
     def _context(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Tokens to attend to (B, L, D), and how many of them exist (B,) int32, None for all."""
@@ -283,13 +280,7 @@ class PixArt(nn.Module):
 
     def _initialise(self) -> None:
         given, D = self.config.conditioning, self.config.hidden_size
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        # As a linear map, but its bias is published as torch's convolution draws it.
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
+        draw_linears(self)  # the patches' bias is published as torch's convolution draws it
         small = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]]
         if given.semantic == "text":
             small += [self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2]
@@ -299,16 +290,14 @@ class PixArt(nn.Module):
         if self.micro:
             for embedder in (self.csize_embedder, self.ar_embedder):
                 small += [embedder.mlp[0], embedder.mlp[2]]
-        for layer in small:
-            nn.init.normal_(layer.weight, std=0.02)
+        draw_small(layer.weight for layer in small)
         for module in (*self.blocks, self.final_layer):
             nn.init.normal_(module.scale_shift_table, std=D**-0.5)
         zero = [block.cross_attn.proj for block in self.blocks] + [self.final_layer.linear]
         if self.micro and given.control_zero:
             zero += [self.csize_embedder.mlp[2], self.ar_embedder.mlp[2]]
         for layer in zero:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            zeroed(layer)
         if self.columns:
             self.control_embedder.initialise(given.control_zero)
 

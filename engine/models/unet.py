@@ -27,11 +27,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from etude.kernels import modulation_gemm
 
-from .blocks import LabelEmbedder, seeded, sinusoids
+from .blocks import LabelEmbedder, run_block, seeded, sinusoids, vector_mlp, zeroed
 from .conditioning import (
     FREQUENCIES,
     ClassTokens,
@@ -39,6 +38,7 @@ from .conditioning import (
     TextTokens,
     labels_of,
     scaled,
+    zero_where,
 )
 from .denoiser import Condition
 from .unet_blocks import (
@@ -48,7 +48,6 @@ from .unet_blocks import (
     ResBlock,
     SpatialTransformer,
     Upsample,
-    zeroed,
 )
 from .unet_config import Stage, UNetConfig, stages
 
@@ -64,9 +63,9 @@ class UNet(nn.Module):
         first, time, asked = config.model_channels, config.time_width, config.conditioning
         down, up = stages(config)
         with seeded(seed):
-            self.time_embed = _mlp(first, time)
+            self.time_embed = vector_mlp(first, time)
             if config.vector_width:
-                self.label_emb = nn.Sequential(_mlp(config.vector_width, time))
+                self.label_emb = nn.Sequential(vector_mlp(config.vector_width, time))
             if asked.semantic == "text":
                 self.text_tokens = TextTokens(asked)
             elif config.tokens_width:
@@ -101,13 +100,11 @@ class UNet(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         shifts = self._shifts(self._embedding(t, condition))
         context, lengths = self._context(condition)
-        recompute = config.activation_checkpointing and torch.is_grad_enabled()
+        recompute = config.activation_checkpointing
 
         def run(block: Block, x: Tensor) -> Tensor:
             own = tuple(next(shifts) for layer in block if isinstance(layer, ResBlock))
-            if recompute:
-                return checkpoint(block, x, own, context, lengths, use_reentrant=False)
-            return block(x, own, context, lengths)
+            return run_block(block, x, own, context, lengths, recompute=recompute)
 
         kept = []
         for block in self.input_blocks:
@@ -126,11 +123,11 @@ class UNet(nn.Module):
             e = e + self.class_embedder(labels_of(condition, config.num_classes))
         parts = []
         if config.conditioning.pooled_width:
-            parts.append(_kept(condition["pooled"], condition.get("drop_semantic")))
+            parts.append(zero_where(condition.get("drop_semantic"), condition["pooled"]))
         if config.sdxl_control:
             values = scaled(condition["control"], config.conditioning.control)
             waves = sinusoids(values, FREQUENCIES).flatten(1)
-            parts.append(_kept(waves, condition.get("drop_control")))
+            parts.append(zero_where(condition.get("drop_control"), waves))
         elif config.conditioning.control:
             e = e + self.control_embedder(t, condition["control"], condition.get("drop_control"))
         if parts:
@@ -161,15 +158,6 @@ class UNet(nn.Module):
             zeroed(self.label_emb[0][2])
         elif asked.control and not self.config.sdxl_control:
             self.control_embedder.initialise(asked.control_zero)
-
-
-def _mlp(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
-
-
-def _kept(vectors: Tensor, dropped: Tensor | None) -> Tensor:
-    """Vectors (B, D), zero in the rows that are dropped."""
-    return vectors if dropped is None else vectors.masked_fill(dropped[:, None], 0.0)
 
 
 def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:

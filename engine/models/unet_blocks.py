@@ -20,6 +20,8 @@ from etude.kernels import (
     groupnorm_silu,
 )
 
+from .blocks import zeroed
+
 GROUPS = 32  # of every group normalisation
 
 
@@ -237,10 +239,3 @@ class Block(nn.ModuleList):
             else:
                 x = layer(x)
         return x
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all its parameters zero."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from etude.core.config import option
 
-from .conditioning import FREQUENCIES, ConditioningConfig, ControlConfig
+from .conditioning import FREQUENCIES
 from .denoiser import DenoiserConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,31 +57,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS = {name: {"num_res_blocks": 2} | shape for name, shape in PRESETS.items()}
 Preset = Literal[tuple(["", *PRESETS])]  # type: ignore[valid-type]
-
-
-def _sizes(*names: str) -> tuple[ControlConfig, ...]:
-    return tuple(ControlConfig(name=name, exponent=0.0) for name in names)
-
-
-# What the presets were published with beside their shape.
-CONDITIONING: dict[str, ConditioningConfig] = {
-    "ldm4": ConditioningConfig(),
-    "cin-f8": ConditioningConfig(),
-    "imagenet-f8": ConditioningConfig(
-        control=_sizes("height", "width", "crop_top", "crop_left"),
-        control_embedding="concatenated",
-        control_zero=False,
-    ),
-    "sdxl": ConditioningConfig(
-        semantic="text",
-        text_tokens=77,
-        text_width=2048,
-        pooled_width=1280,
-        control=_sizes("height", "width", "crop_top", "crop_left", "target_height", "target_width"),
-        control_embedding="concatenated",
-        control_zero=False,
-    ),
-}
 
 
 class UNetConfig(DenoiserConfig):

@@ -7,10 +7,9 @@ they are copied from an arm that has them, and the cost of drawing them is booke
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ class Generator(Protocol):
         name, fingerprint: for people, and the identity of its weights.
         classes: names in index order.
         training_shards: folder of the pictures it was trained on; empty when not known.
-        model: the denoiser; its forward calls are counted.
+        evaluations: rows that its denoiser has predicted so far.
         device: where it draws.
     """
 
@@ -39,8 +38,10 @@ class Generator(Protocol):
     fingerprint: str
     classes: list[str]
     training_shards: str
-    model: nn.Module
     device: torch.device
+
+    @property
+    def evaluations(self) -> int: ...
 
     def draw(
         self,
@@ -125,16 +126,16 @@ class Supply:
         self, indices: np.ndarray, learner: nn.Module | None
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Pictures (n, S, S, C) uint8 and what they cost: denoiser evaluations and seconds."""
-        began = time.perf_counter()
-        with _counted(self.generator.model) as count:
-            images, _ = self.generator.draw(
-                indices,
-                self.labels(indices),
-                seed=self.seed,
-                learner=learner,
-                guidance=self.guidance if learner is not None else None,
-            )
-        cost = {"evaluations": count["rows"], "seconds": time.perf_counter() - began}
+        began, before = time.perf_counter(), self.generator.evaluations
+        images, _ = self.generator.draw(
+            indices,
+            self.labels(indices),
+            seed=self.seed,
+            learner=learner,
+            guidance=self.guidance if learner is not None else None,
+        )
+        evaluations = self.generator.evaluations - before
+        cost = {"evaluations": evaluations, "seconds": time.perf_counter() - began}
         return images, cost
 
     def _make(
@@ -166,18 +167,3 @@ def cost_of(pool: Pool, size: int | None = None) -> dict[str, float]:
         key: float(sum(entry.guidance[key] for entry in entries))
         for key in ("evaluations", "seconds")
     }
-
-
-@contextmanager
-def _counted(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Counts the rows that pass through a module's forward inside the block."""
-    count = {"rows": 0}
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        count["rows"] += len(inputs[0])
-
-    handle = model.register_forward_pre_hook(hook)
-    try:
-        yield count
-    finally:
-        handle.remove()

@@ -57,8 +57,7 @@ def _train(job: Job, run: Run, stopper: Stopper) -> dict:
     )
     strategy = job.wrap(strategy)
     start, resumed = _resume(newest, strategy, job)
-    facts = {"recipe": fingerprint(recipe), "data": job.train_set.fingerprint, "start": str(start)}
-    facts |= job.inputs()
+    facts = {"recipe": fingerprint(recipe), "start": str(start)} | job.inputs()
     distributed.all_agree(world, distributed.local_facts(**facts), run.folder)
     _announce(job, strategy, look.log)
 
@@ -124,4 +123,5 @@ def _announce(job: Job, strategy: Strategy, log: Log) -> None:
         log.info(note)
     log.info(job.loader_reason)
     log.info(announce(world.device.type))
-    log.info(disk_need(parameters, len(recipe.optim.ema), loop.checkpoint, loop.images).sentence)
+    numbers = sum(math.prod(shape) for shape in strategy.inventory().values())
+    log.info(disk_need(numbers, loop.checkpoint, loop.images).sentence)

@@ -52,7 +52,8 @@ class AutoencoderJob(Job):
 
     def inputs(self) -> dict[str, str]:
         distance = self.critics.perceptual if self.critics is not None else None
-        return {"perceptual": distance.weights_sha256} if distance is not None else {}
+        found = {"perceptual": distance.weights_sha256} if distance is not None else {}
+        return super().inputs() | found
 
     def losses(self, forward: Callable, batch: Batch) -> Tensor:
         step = self.recipe.loop.global_batch

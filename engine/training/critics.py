@@ -6,14 +6,15 @@ Rombach et al. 2022) is
     pixels(x, y) + p LPIPS(x, y) + divergence + a w g(y)
 
 where g is the generator's loss, w its weight, p the perceptual one, and a is 1 or, when `adaptive`,
-the ratio of the gradients of the first two terms and of g with respect to the decoder's last layer.
+the ratio of the gradients of the first two terms and of g with respect to the decoder's last layer,
+each averaged over as many consecutive pictures as the recipe says, so that it depends on no rank
+and no micro batch.
 All of it is differentiated as far as y and handed to the autoencoder as one gradient, so the
 judges stay outside whatever shards the autoencoder, and the last layer's gradients follow from its
 input without asking for its weights.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from etude.core.distributed import World
@@ -105,7 +106,7 @@ class Critics:
         own = rebuilt.detach().float().requires_grad_(learning)
         judged = self._perceptual_loss(own, images)
         fooled = self._generator_loss(own) if playing else torch.zeros_like(judged)
-        weight = self.recipe.adversarial.weight if playing else 0.0
+        weight = torch.full_like(judged, self.recipe.adversarial.weight if playing else 0.0)
         if not learning:
             return judged + weight * fooled
         gradient = _gradient(judged, own)
@@ -115,7 +116,7 @@ class Critics:
             if self.recipe.adversarial.adaptive:
                 pixels = _gradient(self.autoencoder.pixel_loss(own, images), own)
                 weight = weight * self._ratio(pixels + gradient, toward, last_input)
-            gradient = gradient + weight * toward
+            gradient = gradient + weight.view(-1, 1, 1, 1) * toward
         value = (judged + weight * fooled).detach()
         # rebuilt - own is zero: the second term has no value, only the gradient
         return value + ((rebuilt.float() - own.detach()) * gradient).flatten(1).sum(1)
@@ -132,27 +133,27 @@ class Critics:
         return generator_loss(self.discriminator(rebuilt), self.recipe.adversarial.game)
 
     def _ratio(self, rest: Tensor, toward: Tensor, last_input: Tensor) -> Tensor:
-        """|d rest / d W| / |d generator / d W| of the decoder's last layer W, clamped; a scalar.
+        """|d rest / d W| / |d generator / d W| of the decoder's last layer W, clamped, (B,).
 
-        Over the micro batch of all ranks together: it depends on loop.micro_batch times the number
-        of ranks, and on no other share of the work.
+        Args:
+            rest, toward: (B, C, H, W), the sides' gradients with respect to the pictures.
         """
         kernel, padding = LAST_LAYER["kernel"], LAST_LAYER["padding"]
         shape = (rest.shape[1], last_input.shape[1], kernel, kernel)
-        last_input = last_input.float()
-        both = torch.stack(
-            [
-                torch.nn.grad.conv2d_weight(last_input, shape, given, padding=padding)
-                for given in (rest, toward)
-            ]
-        )
-        both = both / len(rest)
-        if self.world.size > 1:
-            dist.all_reduce(both)
-            both = both / self.world.size
-        norms = torch.linalg.vector_norm(both.flatten(1), dim=1)
+        last_input, count = last_input.float(), self.recipe.adversarial.adaptive_images
+
+        def norm(given: Tensor, made_of: Tensor) -> Tensor:
+            gradient = torch.nn.grad.conv2d_weight(made_of, shape, given, padding=padding)
+            return torch.linalg.vector_norm(gradient / count)
+
+        groups = list(last_input.split(count))
+        norms = [
+            torch.stack([norm(*pair) for pair in zip(side.split(count), groups, strict=True)])
+            for side in (rest, toward)
+        ]
+        ratio = norms[0] / (norms[1] + 1e-4)
         limit = self.recipe.adversarial.adaptive_limit
-        return (norms[0] / (norms[1] + 1e-4)).clamp(max=limit)
+        return ratio.clamp(max=limit).repeat_interleave(count)
 
     def _discriminator_loss(self) -> Tensor | None:
         """Of the pictures that `added` saw last; None where it takes no part."""

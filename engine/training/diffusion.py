@@ -59,6 +59,8 @@ class DiffusionJob(Job):
         self.objective = Objective(recipe.objective)
         if self.autoencoder is not None and recipe.latents.variants:
             self.loader = self._latent_loader()
+        if recipe.text.ahead:  # from files: no encoder runs beside the training step
+            self.loader.features = self.features
         self.model = build_denoiser(recipe.model, seed=recipe.seed)
         self.judge = _open_judge(recipe.judge) if recipe.judge else None
         self._training_pictures: np.ndarray | None = None
@@ -192,7 +194,8 @@ class DiffusionJob(Job):
         return self.autoencoder.encode(images)
 
     def inputs(self) -> dict[str, str]:
-        found = {"autoencoder": self.autoencoder_key} if self.autoencoder is not None else {}
+        found = super().inputs()
+        found |= {"autoencoder": self.autoencoder_key} if self.autoencoder is not None else {}
         return found | ({"text": self.features.key} if self.features is not None else {})
 
     def clean(self, batch: Batch) -> Tensor:

@@ -22,9 +22,10 @@ from etude.page import Page
 from .recipe import TrainRecipe
 
 HELD_OUT_PICTURES = 256
-# Weights beside the model's own, by their name in a checkpoint: the recipe's field that names them.
+# What a run is fed with, by its name in a checkpoint: the recipe's field that says where it lies.
 INPUTS = {
     "autoencoder": "autoencoder",
+    "data": "data.shards",
     "perceptual": "perceptual.weights",
     "text": "text.encoders",
 }
@@ -91,8 +92,8 @@ class Job:
         self.pictures.close()
 
     def inputs(self) -> dict[str, str]:
-        """Hashes of the weights that the recipe names by their place alone; see `INPUTS`."""
-        return {}
+        """Hashes of the content that the recipe names by its place alone; see `INPUTS`."""
+        return {"data": self.train_set.fingerprint}
 
     def extra(self) -> dict:
         """What a checkpoint carries beside the tensors, so that nobody repeats it by hand."""
@@ -103,17 +104,18 @@ class Job:
         } | self.inputs()
 
     def check_inputs(self, extra: dict) -> None:
-        """Refuse a checkpoint of the same recipe that was made with other weights beside it.
+        """Refuse a checkpoint of the same recipe that was made of other pictures or weights.
 
         Raises:
-            UserError: the weights at one of the recipe's places are others by now.
+            UserError: what lies at one of the recipe's places is another by now.
         """
         if extra["fingerprint"] != fingerprint(self.recipe):
             return  # somebody resumes with changes, and was told which
         for name, found in self.inputs().items():
             if extra.get(name, found) != found:
+                what = "pictures" if name == "data" else "weights"
                 raise UserError(
-                    f"{INPUTS[name]} names other weights than {self.run.folder} was trained with:"
+                    f"{INPUTS[name]} names other {what} than {self.run.folder} was trained with:"
                     " put those back, or start another run with run=NAME"
                 )
 

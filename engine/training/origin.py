@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from etude.convert.checkpoint import SUFFIXES, read_denoiser, read_file
+from etude.convert.checkpoint import SUFFIXES, read_denoiser, read_file, weights_file
 from etude.core.checkpoint import latest_checkpoint, read_weights, verify_checkpoint
 from etude.core.errors import UserError
 from etude.core.files import write_json_atomic
@@ -170,7 +170,7 @@ def _published(place: Path, start: StartConfig, target: Any) -> Weights:
     elif place.is_file() and _dit(target):
         with suppress(UserError):
             candidates.insert(0, dit_config(read_file(place), place))
-    file, refusal = place if place.is_file() else _only_file(place), None
+    file, refusal = weights_file(place), None
     for config in candidates:
         try:
             read_denoiser(file, config)
@@ -182,17 +182,6 @@ def _published(place: Path, start: StartConfig, target: Any) -> Weights:
         f"{refusal}; where the source's model differs from this one, say so in start.model, for"
         " example start.model={input_size: 32}"
     )
-
-
-def _only_file(folder: Path) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if len(files) != 1:
-        held = ", ".join(path.name for path in files) or "none"
-        raise UserError(
-            f"start.from={folder} is no run, and holds {held} where one weights file should be:"
-            " name a run or a file"
-        )
-    return files[0]
 
 
 def _dit(config: Any) -> bool:

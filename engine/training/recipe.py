@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from etude.conditions import check_guidance
 from etude.core.config import Config, option
 from etude.core.loop import LoopConfig
 from etude.core.optim import OptimConfig, profile_name
@@ -53,21 +54,31 @@ class AdversarialConfig(Config):
     )
     game: Game = option("hinge", "losses of the two sides")
     lr: float | None = option(
-        None, "the discriminator's peak learning rate, scheduled as optim's; null: optim.lr", gt=0
+        None,
+        "the discriminator's peak learning rate, scheduled as optim's; null: optim.lr. It shares"
+        " optim's betas and eps, not its clip and weight_decay",
+        gt=0,
     )
     adaptive: bool = option(
         True,
         "multiply weight by the ratio of gradient norms of reconstruction and generator loss at "
-        "the decoder's last layer; taken per micro batch over all ranks",
+        "the decoder's last layer",
+    )
+    adaptive_images: int = option(
+        4,
+        "consecutive pictures whose mean gradients give one ratio, which is theirs; divides"
+        " loop.micro_batch (the code of Esser et al. 2021 takes the pictures of one GPU)",
+        unit="images",
+        gt=0,
     )
     adaptive_limit: float = option(1e4, "largest such ratio", gt=0)
     discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "the discriminator")
 
     @model_validator(mode="after")
-    def _limit_is_used(self) -> "AdversarialConfig":
-        usual = type(self).model_fields["adaptive_limit"].default
-        if not self.adaptive and self.adaptive_limit != usual:
-            raise ValueError("adaptive_limit has no effect with adaptive: false; leave it out")
+    def _no_option_without_effect(self) -> "AdversarialConfig":
+        for name in ("adaptive_images", "adaptive_limit"):
+            if not self.adaptive and self.differs(name):
+                raise ValueError(f"{name} has no effect with adaptive: false; leave it out")
         return self
 
 
@@ -87,6 +98,13 @@ class AutoencoderRecipe(TrainRecipe):
                 f"adversarial.start_images={start} is not before loop.images={self.loop.images}, so"
                 " the discriminator takes no part: lower it, or set adversarial=null"
             )
+        if self.adversarial and self.adversarial.adaptive:
+            count = self.adversarial.adaptive_images
+            if self.loop.micro_batch % count:
+                raise ValueError(
+                    f"loop.micro_batch={self.loop.micro_batch} is not a multiple of"
+                    f" adversarial.adaptive_images={count}: change one of them"
+                )
         return self
 
 
@@ -139,24 +157,29 @@ class LatentDiffusionRecipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _check(self) -> "LatentDiffusionRecipe":
-        if len(self.sampler.guidance_weights) > 1 and not self.model.conditioning.control:
-            raise ValueError(
-                "sampler.control_scale has no effect on a model without control values: leave it"
-                " out, or name them in model.conditioning.control"
-            )
+        check_guidance(self.sampler, self.model.conditioning)
+        self._nulls_are_trained()
         if self.model.conditioning.semantic == "text":
             if not self.text.encoders:
                 raise ValueError("a model asked by text needs a text encoder: set text.encoders")
             if self.judge:
                 raise ValueError("a judge tells classes, not texts: leave judge empty")
             return self
-        usual = TextConfig()
-        idle = {f"text.{n}": (getattr(self.text, n), getattr(usual, n)) for n in _TEXT_RESULTS}
-        idle["grid.prompts"] = (self.grid.prompts, [])
-        for name, (given, default) in idle.items():
-            if given != default:
-                raise ValueError(
-                    f"{name} is for a model asked by text: set model.conditioning.semantic=text, or"
-                    f" leave it out"
-                )
+        idle = [f"text.{name}" for name in _TEXT_RESULTS if self.text.differs(name)]
+        idle += ["grid.prompts"] if self.grid.differs("prompts") else []
+        if idle:
+            raise ValueError(
+                f"{idle[0]} is for a model asked by text: set model.conditioning.semantic=text, or"
+                " leave it out"
+            )
         return self
+
+    def _nulls_are_trained(self) -> None:
+        """Guidance contrasts with what was dropped, which training must have shown."""
+        scales = {"drop_semantic": "guidance_scale", "drop_control": "control_scale"}
+        for name, scale in list(scales.items())[: len(self.sampler.guidance_weights)]:
+            if getattr(self, name) == 0:
+                raise ValueError(
+                    f"{name}=0 never trains what sampler.{scale} contrasts with: set {name}=0.1, or"
+                    f" leave out sampler.{scale}"
+                )

@@ -54,6 +54,21 @@ def test_a_layout_is_found_and_gives_the_same_weights(family: str, layout: str, 
     assert all(torch.equal(found[key], state[key]) for key in state.keys() - absent)
 
 
+def test_how_a_dit_starts_and_is_told_its_class_is_no_matter_of_layout(tmp_path) -> None:
+    kind = FAMILIES["dit"][0]
+    fields = MODELS["dit"] | {"modulation_start": "gaussian"}
+    config = kind(**fields, conditioning={"semantic_path": "adaln"})
+    state = build_denoiser(config).state_dict()
+    path = write_denoiser(state, config, tmp_path / "w.safetensors", layout="diffusers")
+    found, name = read_denoiser(path, config)
+    assert name == "diffusers" and all(torch.equal(found[key], state[key]) for key in state)
+    assert state["blocks.0.adaLN_modulation.1.weight"].std() > 0
+    for change in ({"modulation_bottleneck": 2}, {"mlp_ratio": 2.0}, {"qk_norm": True}):
+        other = kind(**fields | change)
+        with pytest.raises(UserError, match="diffusers' DiT is the published one"):
+            write_denoiser(state, other, tmp_path / "x.safetensors", layout="diffusers")
+
+
 def test_stable_diffusion_3_is_found_inside_a_file_with_other_networks(tmp_path) -> None:
     network = model("mmdit")
     path = write_denoiser(network.state_dict(), network.config, tmp_path / "w.safetensors")

@@ -210,7 +210,7 @@ def test_disk_and_time_statements(saved):
     folder, strategy = saved
     member = folder / "step-000000000010" / "rank-0of1.safetensors"
     parameters = sum(p.numel() for p in strategy.module.parameters())
-    need = disk_need(parameters, 1, CheckpointConfig(keep_last=2))
+    need = disk_need(4 * parameters, CheckpointConfig(keep_last=2))
     assert need.one == 4 * 4 * parameters
     assert need.peak == 3 * need.one
     header = int.from_bytes(member.read_bytes()[:8], "little")

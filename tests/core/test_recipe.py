@@ -163,6 +163,22 @@ def test_overrides_come_last_and_reach_into_lists() -> None:
     assert recipe.either == Ddim(eta=1)
 
 
+def test_overrides_reach_entries_of_a_list_by_their_names() -> None:
+    control = "model.conditioning.control"
+    recipe = load_recipe(
+        "ldm/cifar10_small",
+        [f"{control}.flip.exponent=8", f"{control}.crop_top,crop_left.exponent=3"],
+    )
+    found = {entry.name: entry.exponent for entry in recipe.model.conditioning.control}
+    assert found == {"crop_top": 3, "crop_left": 3, "crop_height": 4, "flip": 8}
+    numbers = load_recipe("good.yaml", ["steps.0,1.lr=7"])
+    assert [entry.lr for entry in numbers.steps] == [7, 7] and numbers.steps[1].betas == (0, 0.5)
+    for name, hint in (("fip", "did you mean `flip`?"), ("9", "give one of crop_top, crop_left")):
+        with pytest.raises(UserError, match=re.escape(f"`{name}` is not an entry of a list")) as e:
+            load_recipe("ldm/cifar10_small", [f"{control}.{name}.exponent=1"])
+        assert hint in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

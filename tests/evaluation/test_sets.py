@@ -63,6 +63,25 @@ def test_labels_of_a_folder_follow_the_real_classes(tmp_path) -> None:
     assert found.read(0, 7, Stages()).labels.tolist() == [-1, -1, -1, -1, 0, 0, 0]
 
 
+def test_a_table_names_the_pictures_and_their_classes(tmp_path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(IMAGES[i]))
+    plain = FolderPictures(tmp_path, channels=1)
+    assert len(plain) == 3 and not plain.classes
+    (tmp_path / "metadata.csv").write_text("file_name,label\n2.png,odd\n0.png,even\n")
+    found = FolderPictures(tmp_path, channels=1)
+    assert found.classes == ["even", "odd"] and len(found) == 2
+    read = found.read(0, 2, Stages())
+    assert read.keys == ["0.png", "2.png"] and read.labels.tolist() == [0, 1]
+    turned = FolderPictures(tmp_path, channels=1, classes=["odd", "even"])
+    assert turned.read(0, 2, Stages()).labels.tolist() == [1, 0]
+    (tmp_path / "metadata.csv").write_text("file_name,label\n2.png,even\n0.png,odd\n")
+    assert FolderPictures(tmp_path, channels=1).fingerprint != found.fingerprint
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UserError, match="metadata.csv names 2.png, which is not there"):
+        FolderPictures(tmp_path)
+
+
 def test_fingerprints_follow_content_and_form(tmp_path) -> None:
     folder = files(tmp_path / "a", list(IMAGES))
     plain = FolderPictures(folder, channels=1).fingerprint

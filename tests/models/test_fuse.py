@@ -258,9 +258,9 @@ LOOPS = ["ddp", "fsdp2", "accelerate", "zero3"]
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[dict[str, dict], str]:
-    """Rows of train_fused.py by loop, and what was said: two processes start once for all loops."""
+    """Rows of fused.py by loop, and what was said: two processes start once for all loops."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(Path(__file__).with_name("train_fused.py"))
+    script = str(Path(__file__).parent / "workers" / "fused.py")
     run = subprocess.run([*command, script, *LOOPS], capture_output=True, text=True, timeout=300)
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"loop"')]
     return {row["loop"]: row for row in rows}, run.stderr[-3000:]

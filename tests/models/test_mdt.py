@@ -333,27 +333,6 @@ def test_a_masked_step_has_the_same_bits_when_repeated() -> None:
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-CONTROL = {"control": [{"name": "flip", "exponent": 1.0}, {"name": "height", "exponent": 4.0}]}
-
-
-def test_control_starts_without_effect_and_then_has_one() -> None:
-    plain, config = randomised(small()), small(conditioning=CONTROL)
-    model = MDT(config)
-    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith("control_embedder.") for name in missing)
-    x, t, condition = inputs(config, masked=True)
-    assert torch.equal(model(x, t, condition), plain(x, t, condition))
-    with torch.no_grad():
-        for mlp in model.control_embedder.mlps:
-            mlp[2].weight.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
-    changed = model(x, t, condition)
-    # Times 3, 500 and 998: what is phased in cannot act on pure noise.
-    moved = (changed - plain(x, t, condition)).flatten(1).norm(dim=1)
-    assert moved[0] > 1e-3 and moved[1] > 1e-3 and moved[2] < 1e-4 * moved[0]
-    dropped = condition | {"drop_control": torch.tensor([True, True, True])}
-    assert torch.equal(model(x, t, dropped), plain(x, t, condition))
-
-
 def test_dropping_the_class_is_the_null_label() -> None:
     config = small()
     model = randomised(config)

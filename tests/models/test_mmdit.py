@@ -366,29 +366,6 @@ def test_other_paddings_are_attended_to(kind: str) -> None:
     assert torch.equal(model(x, t, given | noise), plain) == (kind != "noisy_replicate")
 
 
-@pytest.mark.parametrize("embedding", ["separate", "concatenated", "micro"])
-def test_control_starts_without_effect_and_has_one_when_trained(embedding: str) -> None:
-    same = tuple(control.model_copy(update={"exponent": 1.0}) for control in CONTROL)
-    config = small({"control": same, "control_embedding": embedding})
-    model, plain = MMDiT(config), MMDiT(small())
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            model.get_parameter(name).copy_(parameter)
-    x, t, condition = inputs(config)
-    expected = plain(x, t, condition)
-    assert torch.equal(model(x, t, condition), expected)
-    with torch.no_grad():
-        for mlp in model.control_embedder.mlps:
-            mlp[2].weight.add_(torch.randn(mlp[2].weight.shape, generator=generator))
-    trained = model(x, t, condition)
-    assert not torch.allclose(trained, expected, atol=1e-3)
-    dropped = condition | {"drop_control": torch.tensor([True, False, True])}
-    assert torch.equal(model(x, t, dropped)[::2], expected[::2])
-    torch.testing.assert_close(model(x, t, dropped)[1], trained[1])
-
-
 @pytest.mark.parametrize("conditioning", [{"control": CONTROL}, TEXT], ids=["class", "text"])
 def test_bfloat16_follows_float32(conditioning: dict) -> None:
     config = modern(conditioning)

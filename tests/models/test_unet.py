@@ -13,12 +13,27 @@ from etude.core.errors import UserError
 from etude.models.conditioning import ConditioningConfig, ControlConfig
 from etude.models.unet import UNet
 from etude.models.unet_blocks import GroupNorm, LayerNorm
-from etude.models.unet_config import CONDITIONING, UNetConfig
+from etude.models.unet_config import UNetConfig
 
 SEPARATE = (ControlConfig(name="height", exponent=4.0), ControlConfig(name="flip", exponent=0.0))
 CONSTANT = (ControlConfig(name="height", exponent=0.0), ControlConfig(name="flip", exponent=0.0))
 GATED = (ControlConfig(name="height", exponent=1.0),)
 TEXT: dict[str, Any] = dict(semantic="text", text_tokens=4, text_width=16)
+SIZES = ("height", "width", "crop_top", "crop_left", "target_height", "target_width")
+SDXL: dict[str, Any] = dict(
+    control=[ControlConfig(name=name, exponent=0.0) for name in SIZES],
+    control_embedding="concatenated",
+    control_zero=False,
+)
+# What the presets were published with beside their shape.
+CONDITIONING = {
+    "ldm4": ConditioningConfig(),
+    "cin-f8": ConditioningConfig(),
+    "imagenet-f8": ConditioningConfig(**SDXL | {"control": SDXL["control"][:4]}),
+    "sdxl": ConditioningConfig(
+        semantic="text", text_tokens=77, text_width=2048, pooled_width=1280, **SDXL
+    ),
+}
 
 
 def small(**changes) -> UNetConfig:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from etude import kernels
+from etude.convert.diffusers_config import diffusers_config
 from etude.models.dit import DiT, DiTConfig
 
 DiTTransformer2DModel = pytest.importorskip("diffusers").DiTTransformer2DModel
@@ -55,17 +56,8 @@ def peer_names(name: str) -> list[str]:
 @pytest.fixture(scope="module", params=[0.02, 0.1])
 def models(request: pytest.FixtureRequest) -> tuple[DiT, torch.nn.Module]:
     ours = DiT(CONFIG)
-    peer = DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        norm_eps=1e-6,
-    ).eval()  # its label dropout is for training
+    # Its label dropout is for training.
+    peer = DiTTransformer2DModel.from_config(diffusers_config(CONFIG)).eval()
     for block in peer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from etude import kernels
+from etude.convert.diffusers_config import diffusers_config
 from etude.convert.layout import Entry, to_ours, to_theirs
 from etude.convert.mmdit import diffusers_table, original_table
 from etude.core.errors import UserError
@@ -38,21 +39,7 @@ def config_of(kind: str, **changes) -> MMDiTConfig:
 
 
 def peer_of(config: MMDiTConfig) -> nn.Module:
-    return SD3Transformer2DModel(
-        sample_size=config.input_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.hidden_size // config.heads,
-        num_attention_heads=config.heads,
-        caption_projection_dim=config.hidden_size,
-        joint_attention_dim=config.conditioning.text_width,
-        pooled_projection_dim=config.conditioning.pooled_width,
-        pos_embed_max_size=config.position_table or config.grid,
-        dual_attention_layers=tuple(range(config.dual_attention_layers)),
-        qk_norm="rms_norm" if config.qk_norm == "rms" else None,
-    )
+    return SD3Transformer2DModel.from_config(diffusers_config(config))
 
 
 class Pair(NamedTuple):

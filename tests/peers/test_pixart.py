@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etude import kernels
+from etude.convert.diffusers_config import diffusers_config
 from etude.convert.layout import to_ours, to_theirs
 from etude.convert.pixart import diffusers_table
 from etude.models.pixart import PixArt, PixArtConfig
@@ -40,19 +41,7 @@ def models(request: pytest.FixtureRequest) -> tuple[PixArt, nn.Module]:
     with torch.no_grad():
         for value in ours.parameters():
             value.copy_(torch.randn(value.shape, generator=generator) * spread)
-    peer = PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        cross_attention_dim=96,
-        sample_size=8,
-        patch_size=2,
-        caption_channels=24,
-        interpolation_scale=2 if micro else 1,
-        use_additional_conditions=micro,
-    )
+    peer = PixArtTransformer2DModel.from_config(diffusers_config(ours.config))
     peer.load_state_dict(to_theirs(ours.state_dict(), diffusers_table(ours.config)), strict=True)
     return ours, peer
 

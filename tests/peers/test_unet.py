@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from etude import kernels
+from etude.convert.diffusers_config import diffusers_config
 from etude.convert.layout import to_ours, to_theirs
 from etude.convert.unet import OURS, diffusers_table
 from etude.models.conditioning import ConditioningConfig, ControlConfig
@@ -67,32 +68,7 @@ CONFIGS = {"ldm": LDM, "sdxl": SDXL, "sgm": SGM}
 
 
 def peer_of(config: UNetConfig) -> torch.nn.Module:
-    levels = range(len(config.channel_mult))
-    kinds = ["CrossAttn" if config.depth(level) else "" for level in levels]
-    asked = config.conditioning
-    more = {}
-    if asked.pooled_width:
-        more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-    elif config.vector_width:
-        more = {"class_embed_type": "projection"}
-    if config.vector_width:
-        more["projection_class_embeddings_input_dim"] = config.vector_width
-    return UNet2DConditionModel(
-        sample_size=config.input_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-        block_out_channels=tuple(config.width(level) for level in levels),
-        layers_per_block=config.num_res_blocks,
-        transformer_layers_per_block=[max(1, config.depth(level)) for level in levels],
-        attention_head_dim=tuple(config.heads(level) for level in levels),  # their name for heads
-        cross_attention_dim=config.tokens_width,
-        use_linear_projection=config.linear_projection,
-        **more,
-    )
+    return UNet2DConditionModel.from_config(diffusers_config(config))
 
 
 def batch(config: UNetConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

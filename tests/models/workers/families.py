@@ -1,7 +1,8 @@
 """Run under torchrun or alone: `families.py FILE`; rank 0 writes the losses of every family there.
 
 Three steps of each family under each strategy, from weights none of which is zero, with a learned
-variance's channels, control, dropping and, for MDTv2, both passes.
+variance's channels, control, dropping and, for MDTv2, both passes, or (`mdt-unmasked`) the first
+alone, which leaves its side block without gradients.
 """
 
 import sys
@@ -25,6 +26,8 @@ SMALL = dict(input_size=8, in_channels=2, depth=2, num_classes=3)
 MODELS = {
     "dit": SMALL | dict(hidden_size=32, num_heads=2, conditioning=CONTROL),
     "mdt": SMALL | dict(depth=4, decode_layer=2, hidden_size=32, num_heads=2, conditioning=CONTROL),
+    "mdt-unmasked": SMALL
+    | dict(depth=4, decode_layer=2, hidden_size=32, num_heads=2, conditioning=CONTROL),
     "mmdit": SMALL | dict(hidden_size=64, qk_norm="rms", conditioning=TEXT),
     "pixart": SMALL
     | dict(hidden_size=32, num_heads=2, conditioning=TEXT | {"pooled_width": 0}),
@@ -36,8 +39,9 @@ MODELS = {
 }  # fmt: skip
 
 
-def network(family: str) -> nn.Module:
-    model = build_denoiser(FAMILIES[family][0](family=family, **MODELS[family]))
+def network(name: str) -> nn.Module:
+    family = name.partition("-")[0]
+    model = build_denoiser(FAMILIES[family][0](family=family, **MODELS[name]))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

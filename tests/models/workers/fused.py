@@ -1,6 +1,6 @@
 """Run by test_fuse.py under torchrun: a fused model in other people's training loops.
 
-`train_fused.py LOOP...` with LOOP = ddp, fsdp2, accelerate or zero3 trains a small SD3 model of
+`fused.py LOOP...` with LOOP = ddp, fsdp2, accelerate or zero3 trains a small SD3 model of
 diffusers for three steps, as it is and fused; rank 0 prints the losses of both as a line of JSON.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_fuse import drawn, normal, sd3
 
 import etude

@@ -1,4 +1,4 @@
-"""Run under torchrun: `train_adversarial.py RECIPE ROOT NAME:OVERRIDE[,OVERRIDE] ...`."""
+"""Run under torchrun: `adversarial.py RECIPE ROOT NAME:OVERRIDE[,OVERRIDE] ...`."""
 
 import sys
 from pathlib import Path
