@@ -74,6 +74,7 @@ def main() -> None:
 
 # What to type for a recipe of a kind.
 _VERBS = dict.fromkeys(("autoencoder", "ldm", "judge", "study"), "train")
+_VERBS |= {"theory": "practice"}
 _VERBS |= {kind: kind for kind in ("practice", "extract", "evaluate")}
 
 
@@ -165,8 +166,9 @@ def practice(
     """Train a classifier on pictures that a generator draws for it (Deliberate Practice).
 
     Example: etude practice practice/digits generator=runs/ldm-digits-0123456789
+    Without any picture, what its theory says: etude practice practice/theory
     """
-    _run(recipe, overrides, run, ("practice",), dry_run)
+    _run(recipe, overrides, run, ("practice", "theory"), dry_run)
 
 
 @app.command()

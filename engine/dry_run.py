@@ -79,6 +79,12 @@ def shrink(recipe: Recipe, root: Path) -> Recipe:
             "max_samples": 0,
             "probe_samples": few,
         }
+    elif recipe.kind == "theory":
+        check = {"dimensions": 20, "least": 4, "most": 4}
+        changes = {
+            "check": recipe.check.model_copy(update=check),
+            "toy": recipe.toy.model_copy(update={"seeds": 2}),
+        }
     else:  # the figures need some pictures more than neighbours and halves
         changes = {"samples": min(recipe.samples, 128), "store": str(root / "features")}
     return recipe.model_copy(update=changes)

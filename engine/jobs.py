@@ -192,6 +192,21 @@ def _practice(recipe: Recipe, desk: Desk) -> dict:
     return {"headline": accuracies} | result
 
 
+def _theory(recipe: Recipe, desk: Desk) -> dict:
+    from etude.practice.theory_report import report
+
+    from .showing import show_theory
+
+    with _stopping_anywhere(desk):
+        result = report(
+            recipe,
+            desk.run.folder,
+            desk.look.log,
+            lambda figures: show_theory(recipe, figures, desk.look),
+        )
+    return {"headline": {"p of the check": result["p"]}} | result
+
+
 def _evaluate(recipe: Recipe, desk: Desk) -> dict:
     from etude.evaluation import plan
 
@@ -259,6 +274,7 @@ _RUNNERS: dict[str, Callable[[Recipe, Desk], dict]] = {
     "ldm": _train,
     "judge": _judge,
     "practice": _practice,
+    "theory": _theory,
     "extract": _evaluate,
     "evaluate": _evaluate,
     "study": _study,

@@ -18,7 +18,7 @@ import numpy as np
 
 from .page_style import SCRIPT, STYLE
 from .pictures import picture_grid, png, side_by_side, terminal_picture
-from .plots import bar_chart, line_chart, number
+from .plots import bar_chart, line_chart, map_chart, number
 
 __all__ = ["Page", "picture_grid", "terminal_picture"]
 
@@ -132,11 +132,30 @@ class Page:
         log: bool = False,
         note: str = "",
         order: float | None = None,
+        *,
+        log_x: bool = False,
     ) -> None:
         """Lines, name -> (x, y); the whole series each time. More than 40 points are smoothed."""
         kept = {name: [_numbers(x), _numbers(y)] for name, (x, y) in series.items()}
         chart = {"series": kept, "xlabel": xlabel, "ylabel": ylabel, "log": log, "note": note}
-        self._section(id, "curve", title, chart, order)
+        self._section(id, "curve", title, chart | {"log_x": log_x}, order)
+
+    def map(
+        self,
+        id: str,
+        title: str,
+        x: Sequence[float],
+        y: Sequence[float],
+        values: Sequence[Sequence[float]],
+        xlabel: str,
+        ylabel: str,
+        note: str = "",
+        order: float | None = None,
+    ) -> None:
+        """Values (len(y), len(x)) over a logarithmic x and a y, coloured by their sign."""
+        chart = {"x": _numbers(x), "y": _numbers(y), "values": [_numbers(row) for row in values]}
+        chart |= {"xlabel": xlabel, "ylabel": ylabel, "note": note}
+        self._section(id, "map", title, chart, order)
 
     def bars(
         self,
@@ -281,8 +300,19 @@ class Page:
     def _render_curve(self, section: dict) -> str:
         series = {n: (_floats(x), _floats(y)) for n, (x, y) in section["series"].items()}
         chart = line_chart(
-            series, section["xlabel"], section["ylabel"], section["log"], section["id"]
+            series,
+            section["xlabel"],
+            section["ylabel"],
+            section["log"],
+            section["id"],
+            log_x=section.get("log_x", False),
         )
+        return chart + _paragraphs(section["note"])
+
+    def _render_map(self, section: dict) -> str:
+        values = [_floats(row) for row in section["values"]]
+        axes = (section["xlabel"], section["ylabel"], section["id"])
+        chart = map_chart(section["x"], section["y"], values, *axes)
         return chart + _paragraphs(section["note"])
 
     def _render_bars(self, section: dict) -> str:

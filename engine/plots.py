@@ -1,4 +1,4 @@
-"""Line and bar charts of the run's page, drawn by matplotlib as inline SVG; called by page.py.
+"""Line, bar and map charts of the run's page, drawn by matplotlib as inline SVG; called by page.py.
 
 matplotlib draws with stand-in colours that become the page's own CSS variables afterwards, so one
 drawing serves the light and the dark page, and text stays text.
@@ -61,20 +61,23 @@ def line_chart(
     ylabel: str,
     log: bool = False,
     id: str = "chart",
+    *,
+    log_x: bool = False,
 ) -> str:
     """Lines as SVG; a line of text when there is nothing to draw yet.
 
     Args:
         series: name -> (x, y) of equal length; points that are not finite are left out, and those
             not above zero too when `log`. The legend states each line's last value.
-        log: logarithmic y axis.
+        log, log_x: logarithmic y axis, x axis.
         id: tells the drawing's parts apart from those of other charts on the page.
     """
     drawn = {name: drawable(x, y, log) for name, (x, y) in series.items()}
     drawn = {name: points for name, points in drawn.items() if len(points[0])}
     if not drawn:
         return '<p class="empty">no values yet</p>'
-    with _axes(xlabel, ylabel, yscale="log" if log else "linear") as axes:
+    scales = {"yscale": "log" if log else "linear", "xscale": "log" if log_x else "linear"}
+    with _axes(xlabel, ylabel, **scales) as axes:
         axes.xaxis.set_major_formatter(lambda value, _: number(value))
         for place, (name, (x, y)) in enumerate(drawn.items()):
             colour = SERIES[place % len(SERIES)]
@@ -130,6 +133,35 @@ def bar_chart(
         axes.set_xticks(middles, labels)
         axes.legend()
         return _svg(axes.figure, f"{ylabel} by {xlabel}", id)
+
+
+def map_chart(
+    x: Sequence[float],
+    y: Sequence[float],
+    values: Sequence[Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    id: str = "chart",
+) -> str:
+    """Values (len(y), len(x)) as a map in SVG, blue above zero, red below, with the line of zero.
+
+    Args:
+        x: above zero, on a logarithmic axis.
+        id: as in `line_chart`.
+    """
+    table = np.asarray(values, np.float64)
+    if table.shape != (len(y), len(x)):
+        raise ValueError(f"a map of {len(x)} by {len(y)} places has {table.shape} values")
+    most = float(np.abs(table).max()) or 1.0
+    with _axes(xlabel, ylabel, xscale="log") as axes:
+        axes.grid(False)
+        levels = np.linspace(-most, most, 17)
+        drawn = axes.contourf(x, y, table, levels=levels, cmap="RdBu", alpha=0.85)
+        if table.min() < 0.0 < table.max():
+            axes.contour(x, y, table, levels=[0.0], colors=[INK], linewidths=1.5)
+        axes.xaxis.set_major_formatter(lambda value, _: number(value))
+        axes.figure.colorbar(drawn, ax=axes, format=lambda value, _: number(value))
+        return _svg(axes.figure, f"{ylabel} and {xlabel}", id)
 
 
 def drawable(x: Sequence[float], y: Sequence[float], log: bool) -> tuple[np.ndarray, np.ndarray]:

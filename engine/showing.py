@@ -1,9 +1,10 @@
-"""Practice and evaluation on the page: sections made from what their runs wrote; called by jobs.py.
+"""Practice, its theory and evaluation on the page, from what their runs wrote; called by jobs.py.
 
 Everything is read from the run's folder, so a resumed job's page shows the whole run.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from etude.core.files import read_json
 from etude.core.log import read_metrics
 from etude.evaluation.report import result_table
+from etude.practice.theory_report import TheoryRecipe
 
 from .pictures import enlarge
 from .training import Look
@@ -77,6 +79,75 @@ def show_practice(folder: Path, look: Look) -> None:
             "the start; omega0 adds when practice added, unguided; real learns from real training "
             "pictures. Same steps, weights and tuning.",
             order=order + 3,
+        )
+    page.write()
+
+
+def show_theory(recipe: TheoryRecipe, figures: dict[str, Any], look: Look) -> None:
+    """The figures of the theory that have been computed so far."""
+    page, order = look.page, look.order
+    page.chapter(
+        look.id("theory"),
+        look.title("Which examples are worth having"),
+        "Ridge regression on examples that a pruner chose, in the limit of many dimensions. Lines"
+        " are formulas, each with its best ridge.",
+        order=order,
+    )
+    for place, (name, title, xlabel) in enumerate(
+        (
+            ("sizes", "The hardest share of many", "examples after pruning"),
+            (
+                "oversampling",
+                f"The hardest {recipe.oversampling_size:,} of ever more",
+                "examples drawn for each that stays",
+            ),
+        )
+    ):
+        series = {label: (figures[name]["x"], y) for label, y in figures[name]["series"].items()}
+        page.curve(
+            look.id(f"theory-{name}"),
+            title,
+            series,
+            xlabel,
+            "accuracy",
+            order=order + 1 + place,
+            log_x=True,
+        )
+    page.map(
+        look.id("theory-map"),
+        f"Hard or easy: {recipe.map_keep:.0%} kept",
+        figures["map"]["phi"],
+        figures["map"]["quality"],
+        figures["map"]["easy_less_hard"],
+        "dimensions over examples before pruning",
+        "cosine of generator and truth",
+        note="The error of the easiest less that of the hardest: where it is blue, hard examples"
+        " are better. They need a good generator and plenty of data.",
+        order=order + 3,
+    )
+    for number, (margin, arms) in enumerate(figures.get("toy", {}).items()):
+        page.curve(
+            look.id(f"theory-toy-{number}"),
+            f"Practice on the toy problem, margin {margin}",
+            {arm: (range(len(errors)), errors) for arm, errors in arms.items()},
+            "rounds",
+            "test error",
+            note="Added examples are any (static), near the first classifier's boundary (frozen) or"
+            " near the newest one's (adaptive).",
+            order=order + 4,
+        )
+    if "check" in figures:
+        found = figures["check"]
+        columns = ["rule", "phi", "keep", "rho", "ridge", "limit", "mean", "standard_error", "z"]
+        page.table(
+            look.id("theory-check"),
+            "Formulas against classifiers that were fitted",
+            [name.replace("_", " ") for name in columns],
+            [[row[name] for name in columns] for row in found["rows"]],
+            note=f"{found['settings']} settings: chi-square {found['chi_square']:.1f}, p"
+            f" {found['p']:.2f}; largest z {found['largest_z']:.1f}; no standard error above"
+            f" {found['largest_share']:.2%} of its error.",
+            order=order + 5,
         )
     page.write()
 

@@ -1,9 +1,18 @@
 """Shared by all tests: markers that skip with a reason, NaN-filled memory, recipes of seconds."""
 
+import contextlib
+import itertools
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +21,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch reads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-LONGEST = ("test_training.py", "test_budgets.py")
+LONGEST = (
+    "test_launchers.py",
+    "test_training.py",
+    "test_transfer.py",
+    "test_rounds.py",
+    "test_intervals.py",
+    "test_dead_launcher.py",
+    "test_two_hosts.py",
+    "test_strategies.py",
+    "test_attention_triton.py",
+    "test_budgets.py",
+    "test_families.py",
+    "test_fuse.py",
+    "test_unet.py",
+    "test_mdt.py",
+    "test_plan.py",
+    "test_adversarial.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -20,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A worker is given whole files: a long one at the end would leave the other workers idle.
     """
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     reasons = {"gpu": _no_gpu(), "root": _no_root()}
     for item in items:
         for name, reason in reasons.items():
@@ -68,6 +95,137 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", poison(empty))
     monkeypatch.setattr(torch, "empty_like", poison(empty_like))
     yield
+
+
+class Process:
+    """A process of `tests/forks.py`, used like a `subprocess.Popen` with text from pipes."""
+
+    def __init__(self, words: list[str], to: str) -> None:
+        self.args, self.returncode, self._to = words, None, to
+        self.pid = int(self._wait("pid", 300))  # the server imports first
+
+    def _wait(self, kind: str, seconds: float) -> str:
+        path, deadline = Path(f"{self._to}.{kind}"), time.monotonic() + seconds
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, seconds)
+            time.sleep(0.01)
+        return path.read_text()
+
+    def poll(self) -> int | None:
+        if self.returncode is None and Path(f"{self._to}.status").exists():
+            self.returncode = int(self._wait("status", 0))
+        return self.returncode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.returncode = int(self._wait("status", timeout))
+        out, err = (Path(f"{self._to}.{kind}").read_text() for kind in ("out", "err"))
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forks:
+    """Starts processes without the seconds that importing torch takes: see `tests/forks.py`."""
+
+    def __init__(self, folder: Path, modules: tuple[str, ...], **environment: str) -> None:
+        common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment
+        self.environment, self.folder = os.environ | common, folder
+        self._held: list[socket.socket] = []
+        self._processes: list[Process] = []
+        self._numbers = itertools.count()
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forks.py")), *modules],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+        )
+
+    def start(self, *words: str | Path, cwd: Path | None = None, **environment: str) -> Process:
+        """What `python WORDS` would start, in `cwd` and with more in its environment."""
+        to = str(self.folder / f"{next(self._numbers)}")
+        spelled = [str(word) for word in words]
+        order = {"words": spelled, "cwd": str(cwd or Path.cwd()), "to": to}
+        order["environment"] = self.environment | environment
+        self._server.stdin.write(json.dumps(order).encode() + b"\n")
+        self._server.stdin.flush()
+        self._processes.append(Process(spelled, to))
+        return self._processes[-1]
+
+    def start_ranks(self, count: int, *words: str | Path, cwd: Path | None = None) -> list[Process]:
+        """The processes of one job, with the environment that a launcher gives, and no launcher."""
+        # The port stays bound and does not listen: rank 0 may, and nobody else is given it.
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        self._held.append(held)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+        place |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        return [
+            self.start(*words, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+            for rank in range(count)
+        ]
+
+    def close(self) -> None:
+        for process in self._processes:  # those of a test that failed
+            process.kill()
+        self._server.stdin.close()
+        self._server.wait(60)
+        for held in self._held:
+            held.close()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forks]]:
+    """`serve("torch", VARIABLE="1")`: starts processes that have the module and the variable."""
+    made = []
+
+    def new(*modules: str, **environment: str) -> Forks:
+        made.append(Forks(tmp_path_factory.mktemp("forks"), modules, **environment))
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def forks(serve: Callable[..., Forks]) -> Forks:
+    """Processes that train: `forks.start("-m", "etude", "train", recipe, cwd=folder)`."""
+    modules = ("etude.cli", "etude.jobs", "etude.training", "etude.core.strategy_zero")
+    modules += ("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_svg")
+    if find_spec("deepspeed") is not None:
+        modules += ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+    return serve(*modules)
+
+
+@pytest.fixture(scope="session")
+def run_ranks(forks: Forks) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """`run_ranks(2, script, word, cwd=folder)`: the processes of one job, ended, by rank."""
+
+    def run(
+        count: int, *words: str | Path, cwd: Path | None = None, timeout: float = 240
+    ) -> list[subprocess.CompletedProcess[str]]:
+        ranks, deadline = forks.start_ranks(count, *words, cwd=cwd), time.monotonic() + timeout
+        while None in (states := [rank.poll() for rank in ranks]):
+            if any(states):  # the others would wait for it, or are about to say the same
+                deadline = min(deadline, time.monotonic() + 20)
+            if time.monotonic() > deadline:
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.02)
+        said = [rank.communicate(10) for rank in ranks]
+        return [
+            subprocess.CompletedProcess(rank.args, rank.returncode, *words)
+            for rank, words in zip(ranks, said, strict=True)
+        ]
+
+    return run
 
 
 _LATENT_DIFFUSION = """

@@ -1,9 +1,6 @@
 """An autoencoder's training with a perceptual distance and a discriminator, on real digits."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,24 +196,17 @@ def test_the_weights_of_the_distance_are_a_needed_file(recipe_file) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(recipe_file, tmp_path_factory) -> Path:
+def pair(recipe_file, run_ranks, tmp_path_factory) -> Path:
     """Two ranks under every strategy; one retry, because DeepSpeed at times aborts at exit."""
     root = tmp_path_factory.mktemp("pair")
     kinds = {"local": "strategy.kind=local"}
     kinds |= {f"zero{stage}": f"strategy.kind=zero,strategy.stage={stage}" for stage in (1, 2, 3)}
     runs = [f"{name}:{kind},loop.micro_batch=4" for name, kind in kinds.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     for _ in range(2):
-        done = subprocess.run(
-            [*launcher, "--nproc-per-node", "2", str(WORKER), recipe_file, str(root), *runs],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+        ended = run_ranks(2, WORKER, recipe_file, root, *runs)
         if all((root / f"done-{rank}").exists() for rank in (0, 1)):
             return root
-    raise AssertionError(done.stdout[-3000:] + done.stderr[-6000:])
+    raise AssertionError("".join(one.stdout[-1000:] + one.stderr[-4000:] for one in ended))
 
 
 @pytest.mark.parametrize("name", SHARDED)

@@ -138,7 +138,9 @@ def test_a_run_stopped_early_takes_changes_only_when_told(etude, tiny, tmp_path)
     words = ["train", tiny.ldm, "run=mine"]
     status, out, _ = etude(*words, "loop.max_minutes=0.00001")
     assert status == EXIT_REQUEUE and "stopped (max_minutes=1e-05) and saved" in out
-    assert (tmp_path / "runs" / "mine" / "REQUEUE").exists()
+    folder = tmp_path / "runs" / "mine"
+    assert json.loads((folder / "REQUEUE").read_text())["reason"] == "max_minutes=1e-05"
+    assert not (folder / "result.json").exists() and not (folder / "lock.json").exists()
     changed = [*words, "loop.images=32"]
     status, _, err = etude(*changed)
     assert status == 2 and "loop.images: 640 -> 32" in err
@@ -189,20 +191,23 @@ def test_kernels_and_doctor_say_what_is_here(etude, tiny) -> None:
     assert "torch" in out + err and status in (0, 1)
 
 
-def test_kernels_are_tuned_into_a_file_that_the_environment_can_name(tmp_path) -> None:
-    command = [sys.executable, "-m", "etude", "kernels"]
+def test_kernels_are_tuned_into_a_file_that_the_environment_can_name(tmp_path, forks) -> None:
+    command = ["-m", "etude", "kernels"]
     made = tmp_path / "kernels.txt"
-    run = subprocess.run([*command, "tune", made, "gate_residual"], capture_output=True, text=True)
-    assert run.returncode == 0 and "gate_residual forward+backward DiT-XL" in run.stdout
+    run = forks.start(*command, "tune", made, "gate_residual")
+    out, err = run.communicate(timeout=240)
+    assert run.returncode == 0 and "gate_residual forward+backward DiT-XL" in out, err
     lines = made.read_text().splitlines()
     assert lines[0].startswith("# ") and lines[1] == "auto"
     environment = os.environ | {"ETUDE_KERNELS": f"@{made}"}
-    assert subprocess.run([*command, "status"], env=environment).returncode == 0
-    run = subprocess.run([*command, "bench", "flash"], capture_output=True, text=True)
-    assert run.returncode == 2 and "no benchmark of flash: there are" in run.stderr
+    status = [sys.executable, *command, "status"]  # read when Etude is imported
+    assert subprocess.run(status, env=environment, timeout=120).returncode == 0
+    run = forks.start(*command, "bench", "flash")
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 2 and "no benchmark of flash: there are" in err
 
 
-def test_a_judge_and_an_evaluation_stop_with_85_and_go_on(tiny, tmp_path) -> None:
+def test_a_judge_and_an_evaluation_stop_with_85_and_go_on(tiny, tmp_path, forks) -> None:
     """Their work may end at any point: what is in the store stays there."""
     made = {
         "kind": "judge",
@@ -228,14 +233,7 @@ def test_a_judge_and_an_evaluation_stop_with_85_and_go_on(tiny, tmp_path) -> Non
     (tmp_path / "evaluate.yaml").write_text(json.dumps(measured))
     jobs = [["train", "judge.yaml", "judge.images=64000000"], ["evaluate", "evaluate.yaml"]]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "etude", *words, f"run=stopped{number}"],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forks.start("-m", "etude", *words, f"run=stopped{number}", cwd=tmp_path)
         for number, words in enumerate(jobs)
     ]
     for number, process in enumerate(processes):
@@ -243,7 +241,7 @@ def test_a_judge_and_an_evaluation_stop_with_85_and_go_on(tiny, tmp_path) -> Non
         # the evaluation has drawn its first pictures once the real ones are in the store
         ready = runs / "features" if number else folder / "page"
         while not (ready.exists() and any(ready.rglob("*"))):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate(1)
             time.sleep(0.02)
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)

@@ -275,35 +275,26 @@ def test_a_hidden_package_of_the_same_name_is_told(tmp_path, version, expected) 
         assert (expected in done.stdout) == hidden
 
 
-def _launch(ranks: list[int], size: int) -> list[subprocess.Popen]:
+RANK = """
+import sys
+from etude.core.errors import UserError
+from etude.doctor import check_ranks
+try: print(check_ranks(float(sys.argv[1])))
+except UserError as error: print('refused:', error)
+"""
+
+
+def test_ranks_add_up(run_ranks) -> None:
+    for rank in run_ranks(2, "-c", RANK, "60"):
+        assert "refused" not in rank.stdout and f"{socket.gethostname()}:cpu" in rank.stdout
+        assert rank.stdout.count(" s']") == 2
+
+
+def test_missing_ranks_are_named(forks) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = (
-        "import sys; from etude.doctor import check_ranks\n"
-        "from etude.core.errors import UserError\n"
-        "try: print(check_ranks(float(sys.argv[1])))\n"
-        "except UserError as error: print('refused:', error)\n"
-    )
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    timeout = "60" if len(ranks) == size else "2"
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, timeout], stdout=subprocess.PIPE, text=True,
-            env={**environment, "RANK": str(r), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)},
-        )
-        for r in ranks
-    ]  # fmt: skip
-
-
-def test_ranks_add_up() -> None:
-    for child in _launch([0, 1], 2):
-        out, _ = child.communicate(timeout=120)
-        assert "refused" not in out and f"{socket.gethostname()}:cpu" in out
-        assert out.count(" s']") == 2
-
-
-def test_missing_ranks_are_named() -> None:
-    out, _ = _launch([0], 3)[0].communicate(timeout=120)
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    out, _ = forks.start("-c", RANK, "2", MASTER_PORT=port, **place).communicate(timeout=120)
     assert "refused: ranks 1, 2 of 3 did not reach" in out
     assert f"0 ({socket.gethostname()}:cpu)" in out

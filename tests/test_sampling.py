@@ -246,26 +246,23 @@ def test_a_folder_of_other_things_and_a_class_that_is_not_there_are_refused(
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
 
 
-def test_the_command_stops_with_85_and_goes_on(run, generator) -> None:
-    root = run.parents[1]
-    words = [sys.executable, "-m", "etude", "sample", run.name, "--count", "256", "--steps", "60"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_the_command_stops_with_85_and_goes_on(run, generator, forks) -> None:
+    words = ["-m", "etude", "sample", run.name, "--count", "256", "--steps", "60"]
+    process = forks.start(*words, cwd=run.parents[1])
     deadline = time.monotonic() + 60
     while not list((run / "samples").glob(".*.blocks/*.npy")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(1)
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_REQUEUE, err
     assert "type the same command to go on" in err and "Traceback" not in err
-    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forks.start(*words, cwd=run.parents[1])
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
     (folder,) = (run / "samples").iterdir()
     assert len(ShardSet(folder)) == 256
-    assert f"256 pictures in runs/{run.name}/samples/{folder.name}" in done.stdout
+    assert f"256 pictures in runs/{run.name}/samples/{folder.name}" in out
     assert json.loads((folder / "protocol.json").read_text())["sampler"]["steps"] == 60
 
 

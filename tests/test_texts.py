@@ -1,9 +1,7 @@
 """Captions to features: the cache, who fills it, and training and sampling by text."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -349,16 +347,11 @@ def test_a_batch_by_batch_run_has_the_same_losses(run, recipe, tmp_path) -> None
     assert not (tmp_path / "none").exists()
 
 
-def test_two_ranks_fill_one_cache_and_learn_what_one_does(run, recipe, tmp_path) -> None:
+def test_two_ranks_fill_one_cache_and_learn_what_one_does(run, recipe, tmp_path, run_ranks) -> None:
     overrides = ["loop.images=32", "loop.evaluate_every=32", "optim.lr=5e-3", "drop_semantic=0.2"]
     overrides += [f"text.folder={tmp_path}/text", "run=pair"]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "etude", "train", recipe, *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ended = run_ranks(2, "-m", "etude", "train", recipe, *overrides, cwd=tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], "".join(one.stderr for one in ended)
     pair = read_metrics(tmp_path / "runs/pair/metrics.jsonl", "train")
     alone = read_metrics(run / "metrics.jsonl", "train")
     # The first two steps, where the learning rates are still the same.

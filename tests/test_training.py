@@ -1,15 +1,13 @@
 """Training end to end on real digits: resume, ranks, kills, stops and values that are not finite.
 
 Runs are real: processes of their own wherever a signal, a kill or a second rank is part of it.
+Under launchers: tests/launch/.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,38 +31,24 @@ from etude.training import Look
 from etude.training.diffusion import DiffusionJob
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"), ("here:cpu",))
-LONG = ["loop.images=1280", "loop.evaluate_every=640", "loop.checkpoint.every_images=160"]
+IMAGES = 640
+LONG = [f"loop.images={IMAGES}", "loop.evaluate_every=320", "loop.checkpoint.every_images=80"]
 LONG += ["loop.log_every=48"]
 ZERO = ["strategy.kind=zero", "strategy.stage=1"]
 TIMES = ("time", "images_per_second", "data_wait_percent")
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "etude", *arguments]
-
-
-def start(folder: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments, ranks=ranks),
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
+def finish(process) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"{process.args}\n{out[-2000:]}{err[-4000:]}"
     return out
 
 
-def wait_for(process: subprocess.Popen, condition, seconds: float = 60) -> None:
+def wait_for(process, condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
             out, err = process.communicate(timeout=10)
             raise AssertionError(f"{process.returncode}\n{out[-2000:]}{err[-4000:]}")
         time.sleep(0.01)
@@ -75,19 +59,19 @@ def logged(run: Path) -> int:
     return max((row["images_seen"] for row in read_metrics(run / "metrics.jsonl")), default=0)
 
 
-def stop(process: subprocess.Popen, number: int = signal.SIGTERM) -> str:
+def stop(process, number: int = signal.SIGTERM) -> str:
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_REQUEUE, f"{process.returncode}\n{out}{err[-4000:]}"
     return out
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and everything below it, ranks first so that none can save."""
-    below = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [*map(int, below), process.pid]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+def kill(*processes) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
 
 
 def state(run: Path) -> tuple[dict, dict]:
@@ -112,52 +96,84 @@ def losses(run: Path) -> dict[int, float]:
     return {r["images_seen"]: r["loss"] for r in read_metrics(run / "metrics.jsonl", "train")}
 
 
-@pytest.mark.parametrize("strategy", [["strategy.kind=local"], ZERO], ids=["local", "zero1"])
-def test_a_stopped_and_a_killed_run_resume_to_the_same_bits(tiny, tmp_path, strategy) -> None:
-    arguments = ["train", tiny.ldm, *LONG, *strategy]
-    straight = start(tmp_path, *arguments, "run=straight")
-    parted = start(tmp_path, *arguments, "run=parted")
-    folder = tmp_path / "runs" / "parted"
-    wait_for(parted, lambda: logged(folder) > 0)
-    assert "type the same command to go on" in stop(parted)
-    asked = json.loads((folder / "REQUEUE").read_text())
-    assert asked["reason"] == "SIGTERM" and 0 < asked["images_seen"] < 1280
-    assert not (folder / "result.json").exists()
-
-    parted = start(tmp_path, *arguments, "run=parted")
-    wait_for(parted, lambda: logged(folder) >= asked["images_seen"] + 200)
-    kill(parted)
-    finish(start(tmp_path, *arguments, "run=parted"))
-    finish(straight)
-
-    assert not (folder / "REQUEUE").exists()
-    (one, extra_one), (two, extra_two) = state(tmp_path / "runs" / "straight"), state(folder)
+def assert_same_end(straight: Path, parted: Path) -> None:
+    """Both runs have the same tensors to the bit, and the same metrics and pages."""
+    assert not (parted / "REQUEUE").exists()
+    (one, extra_one), (two, extra_two) = state(straight), state(parted)
     assert one.keys() == two.keys()
     assert {s for _, s in one} == {"weight", "exp_avg", "exp_avg_sq", "ema0", "step"}
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
     assert extra_one == extra_two
-    assert metrics(tmp_path / "runs" / "straight") == metrics(folder)
-    pages = page(tmp_path / "runs" / "straight"), page(folder)
+    assert metrics(straight) == metrics(parted)
+    pages = page(straight), page(parted)
     heads = [json.loads(pages[i].pop("head.json")) for i in (0, 1)]
     assert heads[0]["state"]["status"] == heads[1]["state"]["status"] == "finished"
     assert pages[0] == pages[1]
 
 
-def test_two_ranks_killed_three_times_end_where_one_rank_does(tiny, tmp_path) -> None:
-    arguments = ["train", tiny.ldm, *LONG, *ZERO]
-    alone = start(tmp_path, *arguments, "run=alone")
-    finish(alone)
+def stopped(folder: Path, process) -> int:
+    """Where a run was that was asked to stop as soon as it had logged something."""
+    wait_for(process, lambda: logged(folder) > 0)
+    assert "type the same command to go on" in stop(process)
+    asked = json.loads((folder / "REQUEUE").read_text())
+    assert asked["reason"] == "SIGTERM" and 0 < asked["images_seen"] < IMAGES
+    assert not (folder / "result.json").exists()
+    return asked["images_seen"]
+
+
+def test_a_stopped_and_a_killed_run_resume_to_the_same_bits(tiny, tmp_path, forks) -> None:
+    """What need not be killed runs in this process."""
+    recipe, runs = load_recipe(tiny.ldm, LONG), tmp_path / "runs"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        straight, _ = run_recipe(recipe, root=runs, name="straight", quiet=True)
+        folder, words = runs / "parted", ["-m", "etude", "train", tiny.ldm, *LONG, "run=parted"]
+        place = stopped(folder, forks.start(*words, cwd=tmp_path))
+        parted = forks.start(*words, cwd=tmp_path)
+        wait_for(parted, lambda: logged(folder) >= place + 150)
+        kill(parted)
+        assert not (folder / "result.json").exists()
+        run_recipe(recipe, root=runs, name="parted", quiet=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_end(straight, folder)
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny, forks, tmp_path_factory) -> Path:
+    """A run of one rank under ZeRO-1 that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("sharded")
+    words = ["-m", "etude", "train", tiny.ldm, *LONG, *ZERO, "run=straight"]
+    finish(forks.start(*words, cwd=folder))
+    return folder / "runs" / "straight"
+
+
+def test_a_stopped_run_under_zero_resumes_to_the_same_bits(tiny, tmp_path, sharded, forks) -> None:
+    """Kills under ZeRO are those of two ranks, below."""
+    words = ["-m", "etude", "train", tiny.ldm, *LONG, *ZERO, "run=parted"]
+    stopped(tmp_path / "runs" / "parted", forks.start(*words, cwd=tmp_path))
+    finish(forks.start(*words, cwd=tmp_path))
+    assert_same_end(sharded, tmp_path / "runs" / "parted")
+
+
+def test_two_ranks_killed_twice_end_where_one_rank_does(
+    tiny, tmp_path, sharded, forks, run_ranks
+) -> None:
+    """Killed in a first start and in one that had resumed."""
+    words = ["-m", "etude", "train", tiny.ldm, *LONG, *ZERO, "run=pair"]
     random.seed(2)
     folder = tmp_path / "runs" / "pair"
-    for number in range(3):
-        pair = start(tmp_path, *arguments, "run=pair", ranks=2)
-        least = random.randrange(16, 300) + 300 * number
-        wait_for(pair, lambda least=least: logged(folder) >= least)
-        kill(pair)
+    for number in range(2):
+        pair = forks.start_ranks(2, *words, cwd=tmp_path)
+        least = random.randrange(96, 200) + 200 * number
+        wait_for(pair[0], lambda least=least: logged(folder) >= least)
+        kill(*pair)
         assert not (folder / "result.json").exists()
-    finish(start(tmp_path, *arguments, "run=pair", ranks=2))
-    expected, found = losses(tmp_path / "runs" / "alone"), losses(folder)
-    assert list(found) == list(expected) == [*range(48, 1280, 48), 1280]
+    ended = run_ranks(2, *words, cwd=tmp_path)
+    assert [rank.returncode for rank in ended] == [0, 0], "".join(rank.stderr for rank in ended)
+    expected, found = losses(sharded), losses(folder)
+    assert list(found) == list(expected) == [*range(48, IMAGES, 48), IMAGES]
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
@@ -249,18 +265,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tiny, poisoned) -> No
     assert all(f"(images {begin} to {begin + 16}) is not finite" in text for begin in bad)
 
 
-def test_a_diverging_run_of_two_ranks_names_rank_and_samples(tiny, tmp_path) -> None:
-    arguments = ["train", tiny.ldm, "optim.lr=1e30", "optim.warmup_images=0", "run=far"]
-    pair = start(tmp_path, *arguments, ranks=2)
-    _, err = pair.communicate(timeout=120)
-    assert pair.returncode == 1  # torchrun's own
+def test_a_diverging_run_of_two_ranks_names_rank_and_samples(tiny, tmp_path, run_ranks) -> None:
+    words = ["-m", "etude", "train", tiny.ldm, "optim.lr=1e30", "optim.warmup_images=0", "run=far"]
+    ended = run_ranks(2, *words, cwd=tmp_path)
     begin = "etude: step 1 (images 16 to 32)"
-    lines = [line for line in err.splitlines() if line.startswith(begin)]
-    assert len(lines) == 2 and lines[0] == lines[1]
-    assert (
-        "on rank 0" in lines[0]
-        and "Traceback" not in err.split("etude FAILED")[0].split("torch/distributed")[0]
-    )
+    lines = [x for rank in ended for x in rank.stderr.splitlines() if x.startswith(begin)]
+    assert len(lines) == 2 and lines[0] == lines[1] and "on rank 0" in lines[0]
+    assert [rank.returncode for rank in ended] == [2, 2]
+    assert "Traceback" not in ended[0].stderr + ended[1].stderr
 
 
 def test_a_start_that_reached_no_checkpoint_leaves_no_line_behind(tiny, tmp_path) -> None:
@@ -285,17 +297,13 @@ def test_a_finite_forward_with_a_bad_gradient_is_told_apart(tiny, tmp_path) -> N
     assert find_nonfinite(strategy, job.losses, [batch]) == ("", [])
 
 
-@pytest.mark.parametrize("phase", ["max_minutes", "SIGUSR1", "latents"])
-def test_every_phase_stops_with_85_and_a_requeue_file(tiny, tmp_path, phase) -> None:
+@pytest.mark.parametrize("phase", ["SIGUSR1", "latents"])
+def test_every_phase_stops_with_85_and_a_requeue_file(tiny, tmp_path, forks, phase) -> None:
+    """By `loop.max_minutes`: tests/test_cli.py."""
     folder = tmp_path / "runs" / "long"
-    arguments = ["train", tiny.ldm, "run=long", "loop.images=160000"]
-    if phase == "max_minutes":
-        process = start(tmp_path, *arguments, "loop.max_minutes=0.05")
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == EXIT_REQUEUE, err
-        reason = "max_minutes=0.05"
-    elif phase == "SIGUSR1":
-        process = start(tmp_path, *arguments)
+    words = ["-m", "etude", "train", tiny.ldm, "run=long", "loop.images=160000"]
+    if phase == "SIGUSR1":
+        process = forks.start(*words, cwd=tmp_path)
         wait_for(process, lambda: logged(folder) > 0)
         with pytest.raises(UserError, match=f"is being written by process {process.pid} on"):
             run_recipe(load_recipe(tiny.ldm), root=tmp_path / "runs", name="long")
@@ -310,7 +318,7 @@ def test_every_phase_stops_with_85_and_a_requeue_file(tiny, tmp_path, phase) -> 
         )
         latents = ["autoencoder=runs/ae", "latents.variants=80", "latents.folder=latents"]
         model = ["model.in_channels=2", "model.input_size=8", "model.patch_size=2"]
-        process = start(tmp_path, *arguments, *latents, *model)
+        process = forks.start(*words, *latents, *model, cwd=tmp_path)
         wait_for(process, lambda: list(tmp_path.glob("latents/*/*.safetensors")))
         stop(process)
         assert not list(tmp_path.glob("latents/*/cache.json"))
@@ -342,7 +350,8 @@ def test_the_best_checkpoint_is_kept(tiny, tmp_path) -> None:
         tiny.ldm,
         [
             "optim.lr=1.0",
-            "optim.warmup_images=600",
+            "optim.warmup_images=300",
+            "loop.images=320",
             "loop.evaluate_every=80",
             "loop.checkpoint.keep_best=true",
             "loop.checkpoint.keep_last=1",
@@ -353,7 +362,7 @@ def test_the_best_checkpoint_is_kept(tiny, tmp_path) -> None:
     rows = read_metrics(folder / "metrics.jsonl", "held_out")
     best = min(rows, key=lambda row: row["raw"])["images_seen"]
     kept = {int(p.name.removeprefix("step-")) for p in (folder / "checkpoints").glob("step-*")}
-    assert best < 640 and kept == {best, 640}
+    assert best < 320 and kept == {best, 320}
 
 
 def test_loaded_weights_are_those_that_were_saved(tiny, tmp_path) -> None:

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -498,19 +495,13 @@ def state(run: Path) -> dict[tuple[str, str], Tensor]:
         return {k: found.read(*k, 0, math.prod(found.shape(*k))) for k in keys}
 
 
-def test_two_ranks_of_zero_start_from_the_same_weights(tiny, small_run, tmp_path) -> None:
+def test_two_ranks_of_zero_start_from_the_same_weights(
+    tiny, small_run, tmp_path, run_ranks
+) -> None:
     zero = ["strategy.kind=zero", "strategy.stage=3", "optim.lr=1e-30"]
-    fields = [*LARGER, f"start.from={small_run}", *zero]
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *ranks, "-m", "etude", "train", tiny.ldm, *fields, "run=pair"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    fields = [*LARGER, f"start.from={small_run}", *zero, "run=pair"]
+    ended = run_ranks(2, "-m", "etude", "train", tiny.ldm, *fields, cwd=tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], "".join(one.stderr for one in ended)
     average = load_recipe(tiny.ldm).default_weights()
     source = tensors(small_run, average)
     for profile in ("raw", average):

@@ -24,6 +24,7 @@ KINDS: dict[str, "str | type[Recipe]"] = {
     "ldm": "etude.training:LatentDiffusionRecipe",
     "judge": "etude.evaluation.judge:JudgeRecipe",
     "practice": "etude.practice.recipe:PracticeRecipe",
+    "theory": "etude.practice.theory_report:TheoryRecipe",
     "extract": "etude.evaluation.plan:ExtractRecipe",
     "evaluate": "etude.evaluation.plan:EvaluateRecipe",
     "study": "etude.study:StudyRecipe",

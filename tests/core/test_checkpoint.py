@@ -1,11 +1,8 @@
 """Checkpoints survive kills and faults; damaged and foreign ones are refused in one sentence."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -231,22 +228,21 @@ def test_a_full_disk_is_noticed_before_anything_is_written(saved, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == ["step-000000000005", "step-000000000010"]
 
 
-def run_writer(*arguments: str) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WRITER), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def run_writer(forks, *arguments: str) -> dict:
+    done = forks.start(WRITER, *arguments)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
 
 
-def test_two_hundred_kills_lose_nothing(tmp_path):
-    report = run_writer("kills", str(tmp_path), "200")
+def test_two_hundred_kills_lose_nothing(forks, tmp_path):
+    report = run_writer(forks, "kills", str(tmp_path), "200")
     assert report["kills"] == 200
     assert report["caught in the act"] >= 40, "the kills must hit writers at work"
     assert report["newest"] >= 20
 
 
-def test_one_fault_at_every_write_fsync_and_rename(tmp_path):
-    report = run_writer("faults", str(tmp_path))
+def test_one_fault_at_every_write_fsync_and_rename(forks, tmp_path):
+    report = run_writer(forks, "faults", str(tmp_path))
     assert report["operations"] >= 40
     assert report["faults"] == 2 * report["operations"]

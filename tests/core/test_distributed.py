@@ -111,6 +111,13 @@ def test_half_an_environment_is_refused(monkeypatch):
         start()
 
 
+def test_an_impossible_wait_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ETUDE_START_SECONDS", "soon")
+    with pytest.raises(UserError, match="^ETUDE_START_SECONDS=soon: give the seconds"):
+        start()
+
+
 def test_only_dead_build_locks_are_removed(tmp_path):
     old = time.time() - 60
     for name in ("dead", "alive", "young"):

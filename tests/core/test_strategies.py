@@ -2,10 +2,8 @@
 
 import importlib.util
 import itertools
-import os
 import random
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,47 +27,41 @@ def load_worker():
 worker = load_worker()
 
 
-def launch(phase: str, ranks: int, folder: Path) -> list[dict]:
+@pytest.fixture(scope="module")
+def launch(run_ranks, tmp_path_factory) -> Callable[[str, int], list[dict]]:
     """Results of every rank; one retry, because DeepSpeed at times aborts at exit."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    wanted = [folder / f"{phase}-{rank}.pt" for rank in range(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    for _ in range(2):
-        done = subprocess.run(
-            [*torchrun, "--standalone", str(WORKER), phase, str(folder)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        if all(path.exists() for path in wanted):
-            return [torch.load(path, weights_only=True) for path in wanted]
-    raise AssertionError(done.stdout[-3000:] + done.stderr[-6000:])
+    folder = tmp_path_factory.mktemp("strategies")
+
+    def start(phase: str, ranks: int) -> list[dict]:
+        wanted = [folder / f"{phase}-{rank}.pt" for rank in range(ranks)]
+        for _ in range(2):
+            ended = run_ranks(ranks, WORKER, phase, folder)
+            if all(path.exists() for path in wanted):
+                return [torch.load(path, weights_only=True) for path in wanted]
+        raise AssertionError("".join(one.stdout[-1000:] + one.stderr[-4000:] for one in ended))
+
+    start.folder = folder
+    return start
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("strategies")
+def one(launch):
+    return launch("one", 1)[0]
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-    return launch("one", 1, folder)[0]
+def two(launch, one):
+    return launch("two", 2)
 
 
 @pytest.fixture(scope="module")
-def two(folder, one):
-    return launch("two", 2, folder)
+def back(launch, two):
+    return launch("back", 1)[0]
 
 
 @pytest.fixture(scope="module")
-def back(folder, two):
-    return launch("back", 1, folder)[0]
-
-
-@pytest.fixture(scope="module")
-def three(folder, two):
-    return launch("three", 3, folder)
+def three(launch, two):
+    return launch("three", 3)
 
 
 def plain_torch(order: list[int]) -> Tensor:
@@ -224,8 +216,8 @@ def test_twenty_and_twenty_steps_are_forty_bitwise(one):
     assert one["resumed"] == {"zero 1": True, "zero 3": True}
 
 
-def test_weights_are_read_without_a_strategy(folder, two):
-    path = latest_checkpoint(folder / "two")
+def test_weights_are_read_without_a_strategy(launch, two):
+    path = latest_checkpoint(launch.folder / "two")
     assert path.name == "step-000000000015"
     found = read_weights(path, "ema:0.999")
     for name, value in two[0]["ema"].items():

@@ -1,12 +1,12 @@
 """Shared by the operators' tests: Triton's interpreter in a process, CUDA kernels on the CPU."""
 
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,24 +26,36 @@ MACHINE = HERE / "cuda_on_cpu"  # stands in for the CUDA runtime
 
 
 @pytest.fixture(scope="session")
-def interpret() -> Callable[[str], list[dict]]:
+def interpret(serve) -> Callable[[str], list[dict]]:
     """Run `interpret_<family>.py` with TRITON_INTERPRET=1; it prints one JSON row per case.
 
-    The interpreter must be chosen before Triton is imported, so it has a process of its own.
+    The interpreter must be chosen before Triton is imported, so it has processes of its own.
     """
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    chosen = {"TRITON_INTERPRET": "1", "ETUDE_KERNELS": "triton"}
+    forks = serve(
+        "torch", "triton", "triton.language", "pytest", "etude.kernels.backends", **chosen
+    )
 
     def run(family: str) -> list[dict]:
-        made = subprocess.run(
-            [sys.executable, str(HERE / f"interpret_{family}.py")],
-            env=os.environ | {"TRITON_INTERPRET": "1", "ETUDE_KERNELS": "triton"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert made.returncode == 0, made.stderr[-3000:]
-        return [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+        made = forks.start(HERE / f"interpret_{family}.py")
+        out, err = made.communicate(timeout=600)
+        assert made.returncode == 0, err[-3000:]
+        return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def python(serve) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python(code, VARIABLE="x")`: what code says where nothing of Etude has been imported."""
+    forks = serve("torch", "torch._dynamo")
+
+    def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        made = forks.start("-c", code, **environment)
+        said = made.communicate(timeout=120)
+        return subprocess.CompletedProcess(made.args, made.returncode, *said)
 
     return run
 
@@ -69,21 +81,39 @@ def link(folder: Path, name: str, objects: list[Path]) -> Path:
     return made
 
 
+def once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]
+) -> Path:
+    """What `build(folder)` makes: one of the workers of a run makes it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "made"
+        if not made.exists():
+            made.write_text(str(build(folder)))
+        return Path(made.read_text())
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, ctypes.CDLL]:
     """The module `_cuda`, compiled for the CPU, and the same file as a plain library."""
     pybind11 = pytest.importorskip("pybind11")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    files = [MACHINE / "machine.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    bindings = ROOT / "csrc/cuda/bindings.cpp"
-    python = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-    python += ["-O0", "-fvisibility=hidden", '-DETUDE_CUDA_VERSION="none"']
-    with ThreadPoolExecutor() as pool:
-        glue = pool.submit(compile_for_cpu, folder, [bindings], python)
-        objects = compile_for_cpu(folder, files, [])
-    path = link(folder, "_cuda", objects + glue.result())
+
+    def build(folder: Path) -> Path:
+        files = [MACHINE / "machine.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+        bindings = ROOT / "csrc/cuda/bindings.cpp"
+        python = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+        python += ["-O0", "-fvisibility=hidden", '-DETUDE_CUDA_VERSION="none"']
+        with ThreadPoolExecutor() as pool:
+            glue = pool.submit(compile_for_cpu, folder, [bindings], python)
+            objects = compile_for_cpu(folder, files, [])
+        return link(folder, "_cuda", objects + glue.result())
+
+    path = once(tmp_path_factory, "cuda_on_cpu", build)
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -36,6 +36,13 @@ CASES = (
 )
 
 
+# float32 shows the mathematics of every case; in 16 bits, where values are rounded, every option
+# appears in one of these: packed, keys in several tiles, odd and wide heads, both norms, rotation,
+# lengths, offsets, bias. Those of REPEATED run twice.
+CHOSEN = {torch.float16: (2, 3, 6, 8, 9, 12, 13, 15, 16, 18), torch.bfloat16: (2, 9)}
+REPEATED = (9, 13, 15, 18)
+
+
 def poison() -> None:
     """Memory that is allocated and not written shows as NaN."""
     new_empty = torch.Tensor.new_empty
@@ -53,7 +60,7 @@ def values() -> None:
         for longest in (256, 0):
             attention_config.SHORT_KEYS = attention_config.SHORT_QUERIES = longest
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                if dtype == torch.bfloat16 and index not in (2, 9):
+                if dtype in CHOSEN and index not in CHOSEN[dtype]:
                     continue
                 leaves, angles = make(case, dtype)
                 got = run(operator, leaves, case, angles)
@@ -61,7 +68,7 @@ def values() -> None:
                 error, name = worst_error(got, want)
                 again = (
                     run(operator, leaves, case, angles)
-                    if index % 4 == 1 and dtype == torch.float16
+                    if index in REPEATED and dtype == torch.float16
                     else got
                 )
                 row = {

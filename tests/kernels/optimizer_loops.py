@@ -1,4 +1,4 @@
-"""Training loops that are not Etude's, for test_optimizer_loops.py; under torchrun: DDP and FSDP2.
+"""Training loops that are not Etude's, for test_optimizer_loops.py; of two ranks: DDP and FSDP2.
 
 `python optimizer_loops.py FILE` writes what `every` returns for `ddp` and `fsdp2`, from rank 0.
 Each loop is run three times: with torch's AdamW and a plain average beside it, with `AdamWEMA`, and

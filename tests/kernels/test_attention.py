@@ -390,7 +390,8 @@ def test_recomputation_gives_the_same_bits() -> None:
 def test_compiles_without_a_break(names: tuple[str, ...]) -> None:
     data = make(4, 9, 9, 2, 8, torch.float32, *names)
     torch._dynamo.reset()
-    backend = "inductor" if not names else "aot_eager"  # the code generator once; the graph always
+    # The code generator here and in test_fuse.py; the graph in every family's tests.
+    backend = "inductor" if not names else "aot_eager"
     function = torch.compile(kernels.dot_product_attention, fullgraph=True, backend=backend)
     assert_close(run(function, data), run(kernels.attention_reference, data), 2e-6)
 

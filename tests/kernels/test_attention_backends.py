@@ -1,7 +1,5 @@
 """The switch between attention's implementations: every one that runs here, against float64."""
 
-import os
-import subprocess
 import sys
 from types import ModuleType
 
@@ -224,17 +222,7 @@ def test_xformers_on_the_cpu_is_refused_in_its_own_words() -> None:
         kernels.dot_product_attention(q, q, q)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_the_environment_names_one_and_the_log_says_so() -> None:
+def test_the_environment_names_one_and_the_log_says_so(python) -> None:
     code = (
         "import sys\n"
         "from etude.kernels import announce, attention_backends as a; print(announce('cpu'))\n"

@@ -14,17 +14,7 @@ needs_cpp = pytest.mark.skipif(not backends.HAS_CPP, reason="the C++ kernels are
 INPUTS = (torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8))
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_are_refused(python) -> None:
     with (
         pytest.raises(ValueError, match="auto, reference, cpp, triton, cuda"),
         kernels.use_backend("c"),
@@ -60,14 +50,14 @@ def test_auto_takes_cpp_on_the_cpu_and_says_so() -> None:
     assert set(rows) == {"reference", "cpp", "triton", "cuda"}
 
 
-def test_environment_chooses_and_bisects() -> None:
+def test_environment_chooses_and_bisects(python) -> None:
     code = "from etude.kernels import backends, announce; print(backends.choice(), announce('cpu'))"
     run = python(code, ETUDE_KERNELS="reference")
     assert run.stdout.startswith("reference kernels on cpu: reference (torch ")
 
 
 @needs_cpp
-def test_one_operator_can_have_a_choice_of_its_own() -> None:
+def test_one_operator_can_have_a_choice_of_its_own(python) -> None:
     code = (
         "import torch; from etude.kernels import backends, announce; print(announce('cpu'));"
         "print(backends.pick('a', 'cpu', torch.float32), backends.pick('b', 'cpu', torch.float32))"
@@ -82,7 +72,7 @@ def test_one_operator_can_have_a_choice_of_its_own() -> None:
             assert backends.pick("a", "cpu", torch.float32, twins=("triton",)) == "reference"
 
 
-def test_names_of_one_operator_s_own_stand_on_a_twin() -> None:
+def test_names_of_one_operator_s_own_stand_on_a_twin(python) -> None:
     code = (
         "import torch; from etude.kernels import backends as b; print(b.choice('mlp'));"
         "print(b.pick('mlp', 'cpu', torch.float32, twins=('cpp',)))"
@@ -137,7 +127,7 @@ def test_tuning_leaves_out_what_cannot_serve_every_case(monkeypatch, capsys) -> 
     assert tune.best("attention", "cpu") == "auto"
 
 
-def test_choices_can_come_from_a_file(tmp_path) -> None:
+def test_choices_can_come_from_a_file(python, tmp_path) -> None:
     file = tmp_path / "kernels.txt"
     file.write_text("# measured somewhere\nauto\ngate_residual=reference\n")
     code = "from etude.kernels import backends as b; print(b.choice(), b.choice('gate_residual'))"
@@ -194,7 +184,13 @@ def test_importing_the_package_loads_and_registers_nothing() -> None:
     # `etude` itself may import torch, so the folder is loaded alone, as another library would.
     folder = os.path.dirname(kernels.__file__)
     alone = code.replace("etude.kernels as k", "kernels as k").replace("etude.kernels.", "kernels.")
-    run = python(alone, PYTHONPATH=os.path.dirname(folder))
+    run = subprocess.run(
+        [sys.executable, "-c", alone],
+        env=os.environ | {"PYTHONPATH": os.path.dirname(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
 
 

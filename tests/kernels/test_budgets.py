@@ -1,4 +1,9 @@
-"""Every Triton kernel, compiled for three GPUs without one, within its committed budget."""
+"""Every Triton kernel, compiled without a GPU, within its committed budget.
+
+Each kernel is compiled for one of the three GPUs, in turn, so that every family meets all of them.
+A change to a kernel moves its numbers on any GPU, and whoever then writes the budget again compiles
+for all three. `python -m etude.kernels.compiling --check` does so without writing.
+"""
 
 import json
 import os
@@ -30,19 +35,27 @@ SPILLS_OF_3_6 = {
 }
 
 
-@pytest.mark.parametrize("family", compiling.families())
-def test_compiled_kernels_stay_within_the_budget(family: str) -> None:
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """A row of each kernel of every family, from one process without the interpreter."""
     made = subprocess.run(
-        [sys.executable, "-m", "etude.kernels.compiling", family],
+        [sys.executable, "-m", "etude.kernels.compiling", "--in-turn"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert made.returncode == 0, made.stderr[-3000:]
-    rows = [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
-    assert {row["toolchain"].split(", ")[-1] for row in rows} >= {"sm_90", "sm_100"}
-    assert not compiling.differences(rows)
+    return [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("family", compiling.families())
+def test_compiled_kernels_stay_within_the_budget(rows: list[dict], family: str) -> None:
+    found = [row for row in rows if row["family"] == family]
+    gpus = {row["toolchain"].split(", ")[-1] for row in found}
+    known = {toolchain.split(", ")[-1] for toolchain in compiling.budget(family)}
+    assert gpus <= known and len(gpus) == min(len(known), len(found))
+    assert not compiling.differences(found)
 
 
 @pytest.mark.parametrize("version", ["3.6", "3.7"])

@@ -359,7 +359,7 @@ def test_compiles_without_a_break() -> None:
     data = make((3, 4, 8, 8), torch.float32, double=True)
     torch._dynamo.reset()
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def step(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return ours("diffuse", data, "", False), ours("diffusion_loss", data, "eps", True)
 

@@ -4,9 +4,6 @@ Losses and averages agree within float32: 8 steps, each a unit or two apart in s
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,20 +19,11 @@ spec.loader.exec_module(loops)
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> dict:
+def two_processes(run_ranks, tmp_path_factory) -> dict:
     """{loop: {way: (losses, averages)}} of two processes."""
     file = tmp_path_factory.mktemp("loops") / "found.pt"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--standalone", str(WORKER), str(file)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert file.exists(), done.stderr[-4000:]
+    ended = run_ranks(2, WORKER, file)
+    assert file.exists(), "".join(one.stderr[-4000:] for one in ended)
     return torch.load(file, weights_only=True)
 
 

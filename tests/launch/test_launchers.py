@@ -27,16 +27,15 @@ def node(bench, rank: int, port: str, *words: str | Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def rank(bench, number: int, port: str, *words: str | Path, **variables: str) -> subprocess.Popen:
-    """One of two ranks, with the environment that every launcher gives and no launcher."""
-    place = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = (sys.executable, "-m", "etude", "train", *words)
-    return bench.start(*command, **place, **variables)
+def place(number: int, port: str) -> dict[str, str]:
+    """The environment that every launcher gives to one of two ranks."""
+    where = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    return where | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
-def outputs(*processes: subprocess.Popen) -> list[str]:
-    return [process.communicate(timeout=150)[0] for process in processes]
+def outputs(*processes) -> list[str]:
+    said = [process.communicate(timeout=150) for process in processes]
+    return ["".join(text or "" for text in pair) for pair in said]
 
 
 def test_torchrun_as_shipped(bench, one_rank) -> None:
@@ -66,13 +65,18 @@ def test_deepspeed_without_ssh_on_two_nodes(bench, one_rank, free_port) -> None:
     assert "page runs" not in printed[1] and "pictures" not in printed[1]
 
 
-def test_ranks_that_never_come_are_named(bench, free_port) -> None:
+def test_ranks_that_never_come_are_named(bench, free_port, forks) -> None:
     """Rank 1 missing, seen by rank 0; rank 0 missing, seen by rank 1 of another job."""
     with socket.socket() as silent:  # bound and not listening: nobody else takes the port
         silent.bind(("127.0.0.1", 0))
         other = str(silent.getsockname()[1])
-        alone = rank(bench, 0, free_port, bench.recipe, ETUDE_START_SECONDS="4")
-        lost = rank(bench, 1, other, bench.recipe, ETUDE_START_SECONDS="2")
+        words = ("-m", "etude", "train", bench.recipe)
+        alone, lost = (
+            forks.start(
+                *words, cwd=bench.folder, ETUDE_START_SECONDS=seconds, **place(number, port)
+            )
+            for number, port, seconds in ((0, free_port, "4"), (1, other, "2"))
+        )
         waited, searched = outputs(alone, lost)
     assert (alone.returncode, lost.returncode) == (2, 2)
     assert "etude: rank 1 of 2 did not reach 'start' within 4 s; present: 0 (" in waited
@@ -81,41 +85,31 @@ def test_ranks_that_never_come_are_named(bench, free_port) -> None:
     assert "Traceback" not in waited + searched and not (bench.folder / "runs").exists()
 
 
-def test_an_impossible_wait_is_refused(bench, free_port) -> None:
-    process = rank(bench, 0, free_port, bench.recipe, ETUDE_START_SECONDS="soon")
-    (printed,) = outputs(process)
-    assert process.returncode == 2 and "etude: ETUDE_START_SECONDS=soon: give the" in printed
-
-
-def test_a_rank_with_another_recipe_is_named(bench, free_port) -> None:
-    """micro_batch does not change the run's folder; without the comparison the ranks would hang."""
+def test_a_rank_with_other_code_and_another_recipe_is_named(
+    bench, tmp_path, free_port, forks
+) -> None:
+    """A copy of the package with one comment more, as on a node that missed an update, and another
+    micro_batch, which does not change the run's folder; unnoticed, the ranks would hang.
+    """
+    package = installed_copy(tmp_path / "other")
+    with (package / "sampling.py").open("a") as file:
+        file.write("# changed\n")
+    first, second = (
+        ("-m", "etude", "train", bench.recipe, f"loop.micro_batch={micro}") for micro in (8, 4)
+    )
+    other = {"PYTHONPATH": str(package.parent)} | place(1, free_port)
     ranks = [
-        rank(bench, number, free_port, bench.recipe, f"loop.micro_batch={micro}")
-        for number, micro in enumerate((8, 4))
+        forks.start(*first, cwd=bench.folder, **place(0, free_port)),
+        bench.start(sys.executable, *second, **other),
     ]
     printed = outputs(*ranks)
     assert [process.returncode for process in ranks] == [2, 2], printed
     for text in printed:
         assert "the ranks disagree" in text and "Traceback" not in text
-        assert "rank 1 (" in text and "loop.micro_batch is '4', others '8'" in text
-        assert "source is" not in text and "seed" not in text
+        assert "rank 1 (" in text and "source is '" in text
+        assert "loop.micro_batch is '4', others '8'" in text
+        assert "torch is" not in text and "seed" not in text and "loop.images" not in text
     assert not (bench.folder / "runs").exists()
-
-
-def test_a_rank_with_other_code_is_named(bench, tmp_path, free_port) -> None:
-    """A copy of the package with one comment more, as on a node that missed an update."""
-    package = installed_copy(tmp_path / "other")
-    with (package / "sampling.py").open("a") as file:
-        file.write("# changed\n")
-    ranks = [
-        rank(bench, 0, free_port, bench.recipe),
-        rank(bench, 1, free_port, bench.recipe, PYTHONPATH=str(package.parent)),
-    ]
-    printed = outputs(*ranks)
-    assert [process.returncode for process in ranks] == [2, 2], printed
-    for text in printed:
-        assert "the ranks disagree" in text and "rank 1 (" in text and "source is '" in text
-        assert "torch is" not in text and "loop." not in text
 
 
 def installed_copy(folder: Path) -> Path:

@@ -3,8 +3,6 @@
 import copy
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -257,13 +255,12 @@ LOOPS = ["ddp", "fsdp2", "accelerate", "zero3"]
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[dict[str, dict], str]:
+def trained(run_ranks) -> tuple[dict[str, dict], str]:
     """Rows of fused.py by loop, and what was said: two processes start once for all loops."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(Path(__file__).parent / "workers" / "fused.py")
-    run = subprocess.run([*command, script, *LOOPS], capture_output=True, text=True, timeout=300)
-    rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"loop"')]
-    return {row["loop"]: row for row in rows}, run.stderr[-3000:]
+    ended = run_ranks(2, Path(__file__).parent / "workers" / "fused.py", *LOOPS)
+    said = ended[0].stdout.splitlines()
+    rows = [json.loads(line) for line in said if line.startswith('{"loop"')]
+    return {row["loop"]: row for row in rows}, "".join(one.stderr[-3000:] for one in ended)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

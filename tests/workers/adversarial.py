@@ -1,4 +1,4 @@
-"""Run under torchrun: `adversarial.py RECIPE ROOT NAME:OVERRIDE[,OVERRIDE] ...`."""
+"""One rank of a job: `adversarial.py RECIPE ROOT NAME:OVERRIDE[,OVERRIDE] ...`."""
 
 import sys
 from pathlib import Path

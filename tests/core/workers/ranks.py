@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from etude.core import distributed
-from etude.core.errors import UserError
-
 
 def attempt(act) -> str:
+    from etude.core.errors import UserError
+
     try:
         act()
     except UserError as error:
@@ -23,6 +22,9 @@ def attempt(act) -> str:
 
 
 def main(folder: Path) -> None:
+    from etude.core import distributed  # not above: the launcher needs no torch
+    from etude.core.errors import UserError
+
     report: dict = {}
     rank = int(os.environ["RANK"])
     try:

@@ -1,4 +1,4 @@
-"""Run under torchrun or alone: `strategies.py PHASE FOLDER`; writes FOLDER/PHASE-<rank>.pt."""
+"""One rank of some: `strategies.py PHASE FOLDER`; writes FOLDER/PHASE-<rank>.pt."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""Run under torchrun or alone: `families.py FILE`; rank 0 writes the losses of every family there.
+"""One rank of some: `families.py FILE`; rank 0 writes the losses of every family there.
 
-Three steps of each family under each strategy, from weights none of which is zero, with a learned
-variance's channels, control, dropping and, for MDTv2, both passes, or (`mdt-unmasked`) the first
-alone, which leaves its side block without gradients.
+Three steps of each family, of one rank with plain torch and of two under each strategy, from
+weights none of which is zero, with a learned variance's channels, control, dropping and, for
+MDTv2, both passes, or (`mdt-unmasked`) the first alone, which leaves its side block without
+gradients.
 """
 
 import sys
@@ -95,9 +96,11 @@ def train(world: distributed.World, family: str, name: str) -> list[float]:
 
 def main() -> None:
     world = distributed.start()
-    found = {
-        f"{family} {name}": train(world, family, name) for family in MODELS for name in STRATEGIES
-    }
+    if world.size == 1:
+        found = {family: train(world, family, "local None") for family in MODELS}
+    else:
+        pairs = [(family, name) for family in MODELS for name in STRATEGIES]
+        found = {f"{family} {name}": train(world, family, name) for family, name in pairs}
     if world.rank == 0:
         torch.save(found, sys.argv[1])
     distributed.stop(world)

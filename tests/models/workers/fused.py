@@ -1,4 +1,4 @@
-"""Run by test_fuse.py under torchrun: a fused model in other people's training loops.
+"""One of two ranks of test_fuse.py: a fused model in other people's training loops.
 
 `fused.py LOOP...` with LOOP = ddp, fsdp2, accelerate or zero3 trains a small SD3 model of
 diffusers for three steps, as it is and fused; rank 0 prints the losses of both as a line of JSON.
