@@ -89,17 +89,17 @@ def table() -> list[str]:
     return lines
 
 
-def rewritten(text: str) -> str:
-    """The README with a new table. Errors: ValueError where the marks are missing."""
-    parts = text.split(MARK)
+def replaced(text: str, mark: str, lines: list[str]) -> str:
+    """`text` with other lines between its two lines `mark`. Errors: ValueError without them."""
+    parts = text.split(mark)
     if len(parts) != 3:
-        raise ValueError(f"README.md needs two lines {MARK}")
-    return MARK.join((parts[0], "\n" + "\n".join(table()) + "\n", parts[2]))
+        raise ValueError(f"the page needs two lines {mark}")
+    return mark.join((parts[0], "\n" + "\n".join(lines) + "\n", parts[2]))
 
 
 def main() -> int:
     file = Path(ROOT / "README.md")
-    file.write_text(rewritten(file.read_text()))
+    file.write_text(replaced(file.read_text(), MARK, table()))
     return 0
 
 
