@@ -2,9 +2,10 @@
 
 A row counts for the recipe that it names (`recipe` or `study`), or for every recipe whose network
 it trained in the recipe's precision (`model`: a preset's name; `dtype`; `input_size`, 32 unless
-given). It holds pictures per second (`images_s`), or the `seconds` of a whole run. A recipe that a
-study changed in what its speed depends on has no row. Rows of other libraries (a `provider` that is
-not etude) do not count, and of each device the newest row does.
+given; `semantic`, class unless given). It holds pictures per second (`images_s`), or the `seconds`
+of a whole run. A recipe that a study changed in what its speed depends on has no row, and neither
+has one that has changed since (`fingerprint`). Rows of other libraries (a `provider` that is not
+etude) do not count, and of each device the newest row does.
 Nothing is estimated: hours are pictures over pictures per second of one device, or not known.
 """
 
@@ -70,7 +71,8 @@ def time_rows(recipe: Recipe, price_per_hour: float | None = None) -> list[list[
         place = expects.hardware or "hardware that the recipe does not name"
         rows.append(["time", f"{length(expects.hours)} on {place}, as the recipe says"])
         if price_per_hour is not None and not found:
-            rows.append(["cost", _cost(expects.hours, price_per_hour)])
+            cost = _cost(expects.hours, price_per_hour)
+            rows.append(["cost", f"{cost} for each device of {place}"])
     elif not found:
         on = f" on {expects.hardware}" if expects.hardware else ""
         rows.append(["time", f"not measured{on}"])
@@ -164,6 +166,8 @@ def _rows() -> list[tuple[str, dict]]:
 
 def _of(recipe: Recipe, name: str, row: dict) -> Measured | None:
     own = recipe.name in (row.get("recipe"), row.get("study"))
+    if own and row.get("fingerprint", fingerprint(recipe)) != fingerprint(recipe):
+        return None  # of the recipe as it was
     if not (own or _same_network(recipe, row)):
         return None
     if row.get("provider", "etude") != "etude" or "processor" not in row:
@@ -193,9 +197,11 @@ def _as_named(recipe: Recipe, *, whole: bool) -> bool:
 
 
 def _step(recipe: Recipe) -> dict:
-    """What a training step's speed depends on; the conditions of a model are little of it."""
+    """What a training step's speed depends on; a model's control is little of it, its text is not."""
     sections = recipe.model_dump(include={"model", "data", "strategy", "judge"})
-    sections.get("model", {}).pop("conditioning", None)
+    asked = sections.get("model", {}).pop("conditioning", {})
+    sections["asked"] = [asked.get("semantic"), asked.get("text_tokens")]
+    sections["micro_batch"] = getattr(getattr(recipe, "loop", None), "micro_batch", None)
     return sections if recipe.kind == "judge" else sections | {"judge": None}
 
 
@@ -207,6 +213,7 @@ def _same_network(recipe: Recipe, row: dict) -> bool:
         row["model"] == recipe.model.preset
         and size == recipe.model.input_size
         and row.get("dtype", dtype) == dtype
+        and row.get("semantic", "class") == recipe.model.conditioning.semantic
     )
 
 
