@@ -59,6 +59,7 @@ SEEN_AT = 64  # side that LPIPS looks at
 WHOLE = (0, 0, STORED)
 # (top, left, side) of cuts that training has as well
 CUTS = ((0, 0, 6), (0, 2, 6), (2, 0, 6), (2, 2, 6), (1, 1, 6))
+RANGE = 4.0  # no slope, and no difference of two, is larger
 SHOWN = (2, 3)  # the pictures of the figure; the asked labels are the same
 PAIRS = (  # arms that are compared, where the study has them
     ("phased", "summed"),
@@ -67,6 +68,7 @@ PAIRS = (  # arms that are compared, where the study has them
     ("separated", "attended"),
     ("micro", "attended"),
     ("attended", "summed"),
+    ("separated", "phased"),
     ("separated", "summed"),
 )
 
@@ -239,13 +241,25 @@ def real(
     return np.array([sample.label for sample in samples]), np.stack(found)
 
 
-def mean(values: np.ndarray) -> Interval:
-    """Of (seeds, pictures), with an interval over both; of one row over its pictures alone."""
+def mean(values: np.ndarray, low: float = -RANGE, high: float = RANGE) -> Interval:
+    """Of (seeds, pictures), with an interval over both; of one row over its pictures alone.
+
+    Args:
+        low, high: what a mean can be; the interval ends there.
+    """
     values = np.atleast_2d(values)
     if len(values) > 1:
-        return paired_interval(values, np.zeros_like(values))
-    middle, half = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(values.size)
-    return Interval(float(middle), float(middle - half), float(middle + half))
+        found = paired_interval(values / RANGE, np.zeros_like(values))
+        middle, least, most = (RANGE * v for v in (found.value, found.low, found.high))
+    else:
+        middle, half = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(values.size)
+        least, most = middle - half, middle + half
+    return Interval(float(middle), max(low, float(least)), min(high, float(most)))
+
+
+def limits(measure: str) -> tuple[float, float]:
+    """What a mean of a measure can be."""
+    return (0.0, 1.0) if measure.endswith("_label") else (-RANGE, RANGE)
 
 
 def rounded(interval: Interval) -> list[float]:
@@ -379,7 +393,10 @@ def main(arguments: list[str]) -> None:
         "pictures": PICTURES,
         "cuts": CUTS,
         "lpips": {"network": distance.network, "sha256": distance.weights_sha256, "side": SEEN_AT},
-        "arms": {arm: {m: rounded(mean(v)) for m, v in by.items()} for arm, by in values.items()},
+        "arms": {
+            arm: {m: rounded(mean(v, *limits(m))) for m, v in by.items()}
+            for arm, by in values.items()
+        },
         "by_seed": {
             arm: {m: np.round(by[m].mean(1), 4).tolist() for m in by} for arm, by in values.items()
         },

@@ -120,7 +120,8 @@ def arm_of(recipe: LatentDiffusionRecipe) -> str:
 
 def curve(folder: Path) -> dict[str, dict[str, float]]:
     """A run's held-out loss by images seen, 0 and its checkpoints, under each law; kept in it."""
-    kept = folder / "held_out_under_one_law.json"
+    laws = "-".join(f"{shift:g}" for shift in LAWS.values())
+    kept = folder / f"held_out_under_one_law-{PICTURES}-{laws}.json"
     if kept.exists():
         return read_json(kept)
     recipe, folder = load_run(folder)

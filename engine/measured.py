@@ -197,7 +197,7 @@ def _as_named(recipe: Recipe, *, whole: bool) -> bool:
 
 
 def _step(recipe: Recipe) -> dict:
-    """What a training step's speed depends on; a model's control is little of it, its text is not."""
+    """What a training step's speed depends on; a model's control is little of that."""
     sections = recipe.model_dump(include={"model", "data", "strategy", "judge"})
     asked = sections.get("model", {}).pop("conditioning", {})
     sections["asked"] = [asked.get("semantic"), asked.get("text_tokens")]

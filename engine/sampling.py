@@ -244,8 +244,8 @@ def open_generator(
     if is_published(run):
         if weights:
             raise UserError(f"{run} holds one set of weights: leave out --weights")
-        generator = Generator(**published_parts(run, torch.device(device)))
-        generator.sampler = sampler or generator.sampler
+        parts = published_parts(run, torch.device(device))
+        generator = Generator(**parts | ({"sampler": sampler} if sampler else {}))
         generator.captured = CapturedSteps(generator.model)
         return generator
     recipe, folder = load_run(run)

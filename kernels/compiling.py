@@ -3,9 +3,8 @@
 `python -m etude.kernels.compiling FAMILY...` compiles what each `<family>_triton.py` lists in
 `builds()` for sm_80, sm_90 and sm_100 and prints one JSON row per kernel: registers, bytes
 spilled, bytes of shared memory. `--write` stores them in `budgets/<family>.json` under the versions
-of Triton and ptxas; the tests compare with that file, `etude kernels list` prints it. `--in-turn`
-compiles each kernel for one GPU, the next kernel for the next one. Needs no GPU and no driver, and
-a process without TRITON_INTERPRET.
+of Triton and ptxas; the tests compare with that file, `etude kernels list` prints it. Needs no GPU
+and no driver, and a process without TRITON_INTERPRET.
 """
 
 import argparse
@@ -94,16 +93,10 @@ def toolchain(arch: int) -> str:
     return f"triton {triton.__version__}, ptxas {get_ptxas(arch).version}, sm_{arch}"
 
 
-def measure(family: str, *, in_turn: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per build and GPU: family, toolchain, kernel, registers, spills, shared.
-
-    Args:
-        in_turn: one GPU per build. After three builds the turn moves on by one more, so that a
-            list that repeats three dtypes meets every GPU with each.
-    """
-    for place, build in enumerate(import_module(f".{family}_triton", __package__).builds()):
-        turn = (place + place // 3) % len(build.archs)
-        for arch in build.archs[turn : turn + 1] if in_turn else build.archs:
+def measure(family: str) -> Iterator[dict[str, Any]]:
+    """One row per build and GPU: family, toolchain, kernel, registers, spills, shared."""
+    for build in import_module(f".{family}_triton", __package__).builds():
+        for arch in build.archs:
             row = {"family": family, "toolchain": toolchain(arch), "kernel": build.name}
             yield row | resources(compile_for(build, arch), arch)
 
@@ -165,13 +158,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("families", nargs="*", help="such as adaln; none: all")
     parser.add_argument("--write", action="store_true", help="store the rows in budgets/")
     parser.add_argument("--check", action="store_true", help="fail where budgets/ says otherwise")
-    parser.add_argument("--in-turn", action="store_true", help="each kernel for one GPU")
     asked = parser.parse_args(arguments)
-    if asked.write and asked.in_turn:
-        parser.error("--write needs every kernel for every GPU: leave out --in-turn")
     rows = []
     for family in asked.families or families():
-        for row in measure(family, in_turn=asked.in_turn):
+        for row in measure(family):
             rows.append(row)
             print(json.dumps(row), flush=True)
     if asked.write:

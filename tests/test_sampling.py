@@ -16,10 +16,12 @@ from PIL import Image
 from etude import cli
 from etude.conditions import Conditions
 from etude.core import rng
+from etude.core.distributed import ALONE
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import load_recipe
-from etude.core.signals import EXIT_REQUEUE, StopRequested
+from etude.core.run import Run
+from etude.core.signals import EXIT_REQUEUE, Stopper, StopRequested
 from etude.data.decode_torch import decode_picture
 from etude.data.shards import ShardSet, write_shards
 from etude.diffusion.objectives import Objective, ObjectiveConfig
@@ -29,8 +31,11 @@ from etude.exporting import export
 from etude.gathering import gather
 from etude.jobs import run_recipe
 from etude.models.conditioning import ConditioningConfig, ControlConfig
+from etude.page import Page
 from etude.sampled import contact_sheet, sample_to_folder
 from etude.sampling import BLOCK, Generator, balanced_labels, denoiser, open_generator, to_uint8
+from etude.training import Look
+from etude.training.diffusion import DiffusionJob
 
 
 @pytest.fixture(scope="module")
@@ -355,13 +360,21 @@ def test_control_values_have_a_guidance_scale_of_their_own(tiny) -> None:
         load_recipe(tiny.ldm, ["sampler.control_scale=3"])
 
 
-def test_guidance_away_from_what_was_never_dropped_is_refused(tiny) -> None:
+def test_guidance_away_from_what_was_never_dropped_is_refused(tiny, tmp_path) -> None:
     control = ["model.conditioning.control=[{name: flip}]", "drop_control=0"]
-    load_recipe(tiny.ldm, control)  # guided by the class alone: the control is never left out
-    load_recipe(tiny.ldm, ["drop_semantic=0", "sampler.guidance_scale=1"])
+
+    def begun(overrides: list[str]) -> DiffusionJob:
+        recipe = load_recipe(tiny.ldm, overrides)
+        run = Run.open(recipe, root=tmp_path, name="open", rank=1)  # writes and locks nothing
+        look = Look(Log(None, quiet=True), Page(tmp_path / "page", "page"))
+        return DiffusionJob(recipe, run, look, ALONE, Stopper())
+
+    begun(control)  # guided by the class alone: the control is never left out
+    begun(["drop_semantic=0", "sampler.guidance_scale=1"])
+    begun(["drop_semantic=0", "start.from=elsewhere"])  # which may have dropped it
     for overrides, fault in (
         (["drop_semantic=0"], "drop_semantic=0 never trains what sampler.guidance_scale"),
         ([*control, "sampler.control_scale=3"], "drop_control=0 never trains what sampler.control"),
     ):
         with pytest.raises(UserError, match=fault):
-            load_recipe(tiny.ldm, overrides)
+            begun(overrides)

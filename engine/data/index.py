@@ -57,12 +57,13 @@ class Index(Config):
     captioned: bool
     shard_in_key: bool  # keys repeat across shards, so a sample's key is shard/key
     shards: list[ShardEntry]
-    scalars: list[str] = []  # the numbers that every sample's .json holds
+    # The numbers that every sample's .json holds; None: indexed before anybody looked for them.
+    scalars: list[str] | None = None
     digest: str = ""
 
     def computed_digest(self) -> str:
-        """sha256 over all fields but `digest`; without scalars as if there were no such field."""
-        left_out = {"digest"} if self.scalars else {"digest", "scalars"}
+        """sha256 over all fields but `digest`; without `scalars` where nobody looked for them."""
+        left_out = {"digest", "scalars"} if self.scalars is None else {"digest"}
         text = json.dumps(self.model_dump(exclude=left_out), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -73,7 +73,7 @@ def write_shard(
     samples = [data.described(int(index)) for index in indices]
     labels = np.array([label for _, label, _ in samples], dtype=np.int64)
     scalars = {
-        SCALAR + name: data.scalar(name)[indices].astype(np.float32) for name in data.scalars
+        SCALAR + name: data.scalar(name, indices).astype(np.float32) for name in data.scalars
     }
     words = {"keys": [k for k, _, _ in samples], "captions": [c for _, _, c in samples]}
     # One entry, because safetensors writes several in no fixed order: equal caches, equal bytes.

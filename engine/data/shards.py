@@ -148,7 +148,7 @@ class ShardSet:
             self._verify()
         self.classes = list(self._index.classes)
         self.labelled, self.captioned = self._index.labelled, self._index.captioned
-        self.scalars = tuple(self._index.scalars)
+        self.scalars = tuple(self._index.scalars or ())
         self.fingerprint = self._index.content()
         self.shard_sizes = tuple(shard.count for shard in self._index.shards)
         self._ends = np.cumsum(self.shard_sizes)
@@ -206,9 +206,12 @@ class ShardSet:
         """All labels in stored order, (len,) int64, without reading any picture."""
         return self._column("label").astype(np.int64)
 
-    def scalar(self, name: str) -> np.ndarray:
-        """One of `scalars` of all samples in stored order, (len,) float64."""
-        return self._column(SCALAR + name)
+    def scalar(self, name: str, indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """One of `scalars`, (n,) float64: of some samples, or of all in stored order."""
+        if indices is None:
+            return self._column(SCALAR + name)
+        places = [self._place(int(index)) for index in indices]
+        return np.array([self._open(shard)[1][SCALAR + name][row] for shard, row in places])
 
     def _column(self, name: str) -> np.ndarray:
         tables = [self._open(shard)[1][name] for shard in range(len(self.shard_sizes))]
@@ -234,7 +237,12 @@ class ShardSet:
             entry = self._index.shards[shard]
             with open(self.folder / entry.name, "rb") as file:
                 view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            table = np.load(self._index_folder / entry.offsets, mmap_mode="r", allow_pickle=False)
+            table = np.load(
+                self._index_folder / entry.offsets,
+                mmap_mode="r",
+                allow_pickle=False,
+                max_header_size=1 << 24,  # a column for each number in the samples' .json
+            )
             self._maps[shard] = (view, table)
             if len(self._maps) > _OPEN_SHARDS:
                 self._maps.popitem(last=False)

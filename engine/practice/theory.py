@@ -19,7 +19,8 @@ a ridge lam >= 0 in (X' D X / n + lam):
     error = arccos(mean / spread) / pi
 
 The mean for a truth other than the generator is ours, by the same lemmas. `simulate` draws what the
-formulas predict; tests and benchmarks/theory.py compare the two.
+formulas predict; tests and the recipe's check (`theory_report.py`) compare the
+two.
 """
 
 from dataclasses import dataclass

@@ -23,6 +23,15 @@ from .theory import Cosines, Rule, best_ridge, grow, limit_error, simulate
 
 Show = Callable[[dict[str, Any]], None]
 RULES = ("hard", "easy", "soft")
+POINTS = 29  # of a curve, four an octave: the page smooths curves of 40 points and more
+
+
+def _within(name: str, values: list[float], above: float, most: float) -> None:
+    if not values:
+        raise ValueError(f"{name} is empty: give at least one number")
+    wrong = next((value for value in values if not above < value <= most), None)
+    if wrong is not None:
+        raise ValueError(f"{name} holds {wrong:g}: give numbers above {above:g}, up to {most:g}")
 
 
 class CheckConfig(Config):
@@ -30,7 +39,7 @@ class CheckConfig(Config):
 
     dimensions: int = option(400, "numbers in an example", gt=2)
     phi: list[float] = option([0.1, 0.3, 0.8, 1.5], "dimensions over examples before pruning")
-    keep: list[float] = option([0.2, 0.5], "share that hard and easy keep; soft: its sharpness")
+    keep: list[float] = option([0.2, 0.5], "share that hard and easy keep; soft: 1 / sharpness")
     rho: list[float] = option([0.6, 0.95], "cosine of the pruner to the generator")
     ridge: list[float] = option([1e-3, 1e-1], "ridge of the mean")
     share: float = option(0.01, "standard error of a setting over its mean error", gt=0)
@@ -41,6 +50,10 @@ class CheckConfig(Config):
     def _check(self) -> Self:
         if self.least > self.most:
             raise ValueError(f"least={self.least} is more than most={self.most}: swap them")
+        _within("phi", self.phi, 0, self.dimensions)
+        _within("keep", self.keep, 0, 1)
+        _within("rho", self.rho, -1, 1)
+        _within("ridge", self.ridge, 0, 1e9)
         return self
 
     def settings(self) -> list[tuple[str, float, float, float, float]]:
@@ -53,6 +66,11 @@ class ToyConfig(Config):
 
     margins: list[float] = option([0.1, 0.3, 1.0], "how near to a boundary hard examples are")
     seeds: int = option(20, "pools that means are taken over", gt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _within("margins", self.margins, 0, 10)
+        return self
 
 
 class TheoryRecipe(Recipe):
@@ -70,6 +88,16 @@ class TheoryRecipe(Recipe):
     map_points: int = option(33, "points along a side of the map", gt=1)
     toy: ToyConfig = option(ToyConfig(), "practice on the toy problem")
     check: CheckConfig = option(CheckConfig(), "formulas against fitted classifiers")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _within("keep", self.keep, 0, 1)
+        cosines = {"rho": [self.rho], "map_pruner": [self.map_pruner]}
+        for name, values in (cosines | {"oversampling_rho": self.oversampling_rho}).items():
+            _within(name, values, -1, 1)
+        if not 0 < self.sizes[0] < self.sizes[1]:
+            raise ValueError(f"sizes={self.sizes} must be two numbers above 0, the smaller first")
+        return self
 
 
 def report(recipe: TheoryRecipe, folder: Path, log: Log, show: Show) -> dict[str, Any]:
@@ -95,7 +123,7 @@ def report(recipe: TheoryRecipe, folder: Path, log: Log, show: Show) -> dict[str
 def by_size(recipe: TheoryRecipe) -> dict[str, Any]:
     """Accuracy of the best ridge over the examples that are left, for each share kept."""
     low, high = np.log2(recipe.sizes)
-    sizes = np.exp2(np.linspace(low, high, 57))
+    sizes = np.exp2(np.linspace(low, high, POINTS))
     cosines, found = Cosines.of_pruner(recipe.rho), {}
     for keep in recipe.keep:
         phi = recipe.dimensions * keep / sizes
@@ -105,7 +133,7 @@ def by_size(recipe: TheoryRecipe) -> dict[str, Any]:
 
 def by_oversampling(recipe: TheoryRecipe) -> dict[str, Any]:
     """Accuracy at a fixed number of hard examples over how many were drawn for each."""
-    factors, found = np.exp2(np.linspace(0.0, 7.0, 57)), {}
+    factors, found = np.exp2(np.linspace(0.0, 7.0, POINTS)), {}
     for rho in recipe.oversampling_rho:
         errors = [
             best_ridge(
@@ -151,13 +179,15 @@ def toy(config: ToyConfig, seed: int, log: Log) -> dict[str, dict[str, list[floa
 
 def check(config: CheckConfig, seed: int, path: Path, log: Log) -> dict[str, Any]:
     """The z-score of each setting, and what they are together under N(0, 1)."""
-    rows = read_json(path) if path.exists() else []
+    stated = {"seed": seed, "check": config.model_dump(mode="json")}
+    found = read_json(path) if path.exists() else {"of": stated, "rows": []}
+    rows = found["rows"] if found["of"] == stated else []
     settings = config.settings()
     with log.progress("fitting classifiers", len(settings), unit="settings") as progress:
         progress.advance(len(rows))
         for number, setting in enumerate(settings[len(rows) :], start=len(rows)):
             rows.append(_measured(config, setting, seed, number))
-            write_json_atomic(path, rows)
+            write_json_atomic(path, {"of": stated, "rows": rows})
             progress.advance(1)
     z = np.array([row["z"] for row in rows])
     # A mean of n draws over its own standard error has variance (n - 1) / (n - 3).

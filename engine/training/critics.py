@@ -8,7 +8,7 @@ Rombach et al. 2022) is
 where g is the generator's loss, w its weight, p the perceptual one, and a is 1 or, when `adaptive`,
 the ratio of the gradients of the first two terms and of g with respect to the decoder's last layer,
 each averaged over as many consecutive pictures as the recipe says, so that it depends on no rank
-and no micro batch.
+and no micro batch (a discriminator of `norm: batch` does).
 All of it is differentiated as far as y and handed to the autoencoder as one gradient, so the
 judges stay outside whatever shards the autoencoder, and the last layer's gradients follow from its
 input without asking for its weights.
@@ -51,6 +51,12 @@ class Critics:
                     "remove it, or change data.augment.image_size"
                 )
         if recipe.adversarial:
+            count = recipe.adversarial.adaptive_images
+            if recipe.adversarial.adaptive and recipe.loop.micro_batch % count:
+                raise UserError(
+                    f"loop.micro_batch={recipe.loop.micro_batch} is not a multiple of"
+                    f" adversarial.adaptive_images={count}: change one of them"
+                )
             config = recipe.adversarial.discriminator
             if side < config.smallest:
                 raise UserError(

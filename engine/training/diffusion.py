@@ -47,6 +47,7 @@ class DiffusionJob(Job):
             open_autoencoder(recipe.autoencoder, world.device) if recipe.autoencoder else (None, "")
         )
         self._check_shapes()
+        self._check_nulls()
         self.prompts, self.features = self._texts()
         self.conditions = Conditions(
             recipe.model.conditioning,
@@ -94,6 +95,19 @@ class DiffusionJob(Job):
                 f"set {' '.join(wrong)}"
             )
 
+    def _check_nulls(self) -> None:
+        """Guidance contrasts with what was dropped, which training must show, here or before."""
+        recipe = self.recipe
+        if recipe.start.source:
+            return
+        scales = {"drop_semantic": "guidance_scale", "drop_control": "control_scale"}
+        for name, scale in list(scales.items())[: len(recipe.sampler.guidance_weights)]:
+            if getattr(recipe, name) == 0:
+                raise UserError(
+                    f"{name}=0 never trains what sampler.{scale} contrasts with: set {name}=0.1, or"
+                    f" leave out sampler.{scale}"
+                )
+
     def _texts(self) -> tuple[list[str], TextFeatures | None]:
         """The grid's prompts, and the captions' features: encoded by all ranks, or found."""
         recipe, world, log = self.recipe, self.world, self.look.log
@@ -130,6 +144,12 @@ class DiffusionJob(Job):
     def _scalars(self) -> dict[str, float]:
         """Mean over the training pictures of each stored number that is a control."""
         asked = {control.name for control in self.recipe.model.conditioning.control}
+        for data in (self.train_set, self.held_out_set):
+            if asked - {*GEOMETRY, *DERIVED} and data.index.scalars is None:
+                raise UserError(
+                    f"{data.folder} was indexed before the numbers in its .json were looked for:"
+                    " delete its index.json to index it anew"
+                )
         known = sorted(asked & set(self.train_set.scalars) - {*GEOMETRY, *DERIVED})
         lacking = next((name for name in known if name not in self.held_out_set.scalars), None)
         if lacking is not None:

@@ -22,7 +22,7 @@ from etude.core.log import Log
 from etude.core.recipe import Recipe
 from etude.core.run import Run, load_run
 from etude.data.index import file_sha256
-from etude.published import dit_config, is_published, network
+from etude.published import STATED, described, dit_config, is_published, network
 from etude.transfer import Report, StartConfig, positioned, transfer
 
 from .recipe import LatentDiffusionRecipe
@@ -159,6 +159,12 @@ def _published(place: Path, start: StartConfig, target: Any) -> Weights:
     """Weights of another project, whose configuration is read off them or told by `start`."""
     if start.weights:
         raise UserError(f"{place} holds one set of weights: leave out start.weights")
+    if (place / STATED).exists():
+        if start.model:
+            raise UserError(f"{place} says what its model is: leave out start.model")
+        found = described(place)
+        file = weights_file(found.weights)
+        return Weights(file, place.name, found.model, found.classes or None, file_sha256(file))
     if place.is_dir() and (place / "transformer").is_dir() and (start.model or not _dit(target)):
         place = place / "transformer"
     candidates = [target]

@@ -98,13 +98,6 @@ class AutoencoderRecipe(TrainRecipe):
                 f"adversarial.start_images={start} is not before loop.images={self.loop.images}, so"
                 " the discriminator takes no part: lower it, or set adversarial=null"
             )
-        if self.adversarial and self.adversarial.adaptive:
-            count = self.adversarial.adaptive_images
-            if self.loop.micro_batch % count:
-                raise ValueError(
-                    f"loop.micro_batch={self.loop.micro_batch} is not a multiple of"
-                    f" adversarial.adaptive_images={count}: change one of them"
-                )
         return self
 
 
@@ -158,7 +151,6 @@ class LatentDiffusionRecipe(TrainRecipe):
     @model_validator(mode="after")
     def _check(self) -> "LatentDiffusionRecipe":
         check_guidance(self.sampler, self.model.conditioning)
-        self._nulls_are_trained()
         if self.model.conditioning.semantic == "text":
             if not self.text.encoders:
                 raise ValueError("a model asked by text needs a text encoder: set text.encoders")
@@ -173,13 +165,3 @@ class LatentDiffusionRecipe(TrainRecipe):
                 " leave it out"
             )
         return self
-
-    def _nulls_are_trained(self) -> None:
-        """Guidance contrasts with what was dropped, which training must have shown."""
-        scales = {"drop_semantic": "guidance_scale", "drop_control": "control_scale"}
-        for name, scale in list(scales.items())[: len(self.sampler.guidance_weights)]:
-            if getattr(self, name) == 0:
-                raise ValueError(
-                    f"{name}=0 never trains what sampler.{scale} contrasts with: set {name}=0.1, or"
-                    f" leave out sampler.{scale}"
-                )

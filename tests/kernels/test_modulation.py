@@ -148,9 +148,7 @@ def test_compiles_without_a_break(flat: bool) -> None:
     if flat:
         kernels.flatten_modulation(maps)
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda s, m: kernels.modulation_gemm(s, m), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda s, m: kernels.modulation_gemm(s, m), fullgraph=True)
     got = gradients(compiled, s, maps)
     assert_close(got, gradients(kernels.modulation_gemm, s, maps), 1e-6)
 

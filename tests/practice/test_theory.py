@@ -167,11 +167,13 @@ def test_the_recipe_draws_its_figures_and_goes_on_where_it_was(tmp_path) -> None
     recipe = load_recipe("practice/theory", fields)
     folder, result = run_recipe(recipe, root=tmp_path, quiet=True)
     assert result["settings"] == 12 and 1e-4 < result["p"] and result["largest_z"] < 6.0
-    rows = read_json(folder / "check.json")
+    found = read_json(folder / "check.json")
     page = (folder / "page.html").read_text()
     assert "12 settings" in page and page.count("<svg") == 4
-    write_json_atomic(folder / "check.json", rows[:5])
+    write_json_atomic(folder / "check.json", {"of": found["of"], "rows": found["rows"][:5]})
     again = theory_report.check(recipe.check, recipe.seed, folder / "check.json", Log(None))
-    assert again["rows"] == rows
+    assert again["rows"] == found["rows"]
+    other = theory_report.check(recipe.check, 1, folder / "check.json", Log(None))
+    assert other["rows"][0] != found["rows"][0]
     signs = np.sign(read_json(folder / "figures.json")["map"]["easy_less_hard"])
     assert signs[0, -1] < 0 < signs[-1, 0]  # a poor generator and little data; a good one, plenty
