@@ -100,20 +100,23 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Process:
     """A process of `tests/forks.py`, used like a `subprocess.Popen` with text from pipes."""
 
-    def __init__(self, words: list[str], to: str) -> None:
-        self.args, self.returncode, self._to = words, None, to
+    def __init__(self, words: list[str], to: str, server: subprocess.Popen) -> None:
+        self.args, self.returncode, self._to, self._server = words, None, to, server
         self.pid = int(self._wait("pid", 300))  # the server imports first
 
     def _wait(self, kind: str, seconds: float) -> str:
         path, deadline = Path(f"{self._to}.{kind}"), time.monotonic() + seconds
         while not path.exists():
+            if self._server.poll() is not None and not path.exists():
+                raise RuntimeError(f"tests/forks.py ended with {self._server.returncode}")
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(self.args, seconds)
             time.sleep(0.01)
         return path.read_text()
 
     def poll(self) -> int | None:
-        if self.returncode is None and Path(f"{self._to}.status").exists():
+        ended = Path(f"{self._to}.status").exists() or self._server.poll() is not None
+        if self.returncode is None and ended:
             self.returncode = int(self._wait("status", 0))
         return self.returncode
 
@@ -123,7 +126,7 @@ class Process:
         return out, err
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
+        if not Path(f"{self._to}.status").exists():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
@@ -154,7 +157,7 @@ class Forks:
         order["environment"] = self.environment | environment
         self._server.stdin.write(json.dumps(order).encode() + b"\n")
         self._server.stdin.flush()
-        self._processes.append(Process(spelled, to))
+        self._processes.append(Process(spelled, to, self._server))
         return self._processes[-1]
 
     def start_ranks(self, count: int, *words: str | Path, cwd: Path | None = None) -> list[Process]:
@@ -174,7 +177,8 @@ class Forks:
     def close(self) -> None:
         for process in self._processes:  # those of a test that failed
             process.kill()
-        self._server.stdin.close()
+        with contextlib.suppress(OSError):
+            self._server.stdin.close()
         self._server.wait(60)
         for held in self._held:
             held.close()

@@ -7,8 +7,9 @@
 `words` are what follows `python` on a command line: `-m MODULE`, `-c CODE` or a script, and what it
 is told. The command runs in a forked process with its output in `to`.out and `to`.err; its number
 is written to `to`.pid, and its status to `to`.status. It is a process like any other, with its own
-number, signals and end, that has not spent seconds on importing torch. At the end of the input the
-server leaves; its children go on.
+number, signals and end, that has not spent seconds on importing torch; but for the seed that
+strings are hashed by, which all processes of a server share. At the end of the input the server
+kills what still runs, and leaves.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +38,8 @@ def become(order: dict) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     words = order["words"]
+    if "numpy" in sys.modules:  # as a process of its own would have drawn it
+        sys.modules["numpy"].random.seed()
     if words[0] == "-c":
         sys.argv, sys.path[0] = ["-c", *words[2:]], ""
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
@@ -61,6 +65,8 @@ def main() -> None:
             continue
         read = os.read(0, 65536)
         if not read:
+            for process in running:  # not waited for yet, so the numbers are still theirs
+                os.kill(process, signal.SIGKILL)
             return
         *lines, orders = (orders + read).split(b"\n")
         for line in lines:

@@ -15,8 +15,7 @@ from PIL import Image
 
 from etude import cli
 from etude.conditions import Conditions
-from etude.core import rng
-from etude.core.distributed import ALONE
+from etude.core import distributed, rng
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import load_recipe
@@ -36,6 +35,8 @@ from etude.sampled import contact_sheet, sample_to_folder
 from etude.sampling import BLOCK, Generator, balanced_labels, denoiser, open_generator, to_uint8
 from etude.training import Look
 from etude.training.diffusion import DiffusionJob
+
+ALONE = distributed.World(0, 1, 0, torch.device("cpu"), ("here:cpu",))
 
 
 @pytest.fixture(scope="module")

@@ -149,10 +149,16 @@ def sharded(tiny, forks, tmp_path_factory) -> Path:
     return folder / "runs" / "straight"
 
 
-def test_a_stopped_run_under_zero_resumes_to_the_same_bits(tiny, tmp_path, sharded, forks) -> None:
-    """Kills under ZeRO are those of two ranks, below."""
+def test_a_stopped_and_a_killed_run_under_zero_resumes_to_the_same_bits(
+    tiny, tmp_path, sharded, forks
+) -> None:
+    """Stopped, killed after it has gone on, and ended."""
     words = ["-m", "etude", "train", tiny.ldm, *LONG, *ZERO, "run=parted"]
-    stopped(tmp_path / "runs" / "parted", forks.start(*words, cwd=tmp_path))
+    folder = tmp_path / "runs" / "parted"
+    place = stopped(folder, forks.start(*words, cwd=tmp_path))
+    killed = forks.start(*words, cwd=tmp_path)
+    wait_for(killed, lambda: logged(folder) >= place + 150)
+    kill(killed)
     finish(forks.start(*words, cwd=tmp_path))
     assert_same_end(sharded, tmp_path / "runs" / "parted")
 

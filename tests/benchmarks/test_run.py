@@ -134,10 +134,11 @@ def test_a_bar_on_a_terminal_and_silence_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "test_some_operator.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
     code = f"from benchmarks import run; run.pytest_run({str(tmp_path)!r})"
     words = [sys.executable, "-c", code]
-    quiet = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    quiet = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=own)
     assert (quiet.returncode, quiet.stdout.strip(), quiet.stderr) == (0, "", "")
     master, slave = os.openpty()
-    terminal = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    terminal = own | {"TERM": "xterm", "COLUMNS": "120"}
     shown = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=slave, env=terminal)
     os.close(slave)
     drawn = os.read(master, 1 << 16).decode()

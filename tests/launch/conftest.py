@@ -54,6 +54,7 @@ class Bench:
     recipe: Path
     endless: Path
     started: list[subprocess.Popen] = field(default_factory=list)
+    forked: list = field(default_factory=list)  # whose command line does not name the folder
 
     @classmethod
     def make(cls, folder: Path, digits: Path) -> "Bench":
@@ -95,6 +96,8 @@ class Bench:
 
     def clean(self) -> None:
         """End what is left, orphans included."""
+        for process in self.forked:
+            process.kill()
         for process in [*self.ranks(), *(p.pid for p in self.started if p.poll() is None)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)

@@ -77,6 +77,7 @@ def test_ranks_that_never_come_are_named(bench, free_port, forks) -> None:
             )
             for number, port, seconds in ((0, free_port, "4"), (1, other, "2"))
         )
+        bench.forked += [alone, lost]
         waited, searched = outputs(alone, lost)
     assert (alone.returncode, lost.returncode) == (2, 2)
     assert "etude: rank 1 of 2 did not reach 'start' within 4 s; present: 0 (" in waited
@@ -102,6 +103,7 @@ def test_a_rank_with_other_code_and_another_recipe_is_named(
         forks.start(*first, cwd=bench.folder, **place(0, free_port)),
         bench.start(sys.executable, *second, **other),
     ]
+    bench.forked.append(ranks[0])
     printed = outputs(*ranks)
     assert [process.returncode for process in ranks] == [2, 2], printed
     for text in printed:
