@@ -74,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.equal(found["captured"][0], found["eager"][0]):
         print("captured steps drew other samples than eager ones: no row is written")
         return 1
+    if given.device == "cuda" and not found["captured"][1]["replayed"]:
+        print("no step was replayed as a CUDA graph: no row is written")
+        return 1
     for provider, (_, row) in found.items():
         results.append(f"sampling_{given.device}", [common | {"provider": provider} | row])
         print(provider, row, flush=True)

@@ -5,7 +5,8 @@
 
 and in both an autoencoder under vae/, in diffusers' layout, and `etude.json`, which says what the
 weights do not: objective, sampler, classes. With it `etude sample FOLDER` draws the same bytes as
-from the run.
+from the run; of a model asked by text with the same --prompt or --prompts, which the folder does
+not hold.
 """
 
 from pathlib import Path

@@ -7,6 +7,7 @@ block that is missing, and the folder appears whole or not at all.
 
 import csv
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from etude.core.distributed import World, all_agree, any_rank, exchange, local_facts
+from etude.core.distributed import World, all_agree, any_rank, barrier, exchange, local_facts
 from etude.core.errors import UserError
-from etude.core.files import read_json, write_json_atomic
+from etude.core.files import read_json, write_bytes_atomic, write_json_atomic
 from etude.core.log import Log
 from etude.core.run import load_run
 from etude.core.signals import StopRequested
@@ -151,6 +152,8 @@ def sample_to_folder(
     if not done:
         if lead:
             write_json_atomic(parts / "protocol.json", protocol)
+        if world is not None:  # no block is drawn before every process has looked for others'
+            barrier(world, "the pictures' protocol")
         _draw(generator, parts, count, seed, asked, log, world)
     if lead:
         if not done:
@@ -179,15 +182,27 @@ def contact_sheet(folder: Path, limit: int = 100) -> Path:
 
 
 def _is_done(folder: Path, parts: Path, protocol: dict, form: str) -> bool:
-    """Whether the pictures are there; refuses a folder of anything else."""
-    for stated in (folder / "protocol.json", parts / "protocol.json"):
-        if stated.exists() and read_json(stated) != protocol:
-            raise UserError(f"{folder} holds pictures of another protocol: name another folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    if (folder / "protocol.json").exists() and (folder / _MARK[form]).exists():
+    """Whether the pictures are there; refuses a folder, or blocks, of anything else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
+    stated = _stated(folder)
+    if stated not in (None, protocol):
+        raise UserError(f"{folder} holds pictures of another protocol: name another folder")
+    if folder.exists() and any(folder.iterdir()):
+        if stated is None or not (folder / _MARK[form]).exists():
+            raise UserError(f"{folder} is not empty and holds no {form}: name another folder")
         return True
-    raise UserError(f"{folder} is not empty and holds no {form}: name another folder")
+    if any(parts.glob("*.npy")) and _stated(parts) != protocol:
+        raise UserError(
+            f"{parts} holds blocks of other pictures, of a call that did not end: remove it, or"
+            " name another folder"
+        )
+    return False
+
+
+def _stated(folder: Path) -> dict | None:
+    path = folder / "protocol.json"
+    return read_json(path) if path.exists() else None
 
 
 def _draw(
@@ -231,11 +246,9 @@ def _draw_block(
     images, _ = generator.draw(
         indices, asked.label(indices), seed=seed, captions=asked.texts(indices)
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        np.save(stream, images)
-    partial.rename(target)
+    stream = io.BytesIO()
+    np.save(stream, images)
+    write_bytes_atomic(target, stream.getvalue())
 
 
 def _write(draft: Path, parts: Path, count: int, asked: Asked, form: str) -> None:

@@ -128,10 +128,17 @@ def test_shards_are_resumed_by_block_and_hold_what_was_drawn(generator, tmp_path
     assert not folder.exists()
     blocks = sorted((tmp_path / ".drawn.blocks").glob("*.npy"))
     assert [int(path.stem) for path in blocks] == [0, BLOCK]
+    quiet, folders = Log(None, quiet=True), "holds blocks of other pictures"
+    with pytest.raises(UserError, match=folders):
+        sample_to_folder(generator, folder, count, seed=2, log=quiet, labels=[3, 8])
+    stated = tmp_path / ".drawn.blocks/protocol.json"
+    kept = stated.rename(tmp_path / "kept")
+    with pytest.raises(UserError, match=folders):  # nobody knows of what
+        sample_to_folder(generator, folder, count, seed=1, log=quiet, labels=[3, 8])
+    kept.rename(stated)
     marked = np.load(blocks[0])
     np.save(blocks[0], 255 - marked)  # a block that is there is not drawn again
 
-    quiet = Log(None, quiet=True)
     sample_to_folder(generator, folder, count, seed=1, log=quiet, labels=[3, 8])
     assert [p.name for p in tmp_path.iterdir()] == ["drawn"]
     samples = ShardSet(folder, verify=True)
@@ -250,6 +257,21 @@ def test_a_folder_of_other_things_and_a_class_that_is_not_there_are_refused(
     with pytest.raises(UserError, match="is not empty"):
         sample_to_folder(generator, tmp_path / "full", 4, seed=0, log=quiet)
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="letter.txt is a file: name a folder"):
+        sample_to_folder(generator, tmp_path / "full" / "letter.txt", 4, seed=0, log=quiet)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "letter.txt"]
+
+
+def test_a_call_that_drew_nothing_locks_nothing(generator, tmp_path) -> None:
+    log, folder = Log(None, quiet=True), tmp_path / "drawn"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "draw", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample_to_folder(generator, folder, 4, seed=0, log=log)
+    assert (tmp_path / ".drawn.blocks/protocol.json").exists()
+    sample_to_folder(generator, folder, 4, seed=1, log=log)
+    assert json.loads((folder / "protocol.json").read_text())["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn"]
 
 
 def test_the_command_stops_with_85_and_goes_on(run, generator, forks) -> None:

@@ -285,7 +285,7 @@ def test_prompts_become_captioned_shards(generator, tmp_path) -> None:
         sample_to_folder(generator, folder, 2, seed=1, log=QUIET, labels=[1])
 
 
-def test_prompts_become_captions_of_png_files_and_an_export_is_asked_by_text(
+def test_prompts_become_captions_of_png_files_and_exports_draw_the_same_bytes(
     generator, tmp_path
 ) -> None:
     prompts = ["a red sun", "the moon, of course"]
@@ -295,12 +295,13 @@ def test_prompts_become_captions_of_png_files_and_an_export_is_asked_by_text(
     assert gathered.form == "captions" and not gathered.bad
     found = {p.path.name: p.caption for p in gathered.pictures}
     assert found == {f"{i:09d}.png": prompts[i % 2] for i in range(4)}
-    again = open_generator(export(generator, tmp_path / "mine"))
-    assert again.asked_by_text and not again.prompts
-    sample_to_folder(again, tmp_path / "again", 4, **asked)
-    for name in found:
-        one, two = ((tmp_path / place / name).read_bytes() for place in ("drawn", "again"))
-        assert one == two
+    for layout in ("original", "diffusers"):
+        again = open_generator(export(generator, tmp_path / f"mine-{layout}", layout=layout))
+        assert again.asked_by_text and not again.prompts
+        sample_to_folder(again, tmp_path / layout, 4, **asked)
+        for name in found:
+            one, two = ((tmp_path / place / name).read_bytes() for place in ("drawn", layout))
+            assert one == two
 
 
 def test_an_evaluation_draws_the_held_out_captions_in_turn(generator) -> None:

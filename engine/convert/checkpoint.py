@@ -116,6 +116,8 @@ def read_denoiser(path: str | Path, config: Any) -> tuple[dict[str, Tensor], str
         return len({name for entry in layouts[layout] for name in entry.theirs} ^ set(theirs))
 
     name = min(layouts, key=unmet)
+    if pixart.NULL in theirs:
+        layouts[name] = pixart.with_null(layouts[name])
     if name == "ours" and "original" not in layouts:
         return to_ours(theirs, layouts[name], shapes), "original"
     return to_ours(theirs, layouts[name], shapes), name
@@ -137,7 +139,7 @@ def write_denoiser(
     table = tables.get(layout, lambda config: [Entry(name, (name,)) for name in state])
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file(to_theirs(state, table(config)), partial)
+    save_file(to_theirs(state, pixart.with_null(table(config))), partial)
     partial.rename(path)
     return path
 

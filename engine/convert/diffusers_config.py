@@ -76,12 +76,13 @@ def _unet(config: UNetConfig) -> dict[str, Any]:
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "block_out_channels": [config.width(level) for level in levels],
         "layers_per_block": config.num_res_blocks,
-        "transformer_layers_per_block": [max(1, config.depth(level)) for level in levels],
+        # Its middle takes the last one; a level without attention takes none.
+        "transformer_layers_per_block": [config.depth(level, middle=True) for level in levels],
         "attention_head_dim": [config.heads(level) for level in levels],  # their name for heads
         "cross_attention_dim": config.tokens_width,
         "use_linear_projection": config.linear_projection,
     }
-    if config.conditioning.pooled_width:
+    if config.conditioning.pooled_width and config.sdxl_control:
         fields |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
     elif config.vector_width:
         fields["class_embed_type"] = "projection"

@@ -15,6 +15,7 @@ from torch import Tensor
 from etude.core.errors import UserError
 from etude.core.recipe_tree import nearest
 from etude.models.conditioning import ConditioningConfig
+from etude.models.denoiser import TransformerConfig
 
 How = Literal["same", "stack", "copies", "swap"]
 REPORTED = 8  # names listed in a report before it says how many more there are
@@ -61,6 +62,19 @@ def null_text(asked: ConditioningConfig) -> list[Entry]:
         return []
     make = partial(torch.zeros, asked.text_tokens, asked.text_width)
     return [Entry("text_tokens.null", (), make=make)]
+
+
+def published_mlp(config: TransformerConfig) -> None:
+    """Refuse an mlp_ratio that diffusers' class of the family cannot be told.
+
+    Raises:
+        UserError: it is not 4.
+    """
+    if config.mlp_ratio != 4:
+        raise UserError(
+            f"diffusers' {config.family} has mlp_ratio 4: this model has {config.mlp_ratio:g};"
+            " write layout: original"
+        )
 
 
 def to_ours(

@@ -13,7 +13,7 @@ import torch
 from etude.core.errors import UserError
 from etude.models.mmdit import MMDiT, MMDiTConfig
 
-from .layout import Entry, null_text, same, stack
+from .layout import Entry, null_text, published_mlp, same, stack
 
 PREFIX = "model.diffusion_model."
 _NULL = "text_tokens.null"
@@ -50,13 +50,18 @@ def original_table(config: MMDiTConfig) -> list[Entry]:
 
 
 def diffusers_table(config: MMDiTConfig) -> list[Entry]:
-    """Our names against those of diffusers' SD3Transformer2DModel."""
+    """Our names against those of diffusers' SD3Transformer2DModel.
+
+    Raises:
+        UserError: the model is asked otherwise, or has another mlp_ratio.
+    """
     if config.conditioning.semantic != "text" or not config.has_vector:
         raise UserError(
             "diffusers' SD3Transformer2DModel knows a text with a pooled vector only: this model"
             f" has semantic: {config.conditioning.semantic},"
             f" semantic_path: {config.conditioning.semantic_path}"
         )
+    published_mlp(config)
     table = [*null_text(config.conditioning), Entry("pos_embed", ("pos_embed.pos_embed",))]
     for ours, theirs in _ENDS.items():
         table += same(ours, theirs)

@@ -2,7 +2,8 @@
 
 diffusers splits the fused queries, keys and values, computes the table of positions when it builds
 a model (give it our `interpolation_scale`; its base_size is that of a new model), and has no null
-text: its pipeline encodes an empty prompt instead.
+text: its pipeline encodes an empty prompt instead. What we write holds ours too, under our name,
+which diffusers' `from_pretrained` reports and leaves: take it out before a strict load over there.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 from etude.core.errors import UserError
 from etude.models.pixart import PixArtConfig, positions
 
-from .layout import Entry, same, stack
+from .layout import Entry, published_mlp, same, stack
 
 _ENDS = {
     "x_embedder.proj": "pos_embed.proj",
@@ -38,6 +39,7 @@ _BLOCK = {
     "mlp.fc2": "ff.net.2",
 }
 _TABLE = "scale_shift_table"
+NULL = "y_embedder.y_embedding"
 
 
 def diffusers_table(config: PixArtConfig, null: Tensor | None = None) -> list[Entry]:
@@ -49,14 +51,16 @@ def diffusers_table(config: PixArtConfig, null: Tensor | None = None) -> list[En
             features from the text encoder; zeros if not given.
 
     Raises:
-        UserError: the model is asked by class, of which diffusers' has no table.
+        UserError: the model is asked by class, of which diffusers' has no table, or has another
+            mlp_ratio than diffusers' has.
     """
     given = config.conditioning
     if given.semantic != "text":
         raise UserError("diffusers' PixArt is asked by text alone: this model has classes")
+    published_mlp(config)
     table = [
         Entry("pos_embed", (), make=lambda: positions(config)),
-        Entry("y_embedder.y_embedding", (), make=_null(null, given.text_tokens, given.text_width)),
+        Entry(NULL, (), make=_null(null, given.text_tokens, given.text_width)),
         Entry(f"final_layer.{_TABLE}", (_TABLE,)),
     ]
     for ours, theirs in (_ENDS | (_MICRO if config.micro_conditions else {})).items():
@@ -69,6 +73,11 @@ def diffusers_table(config: PixArtConfig, null: Tensor | None = None) -> list[En
         for ours, theirs in _BLOCK.items():
             table += same(f"{block}.{ours}", f"{peer}.{theirs}")
     return table
+
+
+def with_null(table: list[Entry]) -> list[Entry]:
+    """The table of a file of ours, which holds our null text."""
+    return [Entry(NULL, (NULL,)) if entry.ours == NULL else entry for entry in table]
 
 
 def _null(null: Tensor | None, tokens: int, width: int) -> Callable[[], Tensor]:

@@ -86,8 +86,16 @@ class CapturedSteps:
         weights = itertools.chain(self.model.parameters(), self.model.buffers())
         places = [(t.data_ptr(), t.dtype) for t in weights]
         kernels = backends.choice(), backends.overrides(), backends.verifying()
+        kind = x.device.type
+        arithmetic = (
+            torch.is_autocast_enabled(kind),
+            torch.get_autocast_dtype(kind),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
         sampler = take.config, take.objective.config
-        return *sampler, x.shape, x.dtype, x.device, shapes, modules, places, kernels
+        given = x.shape, x.dtype, x.device, shapes
+        return *sampler, *given, modules, places, kernels, arithmetic
 
     def _step(
         self, take: Taking, step: Step, x: Tensor, extra: Tensor | None

@@ -277,7 +277,7 @@ def _table(folder: Path) -> dict[Path, str]:
     path = folder / "metadata.csv"
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as stream:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
     found = {Path(row["file_name"]): row.get("label") or "" for row in rows}
     missing = next((name for name in found if not (folder / name).is_file()), None)

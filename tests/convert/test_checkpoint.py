@@ -50,8 +50,30 @@ def test_a_layout_is_found_and_gives_the_same_weights(family: str, layout: str, 
     found, name = read_denoiser(path, network.config)
     assert name == layout
     assert found.keys() == state.keys()
-    absent = {"y_embedder.y_embedding"} if layout == "diffusers" else set()  # an empty prompt's
-    assert all(torch.equal(found[key], state[key]) for key in state.keys() - absent)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_pixart_without_our_null_text_has_zeros(tmp_path) -> None:
+    network = model("pixart")
+    path = write_denoiser(
+        network.state_dict(), network.config, tmp_path / "w.safetensors", layout="diffusers"
+    )
+    theirs = read_file(path)
+    assert theirs.pop("y_embedder.y_embedding").any()
+    save_file(theirs, path)
+    found, name = read_denoiser(path, network.config)
+    assert name == "diffusers" and found["y_embedder.y_embedding"].shape == (5, 8)
+    assert not found["y_embedder.y_embedding"].any()
+
+
+@pytest.mark.parametrize("family", ["mmdit", "pixart"])
+def test_diffusers_takes_no_other_mlp_ratio(family: str, tmp_path) -> None:
+    config = FAMILIES[family][0](**MODELS[family], mlp_ratio=2.0)
+    state, path = build_denoiser(config).state_dict(), tmp_path / "w.safetensors"
+    sentence = f"diffusers' {family} has mlp_ratio 4: this model has 2; write layout: original"
+    with pytest.raises(UserError, match=sentence):
+        write_denoiser(state, config, path, layout="diffusers")
+    assert read_denoiser(write_denoiser(state, config, path), config)[1] == "original"
 
 
 def test_how_a_dit_starts_and_is_told_its_class_is_no_matter_of_layout(tmp_path) -> None:

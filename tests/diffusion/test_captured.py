@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from etude.diffusion import captured as captured_steps
 from etude.diffusion.captured import CapturedSteps
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
@@ -94,6 +95,34 @@ def test_what_the_steps_are_given_is_not_changed() -> None:
     for first, second in zip(seen[:STEPS], seen[STEPS:], strict=True):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_steps_under_another_arithmetic_are_others(monkeypatch) -> None:
+    model, made = Wave(False), []
+    slot = captured_steps._Slot
+    monkeypatch.setattr(captured_steps, "_Slot", lambda *given: made.append(0) or slot(*given))
+    captured, target, config = CapturedSteps(model), Objective(ObjectiveConfig()), sampler()
+
+    def new() -> bool:
+        made.clear()
+        draw(model, target, config, 0, "cpu", captured=captured)
+        return bool(made)
+
+    assert new() and not new()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new()
+        with torch.autocast("cpu", torch.float16):
+            assert new()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        assert new()
+        torch.set_float32_matmul_precision("high" if precision == "highest" else "highest")
+        assert new()
+        torch.use_deterministic_algorithms(True)
+        assert new() and not new()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

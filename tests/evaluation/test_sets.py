@@ -77,6 +77,9 @@ def test_a_table_names_the_pictures_and_their_classes(tmp_path) -> None:
     assert turned.read(0, 2, Stages()).labels.tolist() == [1, 0]
     (tmp_path / "metadata.csv").write_text("file_name,label\n2.png,even\n0.png,odd\n")
     assert FolderPictures(tmp_path, channels=1).fingerprint != found.fingerprint
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,label\n2.png,\xe9t\xe9\n")
+    assert FolderPictures(tmp_path, channels=1).classes == ["\ufffdt\ufffd"]
+    (tmp_path / "metadata.csv").write_text("file_name,label\n2.png,even\n0.png,odd\n")
     (tmp_path / "2.png").unlink()
     with pytest.raises(UserError, match="metadata.csv names 2.png, which is not there"):
         FolderPictures(tmp_path)

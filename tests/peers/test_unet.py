@@ -2,8 +2,8 @@
 
 Two layouts: latent-diffusion's for ImageNet (one head at every width, 1 x 1 convolutions, no
 attention at the first size, a class as one token) and SDXL's (heads of one width, linear maps,
-deeper transformers further down, text with its one vector, and sizes). The peer computes no class
-token: it is given ours, and its gradient reaches our table through it.
+deeper transformers further down, text with its one vector, and sizes, both or either). The peer
+computes no class token: it is given ours, and its gradient reaches our table through it.
 
 64 channels at least: with 32 every group would be one channel, whose normalisation takes away what
 the time adds. For the smaller spread the normalisations' weights lie around 1, as they do in a
@@ -63,8 +63,17 @@ SGM = UNetConfig(
     channels_last=False,
     conditioning=ConditioningConfig(control=SIZES, control_embedding="concatenated"),
 )
+# A pooled text without sizes, and a middle deeper than a last level without attention.
+POOLED = UNetConfig(
+    **SHAPE,
+    channel_mult=(1, 2),
+    attention_downsamplings=(1,),
+    transformer_depth=(1, 2),
+    head_channels=32,
+    conditioning=ConditioningConfig(**TEXT, pooled_width=16),
+)
 SPREADS = (0.02, 0.1)
-CONFIGS = {"ldm": LDM, "sdxl": SDXL, "sgm": SGM}
+CONFIGS = {"ldm": LDM, "sdxl": SDXL, "sgm": SGM, "pooled": POOLED}
 
 
 def peer_of(config: UNetConfig) -> torch.nn.Module:
@@ -90,7 +99,9 @@ def batch(config: UNetConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def call_peer(config: UNetConfig, peer: torch.nn.Module, ours: UNet) -> Tensor:
     x, t, condition = batch(config)
     more = {}
-    if config.conditioning.pooled_width:
+    if config.conditioning.pooled_width and not config.conditioning.control:
+        more["class_labels"] = condition["pooled"]
+    elif config.conditioning.pooled_width:
         sizes = {"text_embeds": condition["pooled"], "time_ids": condition["control"]}
         more["added_cond_kwargs"] = sizes
     elif config.vector_width:
