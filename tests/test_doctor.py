@@ -223,10 +223,10 @@ def test_a_study_takes_as_long_as_its_runs_together(tmp_path, monkeypatch) -> No
     study = load_recipe("studies/gates_cifar10")
     rows = dict(estimate.describe(study, 1.0)[-1][2])
     # 15 values of the grids, 3 of which are those of the recipe itself and one run
-    assert rows["runs"] == "13" and rows["images"] == f"{13 * 7680:,}, in training"
+    assert rows["runs"] == "13" and rows["images"] == f"{13 * 30720:,}, in training"
     assert rows["not measured"] == "crop, flip, size" and rows["cost"] == "not measured"
     cores = {"processor": "Chip", "device": "cpu", "cores": 2}
-    results(tmp_path, cores | {"recipe": "ldm/cifar10_small_mmdit", "images_s": 7680 / 3600})
+    results(tmp_path, cores | {"recipe": "ldm/cifar10_small_mmdit", "images_s": 30720 / 3600})
     rows = dict(estimate.describe(study, 2.0)[-1][2])
     assert rows["time"] == "13 hours on one Chip, 2 cores (sum of the runs)"
     assert rows["cost"] == "26 = 13 hours x 2 on one Chip, 2 cores"
