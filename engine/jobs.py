@@ -24,7 +24,6 @@ from .training import Look, train
 from .training.origin import resolved
 
 _ON_ALL_RANKS = ("autoencoder", "ldm", "study")
-_FOREVER_S = 30 * 24 * 3600.0  # the launcher ends the waiting ranks when rank 0 fails
 PLACES_PER_JOB = 10  # sections that each job of a study has for itself on the shared page
 
 
@@ -146,7 +145,8 @@ def _work(recipe: Recipe, desk: Desk) -> dict:
         result = {"stopped": str(reason)}
         if recipe.kind in _ON_ALL_RANKS:
             return result
-    return distributed.exchange(desk.world, f"{recipe.kind} on rank 0", result, _FOREVER_S)[0]
+    name = f"{recipe.kind} on rank 0"
+    return distributed.exchange(desk.world, name, result, distributed.FOREVER_S)[0]
 
 
 def _train(recipe: Recipe, desk: Desk) -> dict:

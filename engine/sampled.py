@@ -17,7 +17,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from etude.core.distributed import World, all_agree, any_rank, barrier, exchange, local_facts
+from etude.core.distributed import (
+    FOREVER_S,
+    World,
+    all_agree,
+    any_rank,
+    barrier,
+    exchange,
+    local_facts,
+)
 from etude.core.errors import UserError
 from etude.core.files import read_json, write_bytes_atomic, write_json_atomic
 from etude.core.log import Log
@@ -35,7 +43,6 @@ Format = Literal["shards", "png"]
 TABLE = "metadata.csv"  # of a folder of PNG files: file_name, label, caption
 # What only a folder of a format holds.
 _MARK = {"shards": "index.json", "png": TABLE}
-_FOREVER_S = 30 * 24 * 3600.0  # the launcher ends the waiting ranks when rank 0 fails
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def sample_to_folder(
                 write_json_atomic(draft / "protocol.json", protocol)
         shutil.rmtree(parts, ignore_errors=True)
     if world is not None:
-        exchange(world, "pictures are written", None, _FOREVER_S)
+        exchange(world, "pictures are written", None, FOREVER_S)
     return folder
 
 

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from .errors import UserError
 
+FOREVER_S = 30 * 24 * 3600.0  # for `exchange`: the launcher ends ranks that wait for one that fails
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _GRACE_S = 5.0  # how much later than rank 0 another rank may have started to wait
 

@@ -258,6 +258,21 @@ class ClassTokens(nn.Module):
         return self.embedding_table(labels).unflatten(1, (self.count, -1))
 
 
+def content_tokens(
+    model: nn.Module, condition: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, L, D) of a class or a text, and how many to attend to (B,), None for all.
+
+    Args:
+        model: has `class_embedder`, or `text_tokens` and the linear map `context_embedder`, as its
+            configuration asks for.
+    """
+    if model.config.conditioning.semantic == "class":
+        return model.class_embedder(labels_of(condition, model.config.num_classes)), None
+    text, lengths = model.text_tokens(condition)
+    return model.context_embedder(text.to(model.context_embedder.weight.dtype)), lengths
+
+
 def labels_of(condition: Mapping[str, Tensor], null: int) -> Tensor:
     """The batch's labels (B,) int64, `null` where the semantic condition is dropped."""
     dropped = condition.get("drop_semantic")

@@ -52,7 +52,7 @@ from .blocks import (
     unpatchify,
     zeroed,
 )
-from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of
+from .conditioning import ClassTokens, ControlEmbedder, TextTokens, content_tokens, labels_of
 from .denoiser import Condition, TransformerConfig
 
 SIZES = {  # depth, hidden size, heads
@@ -222,7 +222,8 @@ class DiT(nn.Module):
         rope = None if config.positions == "table" else (self.rope_cos, self.rope_sin)
         c, count, lengths = self.t_embedder(t), tokens.shape[1], None
         if config.context_tokens:
-            context, lengths = self._context(condition, count)
+            context, lengths = content_tokens(self, condition)
+            lengths = None if lengths is None else (lengths + count).to(torch.int32)
             tokens = torch.cat((tokens, context), dim=1)
         else:
             c = c + self.y_embedder(labels_of(condition, config.num_classes))
@@ -234,14 +235,6 @@ class DiT(nn.Module):
             stream = run_block(block, *stream, c, rope, lengths, recompute=recompute)
         patches = self.final_layer(*stream, c)[:, :count]
         return unpatchify(patches, config.out_channels, config.patch_size)
-
-    def _context(self, condition: Condition, before: int) -> tuple[Tensor, Tensor | None]:
-        """The content's tokens (B, L, D), and how many of `before` and these exist, (B,) int32."""
-        if self.config.conditioning.semantic == "class":
-            return self.class_embedder(labels_of(condition, self.config.num_classes)), None
-        text, lengths = self.text_tokens(condition)
-        tokens = self.context_embedder(text.to(self.context_embedder.weight.dtype))
-        return tokens, None if lengths is None else (lengths + before).to(torch.int32)
 
     def _initialise(self) -> None:
         draw_linears(self)

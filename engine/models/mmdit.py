@@ -55,7 +55,14 @@ from .blocks import (
     vector_mlp,
     zeroed,
 )
-from .conditioning import ClassTokens, ControlEmbedder, TextTokens, labels_of, zero_where
+from .conditioning import (
+    ClassTokens,
+    ControlEmbedder,
+    TextTokens,
+    content_tokens,
+    labels_of,
+    zero_where,
+)
 from .denoiser import Condition, TransformerConfig
 
 HEAD = 64  # channels of a head, as published
@@ -289,7 +296,7 @@ class MMDiT(nn.Module):
         config = self.config
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self._cropped()
         c = self._vector(t, condition)
-        context, lengths = self._context(condition)
+        context, lengths = content_tokens(self, condition)
         if lengths is not None:
             lengths = (lengths + tokens.shape[1]).to(torch.int32)
         image: Stream = (tokens, None, None)
@@ -312,13 +319,6 @@ class MMDiT(nn.Module):
         if config.conditioning.control:
             c = c + self.control_embedder(t, condition["control"], condition.get("drop_control"))
         return c
-
-    def _context(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """The text stream (B, L, D), and how many of its tokens to attend to, None for all."""
-        if self.config.conditioning.semantic == "class":
-            return self.class_embedder(labels_of(condition, self.config.num_classes)), None
-        text, lengths = self.text_tokens(condition)
-        return self.context_embedder(text.to(self.context_embedder.weight.dtype)), lengths
 
     def _cropped(self) -> Tensor:
         """The centre of the position table, (1, N, D)."""

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from etude.models.blocks import positions_2d
-from etude.models.conditioning import ConditioningConfig, ControlConfig
+from etude.models.conditioning import ConditioningConfig, ControlConfig, content_tokens
 from etude.models.mmdit import MMDiT, MMDiTConfig
 
 SD3_TEXT = ConditioningConfig(semantic="text", text_tokens=154, text_width=4096, pooled_width=2048)
@@ -293,7 +293,7 @@ def test_a_class_is_as_many_tokens_as_asked_for() -> None:
     config = small({"class_tokens": 3})
     model = randomised(config)
     x, t, condition = inputs(config)
-    context, lengths = model._context(condition)
+    context, lengths = content_tokens(model, condition)
     assert context.shape == (3, 3, 48) and lengths is None
     before = model(x, t, condition)
     change = torch.randn(3, 48, generator=torch.Generator().manual_seed(3))
