@@ -46,8 +46,10 @@ case $device in
       echo "make gpu: $("$python" -V 2>&1) sees no CUDA device; set PYTHON to the one whose torch has CUDA" >&2
       exit 1
     }
-    end_to_end=(--model DiT-B/2); sampling=(--model DiT-B/2) ;;
-  cpu) end_to_end=(--model tiny --steps 3); sampling=(--model tiny --steps 3 --batch 4) ;;
+    end_to_end=(--model DiT-B/2); sampling=(--model DiT-B/2); guidance=(--batch 16 --rounds 2) ;;
+  cpu)
+    end_to_end=(--model tiny --steps 3); sampling=(--model tiny --steps 3 --batch 4)
+    guidance=(--batch 1 --rounds 1) ;;
   *) echo "make gpu: DEVICE=$device: type cuda, or cpu to rehearse" >&2; exit 1 ;;
 esac
 
@@ -70,6 +72,11 @@ one='out=$("$0" -P -m pytest -q -m gpu "$1" 2>&1); code=$?; echo "$out"; exit $c
 part 190 tests bash -c 'printf "%s\0" "${@:2}" | xargs -0 -n 1 -P 4 bash -c "$0" "$1"' "$one" "$python" "${gpu_tests[@]}"
 if [ "$device" = cuda ]; then
   part 130 operators "$python" -m benchmarks.gpu_operators --seconds 115
+fi
+if "$python" -c 'import diffusers' 2>/dev/null; then
+  part 90 guidance "$python" -m benchmarks.guidance_cost --device "$device" "${guidance[@]}"
+else
+  echo "== guidance: left out, diffusers is not installed"
 fi
 
 echo "== rows are in $ETUDE_RESULTS; $SECONDS s in all; failed: ${failed[*]:-none}"

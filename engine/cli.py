@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from etude import cli_kernels
-from etude.cli_output import print_json, print_result, print_table, say
+from etude import cli_kernels, cli_practice
+from etude.cli_output import print_json, print_table, say
+from etude.cli_recipe import VERBS, DryRun, Overrides, RecipeName, RunName, run_command
 from etude.core.errors import UserError
 from etude.core.signals import EXIT_REQUEUE, Stopper, StopRequested
 
@@ -30,24 +31,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")
 app.add_typer(cli_kernels.app, name="kernels")
+app.add_typer(cli_practice.app, name="practice")
 
-RecipeName = Annotated[
-    str, typer.Argument(help="A shipped recipe such as ldm/digits, or the path of a YAML file.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Fields to change, dotted: optim.lr=1e-4 loop.images=50000."),
-]
-RunName = Annotated[
-    str | None,
-    typer.Option("--run", help="The run folder's name under runs/ [default: from the recipe]."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        help="Resolve, check data and files, take one step, save, load, sample; keeps nothing."
-    ),
-]
 RunFolder = Annotated[str, typer.Argument(help="A run's folder, or its name under runs/.")]
 
 
@@ -72,67 +57,6 @@ def main() -> None:
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
-# What to type for a recipe of a kind.
-_VERBS = dict.fromkeys(("autoencoder", "ldm", "judge", "study"), "train")
-_VERBS |= {"theory": "practice"}
-_VERBS |= {kind: kind for kind in ("practice", "extract", "evaluate")}
-
-
-def _run(
-    recipe: str,
-    overrides: list[str] | None,
-    run: str | None,
-    kinds: tuple[str, ...],
-    dry_run: bool = False,
-) -> None:
-    from etude.core.recipe import load_recipe
-
-    place, fields = _place_of_run(overrides or [])
-    loaded = load_recipe(recipe, fields)
-    if loaded.kind not in kinds:
-        raise UserError(
-            f"recipe {recipe} is of kind {loaded.kind!r}: type "
-            f"`etude {_VERBS[loaded.kind]} {recipe}`"
-        )
-    if dry_run:
-        from etude.dry_run import dry_run as try_out
-
-        try_out(loaded, print_line=say)
-        return
-    from etude.core import distributed
-    from etude.jobs import run_recipe
-
-    if run and "name" in place:
-        raise UserError(f"--run {run} and run={place['name']} name two runs: give one of them")
-    world = distributed.start()
-    folder, result = run_recipe(loaded, world=world, **({"name": run} | place))
-    if world.rank == 0:
-        print_result(folder, result)
-    if world.size > 1:
-        distributed.stop(world)
-    if "stopped" in result:
-        raise typer.Exit(EXIT_REQUEUE)
-
-
-def _place_of_run(overrides: list[str]) -> tuple[dict, list[str]]:
-    """`run=`, `root=` and `resume_with_changes=` are about the folder; the rest is the recipe's."""
-    place: dict = {}
-    fields = []
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if name == "run":
-            place["name"] = value
-        elif name == "root":
-            place["root"] = Path(value)
-        elif name == "resume_with_changes":
-            if value not in ("true", "false"):
-                raise UserError(f"resume_with_changes={value}: type true or false")
-            place["resume_with_changes"] = value == "true"
-        else:
-            fields.append(override)
-    return place, fields
-
-
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Names every random choice.")] = 0,
@@ -142,7 +66,7 @@ def demo(
 
     Example: etude demo
     """
-    _run("studies/demo", [f"seed={seed}"], run, ("study",))
+    run_command("studies/demo", [f"seed={seed}"], run, ("study",))
 
 
 @app.command()
@@ -156,19 +80,7 @@ def train(
 
     Example: etude train autoencoder/digits loop.images=25600
     """
-    _run(recipe, overrides, run, ("autoencoder", "ldm", "judge", "study"), dry_run)
-
-
-@app.command()
-def practice(
-    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
-) -> None:
-    """Train a classifier on pictures that a generator draws for it (Deliberate Practice).
-
-    Example: etude practice practice/digits generator=runs/ldm-digits-0123456789
-    Without any picture, what its theory says: etude practice practice/theory
-    """
-    _run(recipe, overrides, run, ("practice", "theory"), dry_run)
+    run_command(recipe, overrides, run, ("autoencoder", "ldm", "judge", "study"), dry_run)
 
 
 @app.command()
@@ -179,7 +91,7 @@ def extract(
 
     Example: etude extract evaluate/features extractor.weights=JUDGE_RUN
     """
-    _run(recipe, overrides, run, ("extract",), dry_run)
+    run_command(recipe, overrides, run, ("extract",), dry_run)
 
 
 @app.command()
@@ -190,7 +102,7 @@ def evaluate(
 
     Example: etude evaluate evaluate/default generator=RUN extractor.weights=JUDGE_RUN
     """
-    _run(recipe, overrides, run, ("evaluate",), dry_run)
+    run_command(recipe, overrides, run, ("evaluate",), dry_run)
 
 
 @app.command()
@@ -372,7 +284,7 @@ def recipes_copy(
     from etude.core.recipe import copy_recipe, load_recipe
 
     written = copy_recipe(recipe, to)
-    say(f"wrote {written}; run it with `etude {_VERBS[load_recipe(to).kind]} {to}`")
+    say(f"wrote {written}; run it with `etude {VERBS[load_recipe(to).kind]} {to}`")
 
 
 @recipes_app.command("schema")

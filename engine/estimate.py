@@ -18,6 +18,7 @@ from torch import nn
 from etude.core.errors import UserError
 from etude.core.recipe import Recipe, leaves, load_recipe
 from etude.core.strategy import StrategyConfig
+from etude.data.labelled_folders import split_source
 
 from .fetching import DIGITS, needs
 from .measured import study_rows, time_rows
@@ -216,7 +217,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         if not isinstance(value, str | Path) or not text or text.startswith(_FROM_JOB):
             continue
         profile = text == "raw" or text.startswith("ema:")
-        role = "shards" if key in _SHARDS else "run" if key in _RUNS else ""
+        shards = key in _SHARDS or "tests" in path
+        role = "shards" if shards else "run" if key in _RUNS else ""
         if key in _FILES and not profile and ("extractor" in path or "perceptual" in path):
             role = "file"
         if path == ("start", "from"):
@@ -228,7 +230,9 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def _resolve(path: str, role: str) -> Path | None:
-    places = [Path(path), Path("runs") / path] if role != "shards" else [Path(path)]
+    places = [Path(path), Path("runs") / path]
+    if role == "shards":  # or a folder of pictures, its layout before a colon
+        places = [split_source(path)[1]]
     return next((place for place in places if place.exists()), None)
 
 
@@ -263,9 +267,9 @@ def _build(recipe: Recipe) -> nn.Module | None:
             except UserError:  # diffusers is not installed: its row says so
                 return None
         if recipe.kind == "practice":
-            from etude.models.classifier import Classifier
+            from etude.models.classifiers import build_classifier
 
-            return Classifier(recipe.learner.model)
+            return build_classifier(recipe.learner.model)
     return None
 
 

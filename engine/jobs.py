@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from etude.core import distributed
-from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import Recipe, leaves, load_recipe
 from etude.core.run import Run, folder_name
@@ -23,7 +22,7 @@ from .page import Page
 from .training import Look, train
 from .training.origin import resolved
 
-_ON_ALL_RANKS = ("autoencoder", "ldm", "study")
+_ON_ALL_RANKS = ("autoencoder", "ldm", "practice", "study")
 PLACES_PER_JOB = 10  # sections that each job of a study has for itself on the shared page
 
 
@@ -161,32 +160,18 @@ def _judge(recipe: Recipe, desk: Desk) -> dict:
 
 
 def _practice(recipe: Recipe, desk: Desk) -> dict:
-    from etude.practice.rounds import practise
-
-    from .sampling import open_generator
+    from .practising import run_practice
     from .showing import show_practice
 
-    if not recipe.generator:
-        raise UserError(
-            f"recipe {recipe.name} names no generator: add generator=RUN (`etude runs list`)"
-        )
-    generator = open_generator(
-        recipe.generator, weights=recipe.weights, sampler=recipe.sampler, device=desk.world.device
-    )
-    if generator.asked_by_text:
-        raise UserError(
-            f"practice needs labels, but {generator.name} is asked by text: set generator to a run"
-            " asked by class"
-        )
-    result = practise(
+    result = run_practice(
         recipe,
         desk.run,
-        generator,
         desk.look.log,
         desk.stopper,
-        show=lambda: show_practice(desk.run.folder, desk.look),
+        desk.world,
+        lambda: show_practice(desk.run.folder, desk.look),
     )
-    if "stopped" in result:
+    if "arms" not in result:  # stopped, or a process that only draws
         return result
     accuracies = {f"{n} accuracy": arm["test_accuracy"] for n, arm in result["arms"].items()}
     return {"headline": accuracies} | result

@@ -94,7 +94,9 @@ def published_parts(folder: str | Path, device: torch.device) -> dict[str, Any]:
     model = build_denoiser(config)
     model.load_state_dict(state)
     model.to(device).eval().requires_grad_(False)
-    autoencoder, key = _autoencoder(folder, config, device) if found.autoencoder else (None, "")
+    autoencoder, key = (
+        pipeline_autoencoder(folder, config, device) if found.autoencoder else (None, "")
+    )
     identity = [file_sha256(weights_file(found.weights)), key, config.model_dump(mode="json")]
     identity += [found.objective.model_dump(mode="json")] if found.objective != OBJECTIVE else []
     features: TextFeatures | None = None
@@ -207,7 +209,8 @@ def _diffusers_config(path: Path) -> DiTConfig:
     )
 
 
-def _autoencoder(folder: Path, config: DiTConfig, device: torch.device) -> tuple[Any, str]:
+def pipeline_autoencoder(folder: Path, config: Any, device: torch.device) -> tuple[Any, str]:
+    """What `open_autoencoder` gives of vae/ in a pipeline's folder, for a denoiser's latents."""
     from .sampling import open_autoencoder
 
     if not (folder / "vae" / "config.json").exists():

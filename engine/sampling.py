@@ -28,12 +28,13 @@ from etude.diffusion.captured import CapturedSteps
 from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
 from etude.diffusion.objectives import Objective
 from etude.diffusion.samplers import SamplerConfig, sample
-from etude.external.diffusers import WEIGHTS, Autoencoder
+from etude.external.diffusers import WEIGHTS, Autoencoder, Decoder
 from etude.kernels import solver
 from etude.models.families import build_denoiser
 
 from .conditions import Conditions, check_guidance
 from .published import is_published, published_parts
+from .stable_diffusion import PROMPT, is_stable_diffusion, stable_diffusion_parts
 from .texts import captions_of, open_features
 
 BLOCK = 64
@@ -75,6 +76,8 @@ class Generator:
     prompts: list[str] = field(default_factory=list)
     captured: CapturedSteps | None = None
     _called: int = field(default=0, init=False, repr=False)
+    _gradients: int = field(default=0, init=False, repr=False)
+    _decoders: dict[str, Decoder] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_guidance(self.sampler, self.conditions.config)
@@ -83,6 +86,11 @@ class Generator:
     def evaluations(self) -> int:
         """Rows that the denoiser has predicted so far, padding and guidance included."""
         return self._called + (self.captured.replayed if self.captured else 0)
+
+    @property
+    def gradients(self) -> int:
+        """Rows that guidance has taken the denoiser's gradient of so far, padding included."""
+        return self._gradients
 
     @property
     def num_classes(self) -> int:
@@ -111,6 +119,32 @@ class Generator:
         if self.autoencoder is None:
             return latents
         return self.autoencoder.decode(self.autoencoder.unscale(latents))
+
+    def cheap_decoder(self, guidance: GuidanceConfig) -> Decoder | None:
+        """The decoder that a push goes through in place of `decode`, if `guidance` names one.
+
+        Raises:
+            UserError: it is none of this generator's latents, or they are pictures already.
+        """
+        folder = guidance.decoder
+        if not folder:
+            return None
+        if self.autoencoder is None:
+            raise UserError(
+                f"guidance.decoder={folder} has no effect: {self.name} draws pixels; leave it out"
+            )
+        if folder not in self._decoders:
+            decoder = Decoder.from_folder(folder).to(self.device).eval().requires_grad_(False)
+            sides = (decoder.latent_channels, decoder.channels)
+            own = (self.latent_shape[0], self.autoencoder.config.in_channels)
+            if sides != own:
+                raise UserError(
+                    f"guidance.decoder={folder} makes {sides[1]} channels of latents with"
+                    f" {sides[0]}, but {self.name} needs {own[1]} of {own[0]}: name a decoder of"
+                    " its latents, or leave it out"
+                )
+            self._decoders[folder] = decoder
+        return self._decoders[folder]
 
     def draw(
         self,
@@ -154,7 +188,8 @@ class Generator:
                     block_texts[lane] = texts[row]
             guide = None
             if guidance is not None and learner is not None and guidance.omega > 0:
-                guide = EntropyGuidance(guidance, learner, self.decode)
+                cheap = self.cheap_decoder(guidance)
+                guide = EntropyGuidance(guidance, learner, self.decode, cheap_decode=cheap)
             pictures = to_uint8(self._block(int(block), block_labels, block_texts, seed, guide))
             if images is None:
                 images = np.empty((len(indices), *pictures.shape[1:]), np.uint8)
@@ -217,6 +252,9 @@ class Generator:
             step_noise=lambda step: field_of(rng.Stream.SAMPLE_STEP, step),
             captured=self.captured,
         )
+        if guide is not None and guide.pictures is not None:
+            self._gradients += guide.passes * BLOCK
+            return guide.pictures
         with torch.no_grad():
             return self.decode(latents)
 
@@ -232,19 +270,35 @@ def open_generator(
     weights: str = "",
     sampler: SamplerConfig | None = None,
     device: torch.device | str = "cpu",
+    classes: Sequence[str] = (),
+    prompt: str = PROMPT,
 ) -> Generator:
     """The generator of a latent-diffusion run, or of a published checkpoint's folder.
 
     Args:
         run: the run's folder, or its name under `runs/`: its newest complete checkpoint is taken;
-            or a folder as `published.py` describes it.
-        weights: "raw" or "ema:<decay>"; by default the longest average that the run kept.
+            or a folder as `published.py` or `stable_diffusion.py` describes it.
+        weights: "raw" or "ema:<decay>"; by default the longest average that the run kept. Of a
+            Stable Diffusion what its U-Net computes in, such as "bfloat16".
         sampler: replaces the sampler that the run's recipe names.
+        classes, prompt: of a Stable Diffusion the names of classes in index order, and how a name
+            becomes a prompt; everything else has classes of its own.
     """
-    if is_published(run):
-        if weights:
+    diffusion = is_stable_diffusion(run)
+    if not diffusion and (classes or prompt != PROMPT):
+        raise UserError(
+            f"classes and prompt have no effect on {run}, which is no Stable Diffusion folder:"
+            " leave them out"
+        )
+    if diffusion or is_published(run):
+        where = torch.device(device)
+        if diffusion:
+            options = {"classes": classes, "template": prompt, "precision": weights}
+            parts = stable_diffusion_parts(run, where, **options)
+        elif weights:
             raise UserError(f"{run} holds one set of weights: leave out --weights")
-        parts = published_parts(run, torch.device(device))
+        else:
+            parts = published_parts(run, where)
         generator = Generator(**parts | ({"sampler": sampler} if sampler else {}))
         generator.captured = CapturedSteps(generator.model)
         return generator

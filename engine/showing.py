@@ -12,12 +12,22 @@ from PIL import Image
 from etude.core.files import read_json
 from etude.core.log import read_metrics
 from etude.evaluation.report import result_table
+from etude.practice.rounds import real_first
 from etude.practice.theory_report import TheoryRecipe
 
 from .pictures import enlarge
 from .training import Look
 
-ARMS = ("practice", "static", "omega0", "real")
+_KINDS = {
+    "real": "real training pictures",
+    "mixed": "real and unguided ones",
+    "practice": "guided pictures added at plateaus",
+    "static": "as many, unguided, from the start",
+    "omega0": "unguided ones added when practice added",
+    "frozen": "guided by the first round's learner, added when practice added",
+    "prune": "chosen by a score from unguided ones, added when practice added",
+    "branch": "practice from one of its rounds on, without adding",
+}
 
 
 def show_practice(folder: Path, look: Look) -> None:
@@ -56,9 +66,10 @@ def show_practice(folder: Path, look: Look) -> None:
             f"round {report['round']}, {report['samples']:,} pictures",
             order=order + 2,
         )
-    results = {name: folder / "arms" / name / "result.json" for name in ARMS}
-    arms = {name: read_json(path) for name, path in results.items() if path.exists()}
+    paths = (folder / "arms").glob("*/result.json")
+    arms = real_first({path.parent.name: read_json(path) for path in sorted(paths)})
     if arms:
+        kinds = {arm["kind"] for arm in arms.values()}
         columns = ["arm", "test accuracy", "95% interval", "pictures", "rounds", "steps"]
         page.table(
             look.id("practice-table"),
@@ -75,9 +86,8 @@ def show_practice(folder: Path, look: Look) -> None:
                 ]
                 for name, arm in arms.items()
             ],
-            note="practice adds guided pictures at plateaus; static has as many, unguided, from "
-            "the start; omega0 adds when practice added, unguided; real learns from real training "
-            "pictures. Same steps, weights and tuning.",
+            note="; ".join(f"{kind}: {text}" for kind, text in _KINDS.items() if kind in kinds)
+            + ". Same steps, weights and tuning.",
             order=order + 3,
         )
     page.write()

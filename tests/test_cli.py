@@ -17,8 +17,9 @@ from etude.core.run import folder_name
 from etude.core.signals import EXIT_REQUEUE
 from etude.jobs import run_recipe
 
-VERBS = {"demo", "start", "train", "sample", "practice", "extract", "evaluate"}
+VERBS = {"demo", "start", "train", "sample", "extract", "evaluate"}
 NOUNS = {
+    "practice": {"run", "rebuild", "export"},  # a verb too: its first word may be a recipe
     "data": {"fetch", "list"},
     "recipes": {"list", "show", "diff", "copy", "schema"},
     "runs": {"list", "replay", "diff", "export"},
@@ -28,11 +29,16 @@ NOUNS = {
 
 
 def leaves() -> list[tuple[str, ...]]:
-    return [(verb,) for verb in VERBS] + [
-        (noun, *([word] if word else []))
-        for noun, words in NOUNS.items()
-        for word in sorted(words) or [""]
-    ]
+    return (
+        [(verb,) for verb in VERBS]
+        + [
+            (noun, *([word] if word else []))
+            for noun, words in NOUNS.items()
+            for word in sorted(words) or [""]
+            if (noun, word) != ("practice", "run")
+        ]
+        + [("practice",)]
+    )
 
 
 @pytest.fixture

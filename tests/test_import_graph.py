@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "engine"
 
 # A file directly in engine/ is in the room "jobs" unless it is named here.
-TOP = ("__init__", "__main__", "cli", "cli_kernels", "cli_output", "doctor")
+TOP = ("__init__", "__main__", "cli", "cli_kernels", "cli_output", "cli_practice", "cli_recipe")
+TOP += ("doctor",)
 ROOM_OF_FILE = dict.fromkeys(TOP, "top")
 FLOORS = {
     "external": 1,

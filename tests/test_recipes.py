@@ -62,14 +62,37 @@ def scene(seed: int, size: int) -> bytes:
 
 def pictures(folder: Path, size: int, classes: int = 0) -> None:
     """Splits of 8, 4 and 4 pictures, labelled, or captioned with words that the tokenizers know."""
-    for part in ("train", "val", "test"):
+    for number, part in enumerate(("train", "val", "test")):
         members = [
-            {"key": f"{i}", "image": scene(i, size), "extension": "png"}
+            {"key": f"{i}", "image": scene(100 * number + i, size), "extension": "png"}
             | ({"label": i % classes} if classes else {"caption": f"a {'red blue'.split()[i % 2]}"})
             for i in range(8 if part == "train" else 4)
         ]
         names = [f"class {c}" for c in range(classes)]
         write_shards(folder / part, members, classes=names)
+
+
+def test_sets(root: Path) -> None:
+    """ImageNet and its test sets as they are published, of ten classes out of twelve."""
+    wnids = [f"n{10000000 + c}" for c in range(12)]
+    lines = [f"{wnid} class {c}\n" for c, wnid in enumerate(wnids)]
+    for name, count in (("imagenet", 12), ("imagenet100", 10)):
+        (root / name).mkdir()
+        (root / name / "classes.txt").write_text("".join(lines[:count]))
+    for number, (folder, named) in enumerate(
+        {
+            "imagenet/train": wnids,
+            "imagenet/val": wnids,
+            "imagenet-sketch": wnids,
+            "imagenet-r": wnids[3:6],
+            "imagenet-a": wnids[4:7],
+            "imagenetv2-matched-frequency-format-val": map(str, range(12)),
+        }.items()
+    ):
+        for c, name in enumerate(named):
+            path = root / folder / name / "1.JPEG"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(scene(1000 * (number + 1) + c, 40))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +107,7 @@ def world(tiny, text_models, tmp_path_factory) -> Path:
         ("emoji", 64, 0),
     ):
         pictures(root / "data" / name, size, classes)
+    test_sets(root / "data")
     digits = ShardSet(tiny.folder / "train")
     for part, first in (("train", 0), ("monitor", 64), ("test", 128)):
         chosen = [digits[i] for i in range(first, first + 64)]
@@ -110,21 +134,23 @@ def world(tiny, text_models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(world) -> dict[str, str]:
-    """A generator of digits and a judge of them, trained for a step: what other recipes take."""
+    """Generators of digits and of colours, and a judge, trained for a step: what others take."""
     before = Path.cwd()
     os.chdir(world)
     try:
         found = {}
-        for name in ("ldm/digits", "evaluate/judge_digits"):
+        for name in ("ldm/digits", "ldm/cifar10", "evaluate/judge_digits"):
             short = [f"loop.{field}=4" for field in ("images", "log_every", "evaluate_every")]
             changes = small(load_recipe(name), {})
-            changes += [*short, "latents.variants=0"] if name == "ldm/digits" else []
+            changes += short if name.startswith("ldm/") else []
+            changes += ["latents.variants=0"] if name == "ldm/digits" else []
             recipe = load_recipe(name, changes)
             kind, root = name.split("/")[-1], world / "runs"
             found[kind] = str(run_recipe(recipe, root=root, name=kind, quiet=True)[0])
     finally:
         os.chdir(before)
-    return {"generator": found["digits"], "judge": found["judge_digits"]}
+    judge = found["judge_digits"]
+    return {"generator": found["digits"], "colours": found["cifar10"], "judge": judge}
 
 
 def small(recipe: Recipe, runs: dict[str, str]) -> list[str]:
@@ -134,7 +160,7 @@ def small(recipe: Recipe, runs: dict[str, str]) -> list[str]:
     if recipe.kind == "theory":
         return []
     if recipe.kind == "practice":
-        return [f"generator={runs['generator']}", "sampler.steps=2"]
+        return ["sampler.steps=2", *practice(recipe, runs)]
     if recipe.kind in ("extract", "evaluate"):
         extractor = f"{{kind: classifier, weights: {runs['judge']}}}"
         digits = ["real=data/digits/test", "image_size=16"]
@@ -169,6 +195,26 @@ def small(recipe: Recipe, runs: dict[str, str]) -> list[str]:
         changes += ["text.max_tokens=8", "model.conditioning.text_tokens=8"]
         changes.append(f"model.conditioning.text_width={width}")
     return changes + [f"model.{field}={json.dumps(v)}" for field, v in narrow(recipe.model).items()]
+
+
+def practice(recipe: Recipe, runs: dict[str, str]) -> list[str]:
+    """A generator of ten classes for a practice recipe, and what makes its learner small."""
+    if recipe.name.endswith("digits"):
+        return [f"generator={runs['generator']}"]
+    changes = [f"generator={runs['colours']}", "learner.batch=8", "strategy.kind=local"]
+    changes += ["strategy.stage=null", "strategy.precision=fp32", "pictures.image_size=16"]
+    if recipe.learner.model.family == "vit":  # of ImageNet, by way of a text-to-image model
+        changes += ["weights=''", "pictures.shorter_side=18", "learner.model.num_classes=10"]
+        changes += ["learner.model.preset=''", "learner.model.hidden_size=16", "start_samples=10"]
+        changes += ["learner.model.num_heads=2", "learner.model.depth=1", "round_samples=10"]
+        changes += ["learner.model.patch_size=8", "learner.model.input_size=16"]
+        changes += ["classes=data/imagenet100/classes.txt", "guidance.decode_precision=fp32"]
+        changes += ["whole_classes=data/imagenet/classes.txt", "sampler.method=heun"]
+    elif recipe.learner.model.family == "resnet":
+        changes += ["learner.model.width=8"]
+    if not recipe.monitor:
+        changes += ["monitor=data/cifar10/val", "test=data/cifar10/test"]
+    return changes
 
 
 def narrow(model) -> dict[str, object]:

@@ -54,6 +54,7 @@ class World:
     hosts: tuple[str, ...] = ()
     store: Any = field(default=None, repr=False)
     control: Any = field(default=None, repr=False)  # a gloo group: flags without touching the GPU
+    group: Any = field(default=None, repr=False)  # for collectives of tensors; None: all processes
     launcher: int = 0  # process id of the launcher; 0 when started by hand
     _turns: Counter = field(default_factory=Counter, repr=False)
 
@@ -93,7 +94,39 @@ def start(timeout_s: float | None = None) -> World:
             timeout=_COLLECTIVE_TIMEOUT,
         )
     control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
-    return World(rank, size, local_rank, device, hosts, store, control, os.getppid())
+    return World(
+        rank, size, local_rank, device, hosts, store, control, launcher=os.getppid()
+    )
+
+
+def part(world: World, first: int) -> World:
+    """The first `first` processes of a job as a world of its own, and the others as another.
+
+    Every process calls it and gets the world that it belongs to, with ranks from 0; the whole job's
+    world stays usable by all of them together.
+    """
+    if not 0 < first < world.size:
+        raise ValueError(f"{world.size} processes cannot be parted at {first}")
+    turn = world._turns["part"]
+    world._turns["part"] += 1
+    found = None
+    for name, ranks in (("first", range(first)), ("others", range(first, world.size))):
+        group = dist.new_group(list(ranks), timeout=_COLLECTIVE_TIMEOUT)
+        control = dist.new_group(list(ranks), timeout=_COLLECTIVE_TIMEOUT, backend="gloo")
+        if world.rank in ranks:
+            found = World(
+                world.rank - ranks[0],
+                len(ranks),
+                world.local_rank,
+                world.device,
+                world.hosts[ranks[0] : ranks[-1] + 1],
+                dist.PrefixStore(f"{name}-{turn}", world.store),
+                control,
+                group,
+                world.launcher,
+            )
+    assert found is not None
+    return found
 
 
 def stop(world: World) -> None:

@@ -40,6 +40,11 @@ class Stream(IntEnum):
     MASK = 20  # which tokens a masked pass keeps
     MASK_RATIO = 21  # the share of tokens that a step's masked pass leaves out
     SECOND_NOISE = 22  # the noise of a second pass over the same latents
+    REAL_OR_DRAWN = 30  # whether a learner sees a real picture
+    RANDAUGMENT = 23  # which operations change a learner's picture, and their signs
+    ERASE = 24  # the rectangle that is erased from a learner's picture
+    PRUNE = 28  # ties and random choices among candidate pictures
+    PRUNE_CLASS = 29  # which classes keep one picture more where a count does not divide
 
 
 def bits(seed: int, stream: int, positions: np.ndarray, count: int) -> np.ndarray:

@@ -245,7 +245,7 @@ class StrategyBase:
                 for piece in pieces[name]:
                     part[piece.start : piece.start + piece.data.numel()].copy_(piece.data)
             if self.sharded and self.world.size > 1:
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.world.group)
             yield from (
                 (n, part.reshape(self.shapes[n])) for n, part in zip(names, parts, strict=True)
             )

@@ -39,7 +39,7 @@ class LocalStrategy(StrategyBase):
         self.module = model.to(world.device, torch.float32)
         if world.size > 1:
             for tensor in [*model.parameters(), *model.buffers()]:
-                dist.broadcast(tensor.data, 0)
+                dist.broadcast(tensor.data, 0, group=world.group)
         self._masters = self._split(model)
         super().__init__(model, optim, world, accumulation)
         self.optimizer = AdamWEMA.from_config(self._groups, optim)
@@ -128,10 +128,10 @@ class LocalStrategy(StrategyBase):
     def _average(self, grads: dict[str, Tensor]) -> Tensor:
         """Average gradients over ranks in place; returns whether any rank saw a bad loss."""
         flags = self._loss_bad.float().reshape(1)
-        dist.all_reduce(flags)
+        dist.all_reduce(flags, group=self.world.group)
         for names in buckets(list(grads), self.shapes):
             flat = torch.cat([grads[name].reshape(-1) for name in names])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self.world.group)
             flat /= self.world.size
             sizes = [grads[name].numel() for name in names]
             for name, part in zip(names, flat.split(sizes), strict=True):

@@ -146,7 +146,7 @@ class ZeroStrategy(StrategyBase):
         """See `Strategy.step`."""
         bad = self._loss_bad.float()
         if self.world.size > 1:
-            dist.all_reduce(bad)
+            dist.all_reduce(bad, group=self.world.group)
         bad = bad > 0
         if self.stage == 0:
             bad = self._guard_whole_gradients(bad)

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from etude.core.errors import UserError
-from etude.core.rng import Stream, integers, permute
+from etude.core.rng import Stream, bits, integers, permute
 
 _WINDOWED = re.compile(r"windowed\(shards=([1-9][0-9]*)\)")
 
@@ -136,11 +136,18 @@ class PoolOrder:
     """Draws from a pool that grows: sample = Philox(seed, POOL, position) mod size at position.
 
     `visible` holds (first position, size from there on) pairs in rising order. Adding a pair never
-    changes what earlier positions draw.
+    changes what earlier positions draw. With `newest_weight` other than 1, each of the samples that
+    became visible last is drawn that many times as often as each of the others.
     """
 
-    def __init__(self, seed: int, visible: Sequence[tuple[int, int]] = ()) -> None:
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int,
+        visible: Sequence[tuple[int, int]] = (),
+        *,
+        newest_weight: float = 1.0,
+    ) -> None:
+        self.seed, self.newest_weight = seed, newest_weight
         self._positions = np.zeros(0, dtype=np.int64)
         self._sizes = np.zeros(0, dtype=np.int64)
         for position, size in visible:
@@ -152,13 +159,15 @@ class PoolOrder:
             position >= self._positions[-1] and size >= self._sizes[-1]
         ):
             raise ValueError("a pool grows: positions and sizes must not fall")
+        if len(self._positions) and position == self._positions[-1]:
+            self._sizes[-1] = size
+            return
         self._positions = np.append(self._positions, np.int64(position))
         self._sizes = np.append(self._sizes, np.int64(size))
 
     def size_at(self, positions: np.ndarray) -> np.ndarray:
         """Number of samples visible at positions (B,), (B,) int64; 0 before the first round."""
-        place = np.searchsorted(self._positions, np.asarray(positions), side="right")
-        return np.concatenate([[0], self._sizes]).astype(np.int64)[place]
+        return self._sizes_at(positions, 0)
 
     def index(self, positions: np.ndarray) -> np.ndarray:
         """Sample indices (B,) int64 for positions (B,) int64."""
@@ -168,4 +177,18 @@ class PoolOrder:
                 f"the pool is empty at position {int(np.asarray(positions)[sizes.argmin()])};"
                 " add a round that is visible from there"
             )
-        return integers(self.seed, Stream.POOL, positions, sizes).astype(np.int64)
+        if self.newest_weight == 1.0:
+            return integers(self.seed, Stream.POOL, positions, sizes).astype(np.int64)
+        older = self._sizes_at(positions, 1)
+        high, low = bits(self.seed, Stream.POOL, positions, 2).astype(np.uint64).T
+        share = ((high << np.uint64(21)) | (low >> np.uint64(11))) * 2.0**-53
+        place = share * (older + self.newest_weight * (sizes - older))
+        newest = older + np.floor((place - older) / self.newest_weight).astype(np.int64)
+        found = np.where(place < older, np.floor(place).astype(np.int64), newest)
+        return np.minimum(found, sizes - 1)  # a product may round up to the end
+
+    def _sizes_at(self, positions: np.ndarray, back: int) -> np.ndarray:
+        """The size at each position, or `back` additions before."""
+        place = np.searchsorted(self._positions, np.asarray(positions), side="right")
+        sizes = np.concatenate([[0], self._sizes]).astype(np.int64)
+        return sizes[np.maximum(place - back, 0)]

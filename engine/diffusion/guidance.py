@@ -1,16 +1,9 @@
-"""Guidance: classifier-free (Ho and Salimans 2022) and toward what a learner finds hard.
+"""Guidance toward what a learner finds hard; called by `samplers.py`.
 
-Called by `samplers.py`. Classifier-free guidance contrasts predictions p(semantic, control) of one
-network under less and less that is asked for, of which the first alone is the conditional one:
-
-    one weight    p(s, c) + w (p(s, c) - p(0, c))                              two evaluations
-    two weights   p(s, c) + w (p(s, c) - p(0, c)) + u (p(0, c) - p(0, 0))      three
-
-which with w = lambda - 1 and u = beta - 1 is p(0, 0) + beta (p(0, c) - p(0, 0)) + lambda (p(s, c) -
-p(0, c)). Entropy guidance (Askari-Hemmat et al. 2025, "Improving the Scaling Laws of
-Synthetic Data with Deliberate Practice"; the normalised step is that of its predecessor, Hemmat et
-al. 2023) samples from a density weighted by exp(omega * H): the score gains omega * grad_x H, where
-H is the learner's entropy on the decoded clean estimate. Two modes:
+Entropy guidance (Askari-Hemmat et al. 2025, "Improving the Scaling Laws of Synthetic Data with
+Deliberate Practice"; the normalised step is that of its predecessor, Hemmat et al. 2023) samples
+from a density weighted by exp(omega * H): the score gains omega * grad_x H, where H is the
+learner's entropy on the decoded clean estimate, or another criterion of `criteria.py`. Two modes:
 
     score         score + omega g, with g = grad_x H. Since eps = -sigma * score,
                   eps_hat <- eps_hat - omega sigma g
@@ -19,102 +12,28 @@ H is the learner's entropy on the decoded clean estimate. Two modes:
                   (The published eq. 7 prints "+ omega g" on eps, which lowers the entropy.)
     norm_matched  x <- x + omega |x| g / |g| with the raw prediction held, norms per sample, so
                   omega is a share of the latent's length.
+
+What a guided step costs beside a plain one, for each sample: the decoder and the learner, forward
+and backward, and with `path: full` one backward of the network by its input. The clean estimate is
+that of the step's own conditional prediction, so no path evaluates the network once more.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from etude.core.config import Config, option
+from etude.core.errors import UserError
 
-from .objectives import Denoiser, Objective
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """What classifier-free guidance needs of a network, in one call on a stacked batch.
-
-    Attributes:
-        condition: what is asked for, entries of length B.
-        stacked: it and those that ask for less, one after another.
-    """
-
-    denoiser: Denoiser
-    condition: dict[str, Any]
-    stacked: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        denoiser: Denoiser,
-        condition: dict[str, Any],
-        nulls: Sequence[dict[str, Any]],
-        contrasts: int,
-    ) -> "Predictor":
-        """Stacks the condition on the first `contrasts` of `nulls`, which ask for ever less."""
-        if len(nulls) < contrasts:
-            raise ValueError(
-                f"classifier-free guidance needs nulls: {contrasts} conditions that ask for less"
-                f" and less, not {len(nulls)}"
-            )
-        stacked = _concatenate(condition, *nulls[:contrasts]) if contrasts else {}
-        return cls(denoiser, condition, stacked)
-
-    def __call__(self, x: Tensor, time: Tensor, copies: int) -> Tensor:
-        """Raw output at x (B, C, H, W) and a time () in [0, 1].
-
-        Args:
-            copies: 1: under the condition alone, (B, ...); else how many conditions are stacked,
-                (copies B, ...) in their order.
-        """
-        t = time.repeat(copies * len(x))
-        if copies == 1:
-            return self.denoiser(x, t, self.condition)
-        return self.denoiser(torch.cat((x,) * copies), t, self.stacked)
-
-
-def power_cosine(time: float, power: float) -> float:
-    """Share of a guidance weight at a time: 0 at pure noise, 1 at the end (MDTv2; power 4)."""
-    return 0.5 * (1.0 - math.cos(math.pi * (1.0 - time) ** power))
-
-
-def classifier_free(
-    output: Tensor, x: Tensor, *, weights: Tensor, channels: int | None = None
-) -> Tensor:
-    """The guided prediction of a `Predictor`'s output at x: (B, ...).
-
-    Args:
-        weights: (K,), of the differences between neighbours of the stack; 0 leaves one out.
-        channels: guide only the first channels of the prediction; the others, and a learned
-            variance, are the conditional ones.
-    """
-    if len(output) == len(x):
-        return output
-    parts = output.chunk(1 + len(weights))
-    count = x.shape[1] if channels is None else min(channels, x.shape[1])
-    guided = parts[0][:, :count]
-    for weight, more, less in zip(weights, parts[:-1], parts[1:], strict=True):
-        # In the weight's dtype: in bfloat16 the weight itself would be rounded.
-        step = weight * (more[:, :count] - less[:, :count]).to(weight.dtype)
-        guided = guided + step.to(guided.dtype)
-    return torch.cat((guided, parts[0][:, count:]), dim=1)
-
-
-def _concatenate(*parts: Any) -> Any:
-    first = parts[0]
-    if isinstance(first, dict):
-        return {name: _concatenate(*(part[name] for part in parts)) for name in first}
-    return (
-        torch.cat(parts) if isinstance(first, Tensor) else [row for part in parts for row in part]
-    )
+from .criteria import LABEL_AWARE, CriterionName, criterion, entropy, hardness
+from .objectives import Objective
 
 
 class GuidanceConfig(Config):
@@ -124,9 +43,12 @@ class GuidanceConfig(Config):
     mode: Literal["norm_matched", "score"] = option(
         "norm_matched", "norm_matched: omega is a share of |x|; score: omega multiplies the score"
     )
-    criterion: Literal["entropy", "loss"] = option(
-        "entropy", "what is raised: the learner's entropy, or its loss on the label asked for"
+    criterion: CriterionName = option(
+        "entropy",
+        "what is raised: the learner's entropy; its loss on the label asked for; margin: 1 minus"
+        " the lead of its first answer; entropy_label: entropy minus label_weight times loss",
     )
+    label_weight: float = option(0.5, "weight of the loss in entropy_label", gt=0)
     path: Literal["full", "stop_denoiser"] = option(
         "full", "stop_denoiser holds the network's output fixed: cheaper, an approximate gradient"
     )
@@ -135,8 +57,24 @@ class GuidanceConfig(Config):
         (0.0, 1.0), "times in [0, 1] between which guidance acts, both included"
     )
     blend: bool = option(False, "decode (1 - sigma) x + sigma x0_hat in place of x0_hat")
-    ceiling: float = option(
-        1.0, "leave a sample alone above this share of the largest entropy", gt=0, le=1
+    ceiling: float | None = option(
+        None,
+        "leave a sample alone above this share of an even guess: of log(classes) for entropy,"
+        " entropy_label and loss, of 1 for margin; none: never",
+        gt=0,
+        le=1,
+    )
+    keep_label: bool = option(
+        False, "leave a sample alone where the learner's answer is not the label asked for"
+    )
+    decoder: str = option(
+        "", "folder of a cheaper decoder of the same latents for the push; empty: the generator's"
+    )
+    decode_precision: Literal["fp32", "bf16"] = option(
+        "fp32", "arithmetic of the decoder and the learner in the push; bf16 is autocast"
+    )
+    decode_rows: int = option(
+        0, "pictures decoded at a time in the push, to bound memory; 0: all", unit="pictures", ge=0
     )
 
     @model_validator(mode="after")
@@ -144,33 +82,78 @@ class GuidanceConfig(Config):
         low, high = self.interval
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(f"interval {self.interval} must be two times low < high in [0, 1]")
+        if self.criterion != "entropy_label" and self.differs("label_weight"):
+            raise ValueError(
+                f"label_weight has no effect on criterion {self.criterion!r}: leave it out, or set"
+                " criterion: entropy_label"
+            )
         return self
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the push depends on the label that a sample is asked by."""
+        return self.keep_label or self.criterion in LABEL_AWARE
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An evaluation that a guide may have pushed: x (B, C, H, W), which may have moved, and what is
+    added to the estimates x0_hat and eps_hat there, or None."""
+
+    x: Tensor
+    by_x0: Tensor | None = None
+    by_eps: Tensor | None = None
 
 
 class EntropyGuidance:
-    """Pushes every sample of a batch on its own; hand a new or used one to `sample`."""
+    """Pushes every sample of a batch on its own; hand a new or used one to `sample`.
+
+    Attributes:
+        passes: backward passes through the denoiser since `start`; each has a row for every sample.
+        pictures: the last batch's finished samples, decoded; None before its end.
+    """
 
     def __init__(
         self,
         config: GuidanceConfig,
         learner: Callable[[Tensor], Tensor],
         decode: Callable[[Tensor], Tensor],
+        *,
+        cheap_decode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             learner: pictures (B, ...) -> logits (B, classes); a module is used in eval mode with
                 frozen parameters and is handed back as it was.
             decode: latents (B, C, H, W) in the objective's scale -> what the learner takes,
-                differentiable; resizing and the learner's normalisation belong here.
+                differentiable; resizing and the learner's normalisation belong to the learner.
+            cheap_decode: replaces `decode` in the push, not for the finished samples.
         """
-        self.config = config
-        self.learner = learner
-        self.decode = decode
+        if config.decoder and cheap_decode is None:
+            raise ValueError(
+                f"guidance.decoder={config.decoder!r} has no effect without cheap_decode: hand over"
+                " what reads it, or leave it out"
+            )
+        self.config, self.learner, self.decode = config, learner, decode
+        self.passes = 0
+        self.pictures: Tensor | None = None
+        self._decode_push = cheap_decode or decode
         self._report: dict[str, Tensor] = {}
 
-    def start(self, count: int, device: torch.device) -> None:
-        """Clear the telemetry for a batch of `count` samples."""
-        self._report = {"nonfinite": torch.zeros(count, device=device)}
+    def start(self, count: int, device: torch.device, condition: dict[str, Any]) -> None:
+        """Clear counts and telemetry for a batch of `count` samples asked for by `condition`.
+
+        Raises:
+            UserError: the push depends on labels, and there are none.
+        """
+        if self.config.needs_labels and "labels" not in condition:
+            what = "keep_label" if self.config.keep_label else f"criterion {self.config.criterion}"
+            raise UserError(
+                f"guidance: {what} needs a label for each sample, but none is asked by one: set"
+                " guidance.criterion to entropy or margin and leave out guidance.keep_label"
+            )
+        self.passes, self.pictures = 0, None
+        self._report = {name: torch.zeros(count, device=device) for name in ("nonfinite", "held")}
 
     def acts(self, step: int, time: float) -> bool:
         """Whether step number `step`, at this time, is guided."""
@@ -178,104 +161,122 @@ class EntropyGuidance:
         due = step % self.config.every == 0 and low <= time <= high
         return self.config.omega > 0 and due
 
-    def push(
-        self,
-        denoiser: Denoiser,
-        objective: Objective,
-        x: Tensor,
-        prediction: Tensor,
-        t: Tensor,
-        condition: dict[str, Any],
-        *,
-        corrector: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Guided (x, x0_hat, eps_hat) of one evaluation.
+    def takes_gradient(self, *, corrector: bool) -> bool:
+        """Whether an evaluation of a guided step is pushed.
 
         Args:
-            prediction: (B, C, H, W) the step's own prediction, with classifier-free guidance.
-            corrector: the second evaluation of a Heun step, where x was moved already.
+            corrector: it is the second one of a Heun step, where x was moved already.
         """
-        x0, eps = objective.clean(prediction, x, t)
-        if corrector and self.config.mode == "norm_matched":
-            return x, x0, eps
-        gradient = self.gradient(denoiser, objective, x, prediction, t, condition)
+        return self.config.mode == "score" or not corrector
+
+    @property
+    def traces(self) -> bool:
+        """Whether `push` needs the graph of the network's output."""
+        return self.config.path == "full"
+
+    def push(
+        self, objective: Objective, x: Tensor, output: Tensor, t: Tensor, condition: dict[str, Any]
+    ) -> Pushed:
+        """What one evaluation becomes: see the two modes above.
+
+        Args:
+            output: raw, at (x (B, C, H, W), t (B,)). Where `traces`: under the condition alone,
+                with its graph back to x, a leaf. Else the step's own prediction.
+        """
+        gradient = self.gradient(objective, x, output, t, condition)
+        omega, x = self.config.omega, x.detach()
         if self.config.mode == "norm_matched":
             length, size = (_norm(a) for a in (gradient, x))
             # A zero gradient has no direction: that sample stays where it is.
             unit = gradient / torch.where(length > 0, length, torch.ones_like(length))
-            x = x + self.config.omega * size * unit
-            return x, *objective.clean(prediction, x, t)
+            return Pushed(x + omega * size * unit)
         alpha, sigma = (c.view(-1, *[1] * (x.ndim - 1)) for c in objective.schedule.coefficients(t))
         # Where alpha is zero, x says nothing about x_0 and the guided score is not defined.
         defined = alpha > 0
         lift = torch.where(defined, sigma**2 / torch.where(defined, alpha, 1.0), 0.0)
-        eps = eps - self.config.omega * torch.where(defined, sigma, 0.0) * gradient
-        return x, x0 + self.config.omega * lift * gradient, eps
+        sigma = torch.where(defined, sigma, 0.0)
+        return Pushed(x, omega * lift * gradient, -omega * sigma * gradient)
 
     def gradient(
-        self,
-        denoiser: Denoiser,
-        objective: Objective,
-        x: Tensor,
-        prediction: Tensor,
-        t: Tensor,
-        condition: dict[str, Any],
+        self, objective: Objective, x: Tensor, output: Tensor, t: Tensor, condition: dict[str, Any]
     ) -> Tensor:
-        """Gradient (B, C, H, W) of each sample's criterion by its own x; zero where not finite.
+        """Gradient (B, C, H, W) of each sample's criterion by its own x; zero where it is not
+        finite, or where the configuration leaves the sample alone.
 
         The clean estimate is the conditional one, not the classifier-free extrapolation, except
-        with `stop_denoiser`, which reuses the step's prediction.
+        with `stop_denoiser`, which reuses the step's prediction. Arguments: see `push`.
         """
-        with torch.enable_grad(), _frozen(self.learner):
-            x = x.detach().requires_grad_()
-            if self.config.path == "full":
-                prediction, _ = objective.split(denoiser(x, t, condition), x)
+        with torch.enable_grad():
+            if self.traces:
+                self.passes += 1
             else:
-                prediction = prediction.detach()
-            x0, _ = objective.clean(prediction, x, t)
+                x, output = x.detach().requires_grad_(), output.detach()
+            x0, _ = objective.clean(output, x, t)
             if self.config.blend:
                 sigma = objective.schedule.sigma(t).view(-1, *[1] * (x.ndim - 1))
                 x0 = sigma * x0 + (1.0 - sigma) * x
-            logits = self.learner(self.decode(x0)).to(x.dtype)
-            values = self._criterion(logits, condition)
-            (gradient,) = torch.autograd.grad(values.sum(), x)
-        finite = gradient.flatten(1).isfinite().all(1) & values.isfinite()
-        self._count("nonfinite", (~finite).to(torch.float32))
-        wanted = finite & (entropy(logits.detach()) <= self.config.ceiling * _largest(logits))
-        return torch.where(wanted.view(-1, *[1] * (x.ndim - 1)), gradient, 0.0)
+        pull, finite, held = self._pull(x0.detach(), condition.get("labels"))
+        # Of unit size on its way through a network whose half precision would lose a small one.
+        size = _norm(pull) / math.sqrt(pull[0].numel())
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        gradient = size * torch.autograd.grad(x0, x, pull / size)[0]
+        finite = finite & gradient.flatten(1).isfinite().all(1)
+        for name, rows in (("nonfinite", ~finite), ("held", held & finite)):
+            self._report[name] = self._report.get(name, 0.0) + rows.to(torch.float32)
+        return torch.where((finite & ~held).view(-1, *[1] * (x.ndim - 1)), gradient, 0.0)
 
     def finish(self, x0: Tensor, condition: dict[str, Any]) -> None:
-        """Measure the finished samples for the telemetry."""
+        """Decode the finished samples and measure them for the telemetry."""
         with torch.no_grad(), _frozen(self.learner):
-            logits = self.learner(self.decode(x0)).float()
+            self.pictures = self.decode(x0)
+            logits = self.learner(self.pictures).float()
         self._report["entropy"] = entropy(logits)
         if "labels" in condition:
             self._report["agreement"] = (logits.argmax(1) == condition["labels"]).float()
 
     def telemetry(self) -> dict[str, np.ndarray]:
         """Float32 arrays of length B for the last batch: the final entropy in nats ("entropy"),
-        whether the learner's class is the label asked for ("agreement"), and the number of steps
-        left out for a gradient that was not finite ("nonfinite")."""
+        whether the learner's class is the label asked for ("agreement"), and the numbers of guided
+        evaluations that left a sample alone: for a gradient that was not finite ("nonfinite"), and
+        as `ceiling` and `keep_label` ask ("held")."""
         return {name: values.float().cpu().numpy() for name, values in self._report.items()}
 
-    def _criterion(self, logits: Tensor, condition: dict[str, Any]) -> Tensor:
-        if self.config.criterion == "loss":
-            return F.cross_entropy(logits, condition["labels"], reduction="none")
-        return entropy(logits)
+    def _pull(self, x0: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of clean estimates (B, C, H, W), `decode_rows` at a time: each criterion's gradient by
+        its own estimate (B, C, H, W), whether both are finite, and whether to leave it alone (B,).
+        """
+        rows = self.config.decode_rows or len(x0)
+        starts = range(0, len(x0), rows)
+        with torch.enable_grad(), _frozen(self.learner):
+            parts = [
+                self._pull_rows(x0[i : i + rows], None if labels is None else labels[i : i + rows])
+                for i in starts
+            ]
+        pull, finite, held = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return pull, finite, held
 
-    def _count(self, name: str, values: Tensor) -> None:
-        self._report[name] = self._report.get(name, torch.zeros_like(values)) + values
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy (B,) in nats of the softmax of logits (B, classes)."""
-    log_probability = F.log_softmax(logits, dim=1)
-    return -(log_probability.exp() * log_probability).sum(1)
-
-
-def _largest(logits: Tensor) -> float:
-    # Rounding can lift a uniform distribution's entropy above log C; a ceiling of 1 means none.
-    return float(np.log(logits.shape[1])) * (1.0 + 1e-6)
+    def _pull_rows(self, x0: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        config, x0 = self.config, x0.requires_grad_()
+        bf16 = config.decode_precision == "bf16"
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.learner(self._decode_push(x0))
+        logits = logits.to(x0.dtype)
+        held = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        if config.needs_labels:
+            assert labels is not None
+            # The rows of a padded block are asked for without a class: they have no loss.
+            held = labels >= logits.shape[1]
+            labels = labels.clamp(max=logits.shape[1] - 1)
+        values = criterion(config.criterion, logits, labels, config.label_weight)
+        (pull,) = torch.autograd.grad(values.sum(), x0)
+        logits = logits.detach()
+        if config.ceiling is not None:
+            # Rounding can lift an even guess above 1.
+            limit = config.ceiling * (1.0 + 1e-6)
+            held = held | (hardness(config.criterion, logits, labels) > limit)
+        if config.keep_label:
+            held = held | (logits.argmax(1) != labels)
+        return pull, values.detach().isfinite() & pull.flatten(1).isfinite().all(1), held
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ t = 1, where their multistep rules start at 1 - 1e-6 and take the first step by 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,8 @@ from torch import Tensor
 
 from etude.kernels.solver import solver_step
 
-from .guidance import EntropyGuidance, Predictor, classifier_free
+from .classifier_free import Predictor, classifier_free
+from .guidance import EntropyGuidance, Pushed
 from .objectives import Denoiser, Objective, learned_log_variance
 from .steps import HEUN, SamplerConfig, Step, plan, time_grid
 
@@ -73,7 +74,7 @@ def sample(
         progress: called after each step with (steps done, x, x0_hat).
         times: replaces the grid of `time_grid`: decreasing times followed by 0.0.
         captured: holds the steps of the network that `denoiser` calls from batch to batch, as CUDA
-            graphs; without effect beside a guide, which takes gradients.
+            graphs; steps that a guide pushes run as they are, since they take gradients.
 
     Returns:
         (B, C, H, W) clean samples in the scale the objective was trained on.
@@ -85,13 +86,16 @@ def sample(
         )
     steps = plan(objective, config, times or time_grid(objective, config), noise)
     predict = Predictor.of(denoiser, condition, nulls, len(config.guidance_weights))
-    take = Taking(predict, objective, config, guide)
+    plain = Taking(predict, objective, config)
+    pushed = replace(plain, guide=guide)
     if guide is not None:
-        guide.start(len(noise), noise.device)
-    elif captured is not None:
-        take = captured.of(take, noise)
+        guide.start(len(noise), noise.device, condition)
+    if captured is not None:
+        plain = captured.of(plain, noise)
     x, earlier = noise, []
     for step in steps:
+        guided = guide is not None and guide.acts(step.index, step.time)
+        take = pushed if guided else plain
         x, x0 = take(step, x, _extra(step, config, earlier, step_noise))
         earlier = [x0, *earlier[:1]]
         if progress is not None:
@@ -121,7 +125,7 @@ def _extra(
 
 @dataclass(frozen=True)
 class Taking:
-    """Takes the steps of a sampler; a function of tensors but where a `guide` pushes."""
+    """Takes the steps of a sampler; a function of tensors where no `guide` pushes each of them."""
 
     predict: Predictor
     objective: Objective
@@ -130,64 +134,83 @@ class Taking:
 
     def __call__(self, step: Step, x: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x', x0_hat) of a step at x (B, C, H, W), with `extra` of the same shape."""
-        output = self.predict(x, step.numbers["times"][0], step.copies[0])
+        pushed, output = self._evaluate(step, x)
         if self._is_linear(step, x, output):
-            guided = step.copies[0] > 1
-            return solver_step(
-                x,
-                output,
-                step.numbers["row"],
-                guidance=step.numbers["weights"][0] if guided else None,
-                guided_channels=self.config.guidance_channels if guided else None,
-                extra=extra,
-            )
-        x, x0, eps, variance = self._estimate(step, x, output)
+            return self._solve(step, pushed, output, extra)
+        x0, eps, variance = self._estimate(step, pushed, output)
         if step.last:
             return x0, x0
         if self.config.method == "ddpm":
             assert extra is not None
-            return _ancestral(step.numbers["rule"], x, x0, variance, extra), x0
-        if self.config.method in HEUN:
-            return self._trapezoid(step, x, x0, eps), x0
-        from_x, from_x0, from_eps, from_extra = step.numbers["row"][4:]
-        x = from_x * x + (from_x0 * x0 + from_eps * eps)
-        return (x if extra is None else x + from_extra * extra), x0
+            return _ancestral(step.numbers["rule"], pushed.x, x0, variance, extra), x0
+        return self._trapezoid(step, pushed.x, x0, eps), x0
 
     def _is_linear(self, step: Step, x: Tensor, output: Tensor) -> bool:
         """Whether the step is linear in x, the prediction and the extra tensor."""
-        if self._pushes(step) or (self.config.method in HEUN and not step.last):
-            return False
+        if self.config.method in HEUN:
+            return step.last
         learned = self.objective.config.variance == "learned_range"
         return self.config.method != "ddpm" or not learned or output.shape[1] == x.shape[1]
 
-    def _pushes(self, step: Step) -> bool:
-        return self.guide is not None and self.guide.acts(step.index, step.time)
+    def _evaluate(self, step: Step, x: Tensor, *, end: bool = False) -> tuple[Pushed, Tensor]:
+        """What the guide makes of x, and the network's output there, where the step begins or at
+        its end."""
+        time, copies = step.numbers["times"][int(end)], step.copies[int(end)]
+        guide = self.guide
+        if guide is None or not guide.takes_gradient(corrector=end):
+            return Pushed(x), self.predict(x, time, copies)
+        if guide.traces:
+            x = x.detach().requires_grad_()
+            output, estimate = self.predict.traced(x, time, copies)
+        else:
+            output = self.predict(x, time, copies)
+            estimate, _ = self._prediction(step, x, output, end)
+        t, condition = time.repeat(len(x)), self.predict.condition
+        return guide.push(self.objective, x, estimate, t, condition), output
+
+    def _solve(
+        self, step: Step, pushed: Pushed, output: Tensor, extra: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A linear step in one pass; what a guide adds to the estimates follows by linearity."""
+        guided = step.copies[0] > 1
+        row = step.numbers["row"]
+        x, x0 = solver_step(
+            pushed.x,
+            output,
+            row,
+            guidance=step.numbers["weights"][0] if guided else None,
+            guided_channels=self.config.guidance_channels if guided else None,
+            extra=extra,
+        )
+        if pushed.by_x0 is None or pushed.by_eps is None:
+            return x, x0
+        return x + (row[5] * pushed.by_x0 + row[6] * pushed.by_eps), x0 + pushed.by_x0
+
+    def _prediction(
+        self, step: Step, x: Tensor, output: Tensor, end: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction of an output, and the network's variance, if it has one."""
+        weights, channels = step.numbers["weights"][int(end)], self.config.guidance_channels
+        output = classifier_free(output, x, weights=weights, channels=channels)
+        return self.objective.split(output, x)
 
     def _estimate(
-        self, step: Step, x: Tensor, output: Tensor, *, end: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x, which the guide may move, x0_hat, eps_hat and the network's variance, if it has one,
-        from an evaluation at x where the step begins, or at its end."""
-        time, weights = (step.numbers[name][int(end)] for name in ("times", "weights"))
-        channels = self.config.guidance_channels
-        output = classifier_free(output, x, weights=weights, channels=channels)
-        prediction, variance = self.objective.split(output, x)
-        t = time.repeat(len(x))
-        if not self._pushes(step):
-            return x, *self.objective.clean(prediction, x, t), variance
-        assert self.guide is not None
-        denoiser, condition = self.predict.denoiser, self.predict.condition
-        pushed = self.guide.push(
-            denoiser, self.objective, x, prediction, t, condition, corrector=end
-        )
-        return *pushed, variance
+        self, step: Step, pushed: Pushed, output: Tensor, *, end: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x0_hat, eps_hat and the network's variance, if it has one."""
+        prediction, variance = self._prediction(step, pushed.x, output, end)
+        t = step.numbers["times"][int(end)].repeat(len(pushed.x))
+        x0, eps = self.objective.clean(prediction, pushed.x, t)
+        if pushed.by_x0 is not None and pushed.by_eps is not None:
+            x0, eps = x0 + pushed.by_x0, eps + pushed.by_eps
+        return x0, eps, variance
 
     def _trapezoid(self, step: Step, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """Heun's: the mean of the velocities at x and where Euler's step from there ends."""
         alpha, sigma, total, total_next, width = step.numbers["rule"]
         euler = alpha * x0 + sigma * eps
-        output = self.predict(euler, step.numbers["times"][1], step.copies[1])
-        _, x0_next, eps_next, _ = self._estimate(step, euler, output, end=True)
+        evaluated = self._evaluate(step, euler, end=True)
+        x0_next, eps_next, _ = self._estimate(step, *evaluated, end=True)
         if self.config.method == "heun":
             velocity = 0.5 * ((eps - x0) + (eps_next - x0_next))
         else:

@@ -17,7 +17,7 @@ from etude.core.config import Config, option
 from etude.core.errors import UserError
 from etude.kernels.solver import solver_coefficients
 
-from .guidance import power_cosine
+from .classifier_free import power_cosine
 from .objectives import Objective
 from .schedules import posterior
 from .unipc import unipc_rows

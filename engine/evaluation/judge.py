@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from torch import Tensor
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
@@ -20,6 +21,7 @@ from etude.core.log import Log
 from etude.core.recipe import Recipe
 from etude.core.rng import Stream, permute, uniform
 from etude.core.run import Run
+from etude.metrics.extractors import resize_antialiased
 from etude.metrics.extractors.classifier import ClassifierExtractor, save_classifier
 from etude.models.classifier import Classifier, ClassifierConfig
 
@@ -69,6 +71,12 @@ class Judge:
         return torch.cat(found).numpy()
 
     __call__ = labels
+
+    def logits(self, pictures: Tensor) -> Tensor:
+        """Logits (B, classes) of pictures (B, C, S, S) float32 in [-1, 1], as a learner gives."""
+        network = self.extractor
+        levels = resize_antialiased((pictures + 1.0) * 127.5, network.input_size)
+        return network.model(levels / 127.5 - 1.0)
 
 
 def open_judge(source: str | Path, device: torch.device | str = "cpu") -> Judge:

@@ -11,6 +11,7 @@ Nothing here reaches the network: a folder is read from disk or refused.
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,13 @@ from etude.core.config import Config, option
 from etude.core.errors import UserError
 
 LAST_LAYER = {"kernel": 3, "padding": 1}  # the convolution that ends a decoder
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+HALF = ".fp16."  # in the name of a file with a half-precision variant of the weights
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+)
 
 
 class AutoencoderConfig(Config):
@@ -74,27 +81,14 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Autoencoder":
-        """A trained autoencoder from a local folder in diffusers' layout.
+        """A trained autoencoder from a local folder in diffusers' layout, in float32.
 
         Raises:
             UserError: the folder, its config.json or its weights are missing or of another model.
         """
         folder = Path(folder)
         stated = _read_config(folder)
-        if not any((folder / name).exists() for name in WEIGHTS):
-            raise UserError(f"{folder} holds no weights: put {WEIGHTS[0]} beside its config.json")
-        try:
-            network = _library().AutoencoderKL.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                use_safetensors=(folder / WEIGHTS[0]).exists(),
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"the weights in {folder} could not be read ({reason}): copy the folder again"
-            ) from error
+        network = _read_network(_library().AutoencoderKL, folder)
         return cls(network, _config_of(network.config, stated))
 
     def save(self, folder: str | Path) -> Path:
@@ -177,6 +171,49 @@ class Autoencoder(nn.Module):
         return (loss, rebuilt, kept[0]) if parts else loss
 
 
+class Decoder(nn.Module):
+    """A decoder alone, for guidance: the denoiser's latents (B, c, h, w) to pictures (B, C, H, W)
+    in about [-1, 1], differentiable, in the parameters' dtype.
+
+    A distilled `AutoencoderTiny` was trained on the denoiser's latents, so the scale that its
+    configuration states is 1; an `AutoencoderKL` states that of its raw ones.
+
+    Attributes:
+        latent_channels, channels: c and C.
+    """
+
+    def __init__(self, network: nn.Module, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor
+        self.latent_channels, self.channels = config.latent_channels, config.in_channels
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Decoder":
+        """The decoder of a local folder in diffusers' layout, of either kind.
+
+        Raises:
+            UserError: the folder, its config.json or its weights are missing or of another model.
+        """
+        folder = Path(folder)
+        stated = _read_config(folder, ("AutoencoderTiny", "AutoencoderKL"))
+        if stated["_class_name"] == "AutoencoderKL":
+            autoencoder = Autoencoder.from_folder(folder)
+            return cls(autoencoder.network, autoencoder.config)
+        network = _read_network(_library().AutoencoderTiny, folder)
+        config = AutoencoderConfig(
+            in_channels=network.config["out_channels"],
+            latent_channels=network.config["latent_channels"],
+            scaling_factor=network.config["scaling_factor"],
+            shift_factor=network.config["shift_factor"],
+        )
+        return cls(network, config)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        raw = latents / self.scaling_factor + self.shift_factor
+        return self.network.decode(raw.to(self.network.dtype)).sample
+
+
 def estimate_scaling(mean: Tensor, std: Tensor) -> tuple[float, float]:
     """(scaling_factor, shift_factor) that give latents drawn from N(mean, std^2), both
     (n, c, h, w), zero mean and unit variance over all elements."""
@@ -197,7 +234,27 @@ def _library() -> Any:
     return diffusers
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_network(kind: Any, folder: Path) -> nn.Module:
+    """A network of a class of the library from a folder, which must hold its weights."""
+    weights = next((name for name in WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        raise UserError(f"{folder} holds no weights: put {WEIGHTS[0]} beside its config.json")
+    try:
+        return kind.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=weights.endswith(".safetensors"),
+            variant="fp16" if HALF in weights else None,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the weights in {folder} could not be read ({reason}): copy the folder again"
+        ) from error
+
+
+def _read_config(folder: Path, kinds: Sequence[str] = ("AutoencoderKL",)) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: name a folder with an autoencoder's config.json")
@@ -206,8 +263,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): copy the folder again") from error
     name = stated.get("_class_name") if isinstance(stated, dict) else None
-    if name != "AutoencoderKL":
-        raise UserError(f"{path} describes {name}, not AutoencoderKL: name an autoencoder's folder")
+    if name not in kinds:
+        wanted = " or ".join(kinds)
+        raise UserError(f"{path} describes {name}, not {wanted}: name an autoencoder's folder")
     return stated
 
 

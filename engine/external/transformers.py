@@ -39,7 +39,15 @@ KINDS: dict[str, Kind] = {
 _T5_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 _OFFSET = {"roberta": 2, "xlm-roberta": 2, "mpnet": 2}  # positions that no token ever has
 _PROJECTED = ("CLIPTextModelWithProjection", "CLIPModel")
-_WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+_HALF = ".fp16."  # in the name of a file with a half-precision variant of the weights
+_WEIGHTS = (
+    "model.safetensors",
+    "model-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
+)
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -233,8 +241,13 @@ class TextEncoder:
         if self._tokenizer is None:
             self._tokenizer = _read(self._tokenizer_folder, "AutoTokenizer")
             self._tokenizer.padding_side = self._tokenizer.truncation_side = "right"
+        half = _HALF in _weights(self.folder)[0].name
         network, info = _read(
-            self.folder, self._network_class, dtype=self.dtype, output_loading_info=True
+            self.folder,
+            self._network_class,
+            dtype=self.dtype,
+            variant="fp16" if half else None,
+            output_loading_info=True,
         )
         missing = sorted(n for n in info["missing_keys"] if not n.startswith("pooler."))
         if missing:

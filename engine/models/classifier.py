@@ -1,8 +1,11 @@
 """A small residual classifier for pictures of 16 to 32 pixels.
 
-Called as the learner of practice and as the extractor of digit features. Group normalisation keeps
-pictures of a batch independent, so a feature does not depend on the batch it was computed in.
+Built by `classifiers.py` as a learner of practice, and called as the extractor of digit features.
+Group normalisation keeps pictures of a batch independent, so a feature does not depend on the batch
+it was computed in.
 """
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from .blocks import seeded
 class ClassifierConfig(Config):
     """Shape of a classifier: one stage per entry of `channels`, each half as large as the last."""
 
+    family: Literal["small"] = option("small", "the kind of network")
     in_channels: int = option(1, "channels of the pictures", gt=0)
     num_classes: int = option(10, "classes", gt=1)
     channels: tuple[int, ...] = option((32, 64, 128), "channels of each stage", min_length=1)
@@ -60,6 +64,7 @@ class Classifier(nn.Module):
                     width = channels
             self.stages = nn.Sequential(*stages)
             self.norm = nn.GroupNorm(config.groups, width)
+            self.num_features = width
             self.head = nn.Linear(width, config.num_classes)
 
     def features(self, x: Tensor) -> Tensor:

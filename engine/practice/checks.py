@@ -93,11 +93,15 @@ def _hashes(pictures: Pictures, batch: int) -> dict[bytes, int]:
     return table
 
 
-def _thumbnails(images: np.ndarray) -> Tensor:
-    """(B, D) float32 block averages, scaled so that squared distances are per-pixel means."""
+def thumbnails(images: np.ndarray) -> Tensor:
+    """(B, D) float32 block averages, scaled so that squared distances are per-pixel means.
+
+    A thumbnail has 16 pixels a side or the next number above that divides the side evenly.
+    """
     pixels, side = torch.from_numpy(images).permute(0, 3, 1, 2).float(), images.shape[1]
-    if side > THUMBNAIL and side % THUMBNAIL == 0:
-        pixels = torch.nn.functional.avg_pool2d(pixels, side // THUMBNAIL)
+    largest = max(1, side // THUMBNAIL)
+    if (factor := next(f for f in range(largest, 0, -1) if side % f == 0)) > 1:
+        pixels = torch.nn.functional.avg_pool2d(pixels, factor)
     flat = pixels.flatten(1)
     return flat / flat.shape[1] ** 0.5
 
@@ -107,12 +111,12 @@ def _find_near(
 ) -> None:
     """Adds near pairs to `found`; the training set is read once."""
     small = torch.cat(
-        [_thumbnails(test.images(rows)) for rows in chunks(np.arange(len(test)), batch)]
+        [thumbnails(test.images(rows)) for rows in chunks(np.arange(len(test)), batch)]
     )
     slack = 0.05 * distance**2 + 0.1  # float32 cancellation; candidates are confirmed exactly
     for columns in chunks(np.arange(len(training)), batch):
         images = training.images(columns)
-        gaps = torch.cdist(small, _thumbnails(images)).square()
+        gaps = torch.cdist(small, thumbnails(images)).square()
         for row, column in torch.nonzero(gaps <= distance**2 + slack).tolist():
             if row not in found:
                 difference = test.images(np.array([row]))[0].astype(np.float64) - images[column]

@@ -1,93 +1,116 @@
-"""The classifier that practises: its configuration, its step, its weights; called by rounds.py.
+"""The classifier that practises: its step and its weights; called by rounds.py.
 
 Every arm has the same learner: weights from `seed`, AdamW with an average of the weights, label
-smoothing, and shifts (and mirroring, if asked) drawn by position from Philox, so that a step is a
-function of (state, pictures, positions) alone. The learning rate comes from the schedule.
+smoothing, and augmentation drawn by position from Philox, so that a step is a function of (state,
+pictures, positions) alone. Several ranks share a step's positions evenly; what a position becomes,
+and up to rounding the step itself, do not depend on how many there are. The learning rate comes
+from the schedule.
 """
 
 import copy
 import hashlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from etude.core.config import Config, option
 from etude.core.distributed import World
 from etude.core.errors import UserError
-from etude.core.optim import OptimConfig
-from etude.core.rng import Stream, bits
 from etude.core.strategy import StrategyConfig, build_strategy
-from etude.models.classifier import Classifier, ClassifierConfig
+from etude.data.mixing import draw_mix, mixed, mixed_targets
+from etude.models.classifiers import build_classifier
 
-from .pictures import to_model
+from .augmenting import Prepared, augment, seen_in_training
+from .learner_config import LearnerConfig
+from .running import RunningBuffers, normalise_over_ranks, without_averages
 
-
-class LearnerConfig(Config):
-    """The classifier and how it is trained, the same for every arm."""
-
-    model: ClassifierConfig = option(ClassifierConfig(), "the classifier, trained from scratch")
-    batch: int = option(64, "pictures per step", unit="pictures", gt=0)
-    lr: float = option(1e-3, "peak learning rate of AdamW", gt=0)
-    betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments")
-    weight_decay: float = option(0.05, "decoupled decay of matrices (not of vectors)", ge=0)
-    clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", ge=0)
-    label_smoothing: float = option(0.1, "share of the target spread over all classes", ge=0, lt=1)
-    ema: float = option(0.99, "decay of the average of the weights", gt=0, lt=1)
-    shift: int = option(1, "largest random shift in each direction", unit="pixels", ge=0)
-    flip: bool = option(False, "mirror half of the pictures left to right")
-
-    def optim(self) -> OptimConfig:
-        """The optimizer's section; the rate of each step comes from the schedule instead."""
-        return OptimConfig(
-            lr=self.lr,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            ema=[self.ema],
-        )
+# Positions (n,) int64 -> pictures (n, S, S, C) uint8 and labels (n,) int64.
+Fetch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Learner:
     """A classifier in training.
 
+    Args:
+        config: `batch` is the global batch, which the ranks share evenly.
+        world: this process's place; all ranks make the same calls.
+        strategy: who runs the step, and in which precision.
+
     Attributes:
         strategy: holds weights, moments and average; what a checkpoint saves.
+
+    Raises:
+        UserError: the batch cannot be shared evenly, or the network does not suit several ranks.
     """
 
-    def __init__(self, config: LearnerConfig, seed: int, device: torch.device | str) -> None:
-        self.config, self.seed = config, seed
-        self.world = World(0, 1, 0, torch.device(device))
+    def __init__(
+        self,
+        config: LearnerConfig,
+        seed: int,
+        world: World,
+        strategy: StrategyConfig = StrategyConfig(kind="local"),  # noqa: B008
+    ) -> None:
+        if config.batch % world.size:
+            raise UserError(
+                f"learner.batch={config.batch} cannot be shared by {world.size} processes: make it "
+                f"a multiple of {world.size}"
+            )
+        self.config, self.seed, self.world = config, seed, world
+        self._share = config.batch // world.size
+        network = build_classifier(config.model, seed=seed)
+        self._running = RunningBuffers(network, config.ema)
+        self._prepared = Prepared(network, config)
         self.strategy = build_strategy(
-            StrategyConfig(kind="local"),
-            Classifier(config.model, seed=seed),
-            config.optim(),
-            self.world,
+            strategy, network, config.optim(), world, micro_batch=self._share
         )
-        self._unsound = torch.zeros((), dtype=torch.bool, device=self.world.device)
+        normalise_over_ranks(network, world)
+        dtype = torch.bfloat16 if strategy.precision == "bf16" else torch.float32
+        self._dtype = dtype
+        self._unsound = torch.zeros((), dtype=torch.bool, device=world.device)
 
-    def step(
-        self, images: np.ndarray, labels: np.ndarray, positions: np.ndarray, rate: float
-    ) -> Tensor:
-        """One update; returns the mean loss as a 0-d tensor on the device, not synchronised.
+    def step(self, fetch: Fetch, step: int, rate: float) -> Tensor:
+        """One update; returns this rank's mean loss, a 0-d tensor on the device, not synchronised.
 
         Args:
-            images: (B, S, S, C) uint8.
-            labels: (B,) int64.
-            positions: (B,) int64; a position fixes the shift and the mirroring.
+            fetch: gives the pictures that positions of the stream show, and their labels.
+            step: its number; it covers positions [step * batch, (step + 1) * batch).
             rate: multiplier of the peak learning rate, in (0, 1].
         """
-        device = self.world.device
-        batch = augment(to_model(images, device), positions, self.config, self.seed)
-        target = torch.from_numpy(labels).to(device)
-        loss = F.cross_entropy(
-            self.strategy(batch), target, label_smoothing=self.config.label_smoothing
-        )
+        batch, target = self._batch(fetch, step)
+        self._running.keep()
+        logits = self.strategy(batch.to(self._dtype)).float()
+        loss = F.cross_entropy(logits, target, label_smoothing=self.config.label_smoothing)
         self.strategy.backward(loss)
         self.strategy.step(self.config.lr * rate)
+        self._running.settle(self.strategy.nonfinite)
         self._unsound = self._unsound | self.strategy.nonfinite
         return loss.detach()
+
+    def _batch(self, fetch: Fetch, step: int) -> tuple[Tensor, Tensor]:
+        """What the network sees of this rank's share, and its targets: labels, or probabilities."""
+        config, share = self.config, self._share
+        mixes = config.mixup > 0 or config.cutmix > 0
+        inside = np.arange(share) + self.world.rank * share
+        if mixes and self.world.size > 1:  # the last picture's partner is the next rank's
+            inside = np.append(inside, (inside[-1] + 1) % config.batch)
+        positions = step * config.batch + inside
+        images, labels = fetch(positions)
+        pictures = seen_in_training(
+            images, positions, self._prepared, config, self.seed, self.world.device
+        )
+        target = torch.from_numpy(labels).to(self.world.device)
+        if not mixes:
+            return pictures, target
+        mix = draw_mix(self.seed, step, config.mixup, config.cutmix, tuple(pictures.shape[2:]))
+        partners, others = (values.roll(-1, 0)[:share] for values in (pictures, target))
+        batch = mixed(pictures[:share], partners, mix)
+        classes = config.model.num_classes
+        return batch, mixed_targets(target[:share], others, classes, mix.share)
 
     def refuse_nonfinite(self, steps_done: int) -> None:
         """Raise when some step since the start was not finite (such a step changed nothing)."""
@@ -98,40 +121,58 @@ class Learner:
             )
 
     def frozen(self, weights: str) -> nn.Module:
-        """A copy in evaluation mode, without gradients of weights; `weights` is "raw" or "ema"."""
+        """A copy in evaluation mode behind its preprocessing, without gradients of weights.
+
+        It takes pictures of any size in [-1, 1], which it brings to the learner's input size; where
+        neither the recipe nor the network has one, the network sees them as they are. All ranks
+        call this together.
+
+        Args:
+            weights: "raw", or "ema" for the average; running statistics are averaged alike.
+        """
         profile = "raw" if weights == "raw" else self.strategy.profiles[1]
         with self.strategy.weights(profile) as module:
-            return copy.deepcopy(module).eval().requires_grad_(False)
-
-
-def augment(images: Tensor, positions: np.ndarray, config: LearnerConfig, seed: int) -> Tensor:
-    """Shifted and, if asked, mirrored pictures (B, C, H, W); what a shift uncovers is black (-1).
-
-    A position draws its shift, uniform over all offsets up to `config.shift` in both directions,
-    and its mirroring from streams of its own.
-    """
-    shift = config.shift
-    if shift:
-        count, _, height, width = images.shape
-        words = bits(seed, Stream.CROP, positions, 2).astype(np.int64) * (2 * shift + 1) >> 32
-        top, left = (torch.from_numpy(column).to(images.device) for column in words.T)
-        padded = F.pad(images, (shift, shift, shift, shift), value=-1.0)
-        rows = top[:, None] + torch.arange(height, device=images.device)
-        columns = left[:, None] + torch.arange(width, device=images.device)
-        lane = torch.arange(count, device=images.device)[:, None, None]
-        # Advanced indices around a slice put their axes first: (B, H, W, C).
-        picked = padded[lane, :, rows[:, :, None], columns[:, None, :]]
-        images = picked.permute(0, 3, 1, 2).contiguous()
-    if config.flip:
-        flip = torch.from_numpy((bits(seed, Stream.FLIP, positions, 1)[:, 0] & 1).astype(bool))
-        images = torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
-    return images
+            network = without_averages(copy.deepcopy(module), averaged=weights != "raw")
+        return Prepared(network, self.config).eval().requires_grad_(False)
 
 
 def weights_hash(module: nn.Module) -> str:
-    """sha256 hex of a module's weights: names a learner in a pool's manifest."""
+    """sha256 hex of a classifier's weights: names a learner in a pool's manifest.
+
+    Preprocessing is left out: the same network has the same hash behind it and alone.
+    """
+    network = module.network if isinstance(module, Prepared) else module
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_bytes(learner: nn.Module) -> bytes:
+    """The weights of what `Learner.frozen` gave, as a safetensors file; `load_frozen` reads it."""
+    state = learner.network.state_dict()
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def load_frozen(config: LearnerConfig, path: str | Path) -> nn.Module:
+    """A frozen learner of this configuration with the weights in a file, as `Learner.frozen`."""
+    network = build_classifier(config.model)
+    try:
+        network.load_state_dict(load_file(path), assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not hold this learner ({reason}): restore it") from None
+    return Prepared(network, config).eval().requires_grad_(False)
+
+
+__all__ = [
+    "Fetch",
+    "Learner",
+    "LearnerConfig",
+    "Prepared",
+    "augment",
+    "frozen_bytes",
+    "load_frozen",
+    "weights_hash",
+]

@@ -5,11 +5,14 @@ difference of paired proportions (Tango 1998, Statistics in Medicine 17:891-908)
 McNemar's statistic and keeps its coverage at small counts, and McNemar's exact p-value. Several
 seeds: pictures and seeds are crossed random effects; the variance of the mean difference is
 (MS_seed + MS_picture - MS_rest) / (seeds * pictures), with Satterthwaite's degrees of freedom. The
-generator is the same in all seeds, so such an interval speaks about this generator only.
+generator is the same in all seeds, so such an interval speaks about this generator only. Several
+arms against one: p-values adjusted by Holm (1979, Scandinavian Journal of Statistics 6:65-70) and
+intervals at Bonferroni's level, both valid however the comparisons depend on each other.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -19,7 +22,12 @@ from etude.core.errors import UserError
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval at `level`; accuracies and differences are in [-1, 1]."""
+    """An estimate with its interval at `level`; accuracies and differences are in [-1, 1].
+
+    Attributes:
+        p_value: two-sided, of "no difference", for this comparison alone.
+        adjusted_p_value: the same held against all comparisons made beside it.
+    """
 
     value: float
     low: float
@@ -27,6 +35,7 @@ class Interval:
     level: float = 0.95
     p_value: float | None = None
     degrees_of_freedom: float | None = None
+    adjusted_p_value: float | None = None
 
     def __str__(self) -> str:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -76,8 +85,9 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, level: float =
         level: coverage over repeated draws of pictures and of seeds, in (0, 1).
 
     Returns:
-        The mean difference with a t interval. Each of the two sources of chance alone is a lower
-        bound of the variance used, so a negative variance component never narrows the interval.
+        The mean difference with a t interval and the t test's p-value. Each of the two sources of
+        chance alone is a lower bound of the variance used, so a negative variance component never
+        narrows the interval.
     """
     a, b = _as_matrix(correct_a, correct_b)
     if a.ndim != 2 or min(a.shape) < 2:
@@ -103,11 +113,61 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, level: float =
     else:
         degrees = total**2 / sum(square[name] ** 2 / freedom[name] for name in square)
     if total == 0.0:
-        return Interval(value, value, value, level, degrees_of_freedom=degrees)
-    half = float(stats.t.ppf(0.5 + level / 2.0, degrees)) * math.sqrt(total / (seeds * pictures))
-    return Interval(
-        value, max(-1.0, value - half), min(1.0, value + half), level, degrees_of_freedom=degrees
-    )
+        never = float(value == 0.0)
+        return Interval(value, value, value, level, never, degrees_of_freedom=degrees)
+    error = math.sqrt(total / (seeds * pictures))
+    half = float(stats.t.ppf(0.5 + level / 2.0, degrees)) * error
+    p_value = float(2.0 * stats.t.sf(abs(value) / error, degrees))
+    low, high = max(-1.0, value - half), min(1.0, value + half)
+    return Interval(value, low, high, level, p_value, degrees_of_freedom=degrees)
+
+
+def compare_all(
+    correct: dict[str, np.ndarray], reference: str, level: float = 0.95
+) -> dict[str, Interval]:
+    """Accuracy of `reference` minus that of every other arm, by the other arm's name.
+
+    Args:
+        correct: arm -> (pictures,) or (seeds, pictures) bool or 0/1, all of one shape; the same
+            pictures in the same order and, with several seeds, the same seeds.
+        reference: the arm that the others are held against.
+        level: chance that all intervals hold at once, in (0, 1).
+
+    Returns:
+        One interval per other arm, each at 1 - (1 - level) / comparisons. `adjusted_p_value` is
+        Holm's: rejecting where it is at most 1 - level errs anywhere with at most that chance. Holm
+        rejects more than the intervals do, so an interval may hold 0 beside a small adjusted p.
+
+    Raises:
+        UserError: no such reference, nothing to compare it with, or shapes that differ.
+    """
+    others = [arm for arm in correct if arm != reference]
+    if reference not in correct or not others:
+        raise UserError(
+            f"{reference!r} cannot be compared within arms {', '.join(correct) or '(none)'}: name "
+            "one of at least two arms"
+        )
+    each = 1.0 - (1.0 - level) / len(others)
+    found = {}
+    for arm in others:
+        a, b = np.asarray(correct[reference]), np.asarray(correct[arm])
+        one_seed = a.ndim == 1 or a.shape[0] == 1
+        compare = paired_difference if one_seed else paired_interval
+        found[arm] = compare(a, b, each)
+    adjusted = holm([found[arm].p_value for arm in others])
+    return {
+        arm: replace(found[arm], adjusted_p_value=p)
+        for arm, p in zip(others, adjusted, strict=True)
+    }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given; each in [0, 1] and none below its own."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def _as_matrix(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

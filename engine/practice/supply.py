@@ -1,26 +1,41 @@
-"""Where generated pictures come from: one growing pool per arm; called by rounds.py.
+"""Where generated pictures come from: requests for parts of pools, and who draws them.
 
-A pool is filled in chunks, each appended whole or not at all, so an interrupted round goes on with
-its next chunk. Picture i of an arm is fixed by (seed, i, learner): its label is i mod classes and
-its noise that of index i. Unguided pictures of the same index are therefore the same in every arm;
-they are copied from an arm that has them, and the cost of drawing them is booked in both.
+Called by course.py (which asks), by jobs.py (in processes that only draw) and by rebuild.py. A
+request is a file in its pool that names parts (`data/pool_parts.py`) by all that fixes them:
+picture i of a run has label i mod classes and the noise of index i, and is guided by the learner of
+that moment or not at all. Whoever serves a request claims a part, draws it and writes it, whole or
+not at all, so any number of processes share the work, and what a killed one leaves is drawn by
+another. Parts that another pool of the run has already are linked, and the cost of drawing them is
+booked in both.
 """
 
+import hashlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from etude.data.pool import Pool
+from etude.core.errors import UserError
+from etude.core.files import read_json, write_bytes_atomic, write_json_atomic
+from etude.core.lock import Lock, is_stale, read_lock
+from etude.data.pool_parts import PartKey, link_part, write_part
 from etude.diffusion.guidance import GuidanceConfig
 
-from .learner import weights_hash
-from .pictures import to_model
+from .learner import LearnerConfig, frozen_bytes, load_frozen, weights_hash
+from .pictures import chunks, to_model
 from .scores import entropy
+
+CLOSED = "closed.json"  # in the folder of all pools: nothing more will be asked for
+ORIGIN = "origin.json"  # in a pool: the generator, and how it and its learners are opened
+CANDIDATES = ".candidates"  # behind an arm's name: the pool that its pictures are chosen from
+_POLL_S = 0.1
+_SCORED = 64  # pictures whose entropy is taken at a time; parts of a pool never share a batch
 
 
 class Generator(Protocol):
@@ -28,9 +43,11 @@ class Generator(Protocol):
 
     Attributes:
         name, fingerprint: for people, and the identity of its weights.
+        protocol: everything else that fixes its pictures, JSON-serialisable.
         classes: names in index order.
         training_shards: folder of the pictures it was trained on; empty when not known.
         evaluations: rows that its denoiser has predicted so far.
+        gradients: rows that its denoiser has been differentiated for so far.
         device: where it draws.
     """
 
@@ -41,7 +58,13 @@ class Generator(Protocol):
     device: torch.device
 
     @property
+    def protocol(self) -> dict[str, Any]: ...
+
+    @property
     def evaluations(self) -> int: ...
+
+    @property
+    def gradients(self) -> int: ...
 
     def draw(
         self,
@@ -56,114 +79,382 @@ class Generator(Protocol):
         """uint8 (n, H, W, C) of indices and labels (n,) int64, and telemetry arrays (n,)."""
 
 
-class Supply:
-    """Draws the pictures of all arms of a run.
+@dataclass(frozen=True)
+class Facts:
+    """What the learners know of a generator that other processes hold; see `Generator`."""
+
+    name: str
+    fingerprint: str
+    protocol: dict[str, Any]
+    classes: list[str]
+    training_shards: str
+
+    @classmethod
+    def of(cls, generator: Generator) -> "Facts":
+        """The facts of an open generator."""
+        return cls(
+            generator.name,
+            generator.fingerprint,
+            generator.protocol,
+            list(generator.classes),
+            generator.training_shards,
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """Parts that a pool is to get; see `Supply.request`.
+
+    Attributes:
+        pool: name of the pool's folder below that of all pools.
+        round: the addition that they are for.
+        keys: the parts to be published, in the order of their indices.
+        beside: parts that are wanted for comparison only.
+    """
+
+    pool: str
+    round: int
+    keys: tuple[PartKey, ...]
+    beside: tuple[PartKey, ...] = ()
+
+    def post(self, root: Path) -> None:
+        """Put the request where generators look."""
+        parts = {name: [asdict(key) for key in getattr(self, name)] for name in ("keys", "beside")}
+        write_json_atomic(self._path(root), {"round": self.round} | parts)
+
+    def withdraw(self, root: Path) -> None:
+        """All parts are there: nobody needs to look any more."""
+        self._path(root).unlink(missing_ok=True)
+        shutil.rmtree(root / self.pool / "claims", ignore_errors=True)
+
+    def _path(self, root: Path) -> Path:
+        return root / self.pool / "requests" / f"{self.round:05d}.json"
+
+    @classmethod
+    def read(cls, path: Path) -> "Request":
+        """A request that was posted."""
+        content = read_json(path)
+        parts = {n: tuple(PartKey(**k) for k in content[n]) for n in ("keys", "beside")}
+        return cls(path.parents[1].name, content["round"], **parts)
+
+    @property
+    def wanted(self) -> tuple[PartKey, ...]:
+        """All parts that are to be written."""
+        return self.keys + self.beside
+
+    def missing(self, root: Path) -> list[PartKey]:
+        """The parts that nobody has written yet."""
+        return [key for key in self.wanted if not (root / self.pool / key.folder).is_dir()]
+
+
+class Studio:
+    """Draws parts: a generator and the frozen learners that guide it.
 
     Args:
-        folder: holds one pool per arm.
-        chunk: pictures appended to a pool at a time.
+        open_generator: makes the generator when the first part is drawn.
+        learner: how a learner is built before its stored weights are put into it.
+        root: folder of all pools.
+        device: where learners guide, which is where the generator draws.
     """
 
     def __init__(
-        self, generator: Generator, guidance: GuidanceConfig, seed: int, chunk: int, folder: Path
-    ) -> None:
-        self.generator, self.guidance, self.seed, self.chunk = generator, guidance, seed, chunk
-        self.folder = folder
-        self._unguided: dict[str, tuple[Pool, int]] = {}  # arm -> pool, its leading unguided part
-
-    def pool(self, arm: str) -> Pool:
-        """The arm's pool, as far as it is filled."""
-        return Pool(self.folder / arm)
-
-    def share(self, arm: str, pool: Pool, unguided: int) -> None:
-        """Let later arms copy the first `unguided` pictures of a pool."""
-        self._unguided[arm] = (pool, unguided)
-
-    def fill(
         self,
-        pool: Pool,
-        size: int,
+        open_generator: Callable[[], Generator],
+        learner: LearnerConfig,
+        root: Path,
+        device: torch.device,
+    ) -> None:
+        self._open, self.learner, self.root, self.device = open_generator, learner, root, device
+        self._generator: Generator | None = None
+        self._guide: tuple[str, nn.Module] | None = None
+
+    @property
+    def generator(self) -> Generator:
+        """The generator, opened when it is needed first."""
+        if self._generator is None:
+            self._generator = self._open()
+        return self._generator
+
+    def remember(self, name: str, learner: nn.Module) -> None:
+        """Spare reading the weights of a learner that this process has in memory."""
+        self._guide = (name, learner)
+
+    def make(self, pool: str, key: PartKey) -> None:
+        """Draw a part and write it."""
+        indices = np.arange(key.first, key.first + key.count)
+        labels = labels_of(indices, len(self.generator.classes))
+        images, entropies, cost = self.draw_indices(
+            pool, indices, labels, seed=key.seed, learner=key.learner, guidance=key.guidance
+        )
+        write_part(
+            self.root / pool,
+            key,
+            images,
+            labels,
+            seed_indices=indices,
+            entropies=entropies,
+            cost=cost,
+        )
+
+    def draw_indices(
+        self,
+        pool: str,
+        indices: np.ndarray,
+        labels: np.ndarray,
         *,
-        visible_from: int,
-        round_number: int,
-        learner: nn.Module | None,
-        stopped: Callable[[], bool],
-        advance: Callable[[], None],
-    ) -> bool:
-        """Append pictures until the pool holds `size`; False when stopped before that.
+        seed: int,
+        learner: str,
+        guidance: dict[str, Any] | None,
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """Pictures (n, S, S, C) uint8, their entropies (n,) float32, nan where nothing guides, and
+        what drawing them took.
 
         Args:
-            visible_from: position of the learner's stream from which the round is drawn from.
-            learner: guides the new pictures; None draws them unguided.
-            advance: called after each chunk.
+            learner: name of the learner in the pool that guides, "" for none.
         """
-        name = weights_hash(learner) if learner is not None else ""
-        guidance = self.guidance.model_dump(mode="json") if learner is not None else None
-        while len(pool) < size:
+        generator, guide = self.generator, self.guide(pool, learner) if learner else None
+        began = time.perf_counter()
+        before = generator.evaluations, generator.gradients
+        images, _ = generator.draw(
+            indices,
+            labels,
+            seed=seed,
+            learner=guide,
+            guidance=GuidanceConfig.model_validate(guidance) if guide else None,
+        )
+        cost = {
+            "evaluations": generator.evaluations - before[0],
+            "gradients": generator.gradients - before[1],
+            "seconds": time.perf_counter() - began,
+        }
+        return images, self._entropies(guide, images), cost
+
+    def guide(self, pool: str, name: str) -> nn.Module:
+        """The frozen learner that a pool keeps under a name."""
+        if self._guide is None or self._guide[0] != name:
+            path = learner_file(self.root / pool, name)
+            learner = load_frozen(self.learner, path).to(self.device)
+            if weights_hash(learner) != name:
+                raise UserError(f"{path} is not the learner that the pool names: restore the file")
+            self._guide = (name, learner)
+        return self._guide[1]
+
+    @torch.no_grad()
+    def _entropies(self, learner: nn.Module | None, images: np.ndarray) -> np.ndarray:
+        if learner is None:
+            return np.full(len(images), np.nan, np.float32)
+        parts = [
+            entropy(learner(to_model(images[rows], self.device)).float()).cpu().numpy()
+            for rows in chunks(np.arange(len(images)), _SCORED)
+        ]
+        return np.concatenate(parts)
+
+
+class Supply:
+    """What one process knows of the pools of a run: asks for parts, and waits for or draws them.
+
+    Args:
+        facts: the generator, wherever it is.
+        studio: draws here; where `apart`, only when no process that should draw is alive.
+        chunk: pictures of a part.
+        place: this process among those that draw, and how many there are, to begin at different
+            parts.
+        apart: other processes draw.
+        origin: how the generator was opened; kept in the pools, for `rebuild`.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        studio: Studio,
+        guidance: GuidanceConfig,
+        seed: int,
+        chunk: int,
+        *,
+        place: tuple[int, int] = (0, 1),
+        apart: bool = False,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        self.facts, self.studio, self.guidance, self.seed = facts, studio, guidance, seed
+        self.chunk, self.place, self.apart = chunk, place, apart
+        self.root, self.origin = studio.root, origin
+
+    def keys(self, first: int, end: int, learner: str = "") -> tuple[PartKey, ...]:
+        """The parts of pictures `first` to `end` - 1, guided by a learner that was kept, or plain.
+
+        Parts end at whole multiples of `chunk`, so that a part is the same whoever asks for it.
+        """
+        guidance = self.guidance.model_dump(mode="json") if learner else None
+        extra = extra_of(self.facts.protocol, len(self.facts.classes))
+        edges = [first, *range((first // self.chunk + 1) * self.chunk, end, self.chunk), end]
+        return tuple(
+            PartKey(low, high - low, self.seed, guidance, self.facts.fingerprint, learner, extra)
+            for low, high in zip(edges, edges[1:], strict=False)
+        )
+
+    def describe(self, pool: str) -> None:
+        """Leave in a pool how its pictures can be drawn again."""
+        about = asdict(self.facts) | {
+            "learner": self.studio.learner.model_dump(mode="json"),
+            "opened": self.origin,
+        }
+        write_json_atomic(self.root / pool / ORIGIN, about)
+
+    def forget(self, title: str) -> None:
+        """Withdraw what an earlier process asked for an arm: it is asked for again if needed."""
+        for name in (title, f"{title}{CANDIDATES}"):
+            shutil.rmtree(self.root / name / "requests", ignore_errors=True)
+
+    def keep_learner(self, pool: str, learner: nn.Module) -> str:
+        """Store a frozen learner in a pool, for whoever draws; returns its name there."""
+        name = weights_hash(learner)
+        path = learner_file(self.root / pool, name)
+        if not path.exists():
+            write_bytes_atomic(path, frozen_bytes(learner))
+        self.studio.remember(name, learner)
+        return name
+
+    def complete(
+        self, request: Request, stopped: Callable[[], bool], advance: Callable[[int], None]
+    ) -> bool:
+        """Draw what nobody has drawn yet, or wait for it; False when stopped before that.
+
+        Args:
+            advance: called with the number of parts that are there.
+        """
+        if not self.apart:
+            return serve(request, self.studio, stopped, advance, self.place)
+        while missing := request.missing(self.root):
             if stopped():
                 return False
-            start = len(pool)
-            indices = np.arange(start, min(size, (start // self.chunk + 1) * self.chunk))
-            images, entropies, cost = self._make(indices, learner)
-            pool.append(
-                images,
-                self.labels(indices),
-                seed_indices=indices,
-                entropies=entropies,
-                visible_from=visible_from,
-                guidance={"round": round_number, "guidance": guidance, **cost},
-                generator=self.generator.fingerprint,
-                learner=name,
-            )
-            advance()
+            if not someone_draws(self.root):
+                return serve(request, self.studio, stopped, advance, self.place)
+            advance(len(request.wanted) - len(missing))
+            time.sleep(_POLL_S)
         return True
 
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Classes in turn, (n,) int64, so that every whole round is balanced."""
-        return indices % len(self.generator.classes)
 
-    def draw(
-        self, indices: np.ndarray, learner: nn.Module | None
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """Pictures (n, S, S, C) uint8 and what they cost: denoiser evaluations and seconds."""
-        began, before = time.perf_counter(), self.generator.evaluations
-        images, _ = self.generator.draw(
-            indices,
-            self.labels(indices),
-            seed=self.seed,
-            learner=learner,
-            guidance=self.guidance if learner is not None else None,
-        )
-        evaluations = self.generator.evaluations - before
-        cost = {"evaluations": evaluations, "seconds": time.perf_counter() - began}
-        return images, cost
-
-    def _make(
-        self, indices: np.ndarray, learner: nn.Module | None
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        unknown = np.full(len(indices), np.nan, np.float32)
-        if learner is None:
-            for pool, unguided in self._unguided.values():
-                if indices[-1] < unguided:
-                    share = len(indices) / unguided
-                    cost = {k: v * share for k, v in cost_of(pool, unguided).items()}
-                    return pool.images(indices), unknown, cost
-            images, cost = self.draw(indices, None)
-            return images, unknown, cost
-        images, cost = self.draw(indices, learner)
-        with torch.no_grad():
-            logits = learner(to_model(images, self.generator.device))
-        return images, entropy(logits.float()).cpu().numpy(), cost
+def serve(
+    request: Request,
+    studio: Studio,
+    stopped: Callable[[], bool],
+    advance: Callable[[int], None] = lambda there: None,
+    place: tuple[int, int] = (0, 1),
+) -> bool:
+    """Draw the parts of a request that are neither there nor in somebody's hands, until all are
+    there; False when stopped before that."""
+    root, rank, size = studio.root, *place
+    keys = [key for lead in range(size) for key in request.wanted[(rank + lead) % size :: size]]
+    while waiting := request.missing(root):
+        held = 0
+        for key in [key for key in keys if key in waiting]:
+            if stopped():
+                return False
+            held += not _make_once(request.pool, key, studio)
+            advance(len(request.wanted) - len(request.missing(root)))
+        if held:
+            time.sleep(_POLL_S)
+    return True
 
 
-def cost_of(pool: Pool, size: int | None = None) -> dict[str, float]:
-    """Denoiser evaluations and seconds that drawing the first `size` pictures took.
+def _make_once(pool: str, key: PartKey, studio: Studio) -> bool:
+    """Have a part made unless another process is at it, which is answered by False."""
+    folder = studio.root / pool
+    if (folder / key.folder).is_dir():
+        return True
+    twin = next(studio.root.glob(f"*/{key.folder}"), None)
+    if twin is not None:
+        link_part(twin, folder)
+        return True
+    claim = folder / "claims" / key.folder
+    claim.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock(claim)
+    except UserError:
+        return False
+    try:
+        if not (folder / key.folder).is_dir():
+            studio.make(pool, key)
+    finally:
+        lock.release()
+    return True
 
-    One evaluation is one forward of the denoiser for one picture; padding and both halves of
-    classifier-free guidance count, the backward pass of guidance shows in the seconds only.
+
+def attend(studio: Studio, number: int, stopped: Callable[[], str | None]) -> dict[str, Any]:
+    """Draw for a run until it closes its pools: the whole life of a process that only draws.
+
+    Args:
+        number: of this process among those that draw.
+        stopped: the reason to stop, if there is one.
+
+    Returns:
+        {} or {"stopped": reason} when the run, or this process, was asked to stop.
     """
-    entries = [e for e in pool.rounds if size is None or e.first + e.count <= size]
-    return {
-        key: float(sum(entry.guidance[key] for entry in entries))
-        for key in ("evaluations", "seconds")
-    }
+    with drawing(studio.root, number):
+        while not (closed := studio.root / CLOSED).exists():
+            if reason := stopped():
+                return {"stopped": reason}
+            for path in sorted(studio.root.glob("*/requests/*.json")):
+                try:
+                    request = Request.read(path)
+                except UserError:  # it was published a moment ago
+                    continue
+                serve(request, studio, lambda: bool(stopped()), place=(number, number + 1))
+            time.sleep(_POLL_S)
+        reason = read_json(closed)["stopped"]
+    return {"stopped": reason} if reason else {}
+
+
+class drawing:
+    """While it is open, `someone_draws`."""
+
+    def __init__(self, root: Path, number: int) -> None:
+        self._folder = root / "drawing" / f"{number:05d}"
+
+    def __enter__(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self._folder)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def someone_draws(root: Path) -> bool:
+    """Whether a process that only draws is alive."""
+    for path in root.glob("drawing/*/lock.json"):
+        holder = read_lock(path)
+        if holder is not None and not is_stale(path, holder):
+            return True
+    return False
+
+
+def learner_file(pool: Path, name: str) -> Path:
+    """Where a pool keeps the weights of a learner that guided some of its pictures."""
+    return pool / "learners" / f"{name}.safetensors"
+
+
+def extra_of(
+    protocol: Mapping[str, Any], classes: int, chosen: np.ndarray | None = None
+) -> dict[str, Any]:
+    """What else fixes a part's pictures: the protocol, and which of many were chosen."""
+    extra = {"protocol": protocol, "classes": classes}
+    if chosen is None:
+        return extra
+    indices = np.ascontiguousarray(chosen, dtype=np.int64)
+    return extra | {"chosen": hashlib.sha256(indices.tobytes()).hexdigest()}
+
+
+def labels_of(indices: np.ndarray, classes: int) -> np.ndarray:
+    """Classes in turn, (n,) int64, so that every whole round is balanced."""
+    return np.asarray(indices, np.int64) % classes
+
+
+def passes(cost: Mapping[str, float]) -> float:
+    """What drawing took in evaluations of the denoiser, a backward pass counting as two."""
+    return cost.get("evaluations", 0.0) + 2.0 * cost.get("gradients", 0.0)
+
+
+def total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Costs added up by name."""
+    names = dict.fromkeys(name for cost in costs for name in cost)
+    return {name: sum(cost.get(name, 0.0) for cost in costs) for name in names}

@@ -13,7 +13,7 @@ from etude.data.augment import AugmentConfig
 from etude.data.latents import LatentLoader, encode_latents, latents_plan, weights_key
 from etude.data.loader import DataConfig, Loader
 from etude.data.order import Order
-from etude.data.pool import encode_png
+from etude.data.pool_parts import encode_png
 from etude.data.shards import ShardSet, write_shards
 
 COUNT, BAD = 30, 11

@@ -85,3 +85,21 @@ def test_what_a_person_gets_wrong() -> None:
 
 def test_stored_order_is_the_identity() -> None:
     assert StoredOrder(4).index(np.array([0, 3, 5])).tolist() == [0, 3, 1]
+
+
+def test_the_newest_samples_may_weigh_more() -> None:
+    """Frequencies against the weights' shares, before and after each growth; bits are fixed."""
+    plain = PoolOrder(7, [(0, 100), (10_000, 150)])
+    assert np.array_equal(
+        plain.index(np.arange(20_000)),
+        PoolOrder(7, [(0, 60), (0, 100), (10_000, 150)]).index(np.arange(20_000)),
+    )
+    order = PoolOrder(7, [(0, 100), (10_000, 120), (10_000, 150)], newest_weight=3.0)
+    early, late = order.index(np.arange(10_000)), order.index(np.arange(10_000, 50_000))
+    counts = np.bincount(early, minlength=100)
+    assert len(counts) == 100 and ((counts - 100) ** 2 / 100).sum() < 150  # chi-square, 99 degrees
+    counts = np.bincount(late, minlength=150)
+    expected = 40_000 * np.where(np.arange(150) < 100, 1.0, 3.0) / (100 + 3 * 50)
+    assert len(counts) == 150 and ((counts - expected) ** 2 / expected).sum() < 210  # 149 degrees
+    again = [order.index(np.arange(a, b)) for a, b in ((9_000, 20_000), (20_000, 50_000))]
+    assert np.array_equal(np.concatenate(again), np.concatenate((early[9_000:], late)))

@@ -1,18 +1,14 @@
 """Entropy guidance: its sign, its scale, its gradient, and that it leaves everything else alone."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig, entropy
+from etude.diffusion.criteria import entropy
+from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig, Pushed
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
-from etude.models.classifier import Classifier, ClassifierConfig
-from etude.models.dit import DiT, DiTConfig
 
 CENTRE = torch.tensor([1.0, 0.0], dtype=torch.float64)
 EPS = Objective(ObjectiveConfig(prediction="eps", schedule="linear"))
@@ -48,13 +44,36 @@ def bayes(x: torch.Tensor) -> torch.Tensor:
     return torch.stack((torch.zeros_like(score), score), dim=1)
 
 
+def evaluated(guide: EntropyGuidance, denoiser, x, t, condition) -> tuple:
+    """x and the network's output there as a sampler gives them to the guide."""
+    if not guide.traces:
+        return x, denoiser(x, t, condition).detach()
+    x = x.detach().requires_grad_()
+    return x, denoiser(x, t, condition)
+
+
+def push(guide: EntropyGuidance, denoiser, objective, x, t, condition) -> tuple:
+    """(x, x0_hat, eps_hat) of an evaluation without classifier-free guidance."""
+    leaf, output = evaluated(guide, denoiser, x, t, condition)
+    pushed = guide.push(objective, leaf, output, t, condition)
+    x0, eps = objective.clean(output.detach(), pushed.x, t)
+    if pushed.by_x0 is not None:
+        x0, eps = x0 + pushed.by_x0, eps + pushed.by_eps
+    return pushed.x, x0, eps
+
+
+def gradient(guide: EntropyGuidance, denoiser, objective, x, t, condition) -> torch.Tensor:
+    x, output = evaluated(guide, denoiser, x, t, condition)
+    return guide.gradient(objective, x, output, t, condition)
+
+
 class PrintedSign(EntropyGuidance):
     """Equation 7 as printed in the paper: eps + omega * gradient."""
 
-    def push(self, denoiser, objective, x, prediction, t, condition, *, corrector=False):
-        gradient = self.gradient(denoiser, objective, x, prediction, t, condition)
-        eps = prediction + self.config.omega * gradient
-        return x, *objective.clean(eps, x, t)
+    def push(self, objective, x, output, t, condition):
+        by_eps = self.config.omega * self.gradient(objective, x, output, t, condition)
+        alpha, sigma = (c.view(-1, 1, 1, 1) for c in objective.schedule.coefficients(t))
+        return Pushed(x.detach(), -sigma / alpha * by_eps, by_eps)
 
 
 def final_entropy(objective: Objective, guide: type | None, **fields) -> float:
@@ -86,15 +105,14 @@ def test_the_score_form_is_the_guided_score() -> None:
     x, t = draw(3, 2, 1, 1), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     prediction = denoiser(x, t, condition)
     guide = EntropyGuidance(GuidanceConfig(mode="score", omega=0.7), bayes, lambda x: x)
-    guide.start(3, x.device)
-    moved, x0, eps = guide.push(denoiser, FLOW, x, prediction, t, condition)
-    gradient = guide.gradient(denoiser, FLOW, x, prediction, t, condition)
+    moved, x0, eps = push(guide, denoiser, FLOW, x, t, condition)
+    found = gradient(guide, denoiser, FLOW, x, t, condition)
     assert torch.equal(moved, x)
     alpha, sigma = (1 - t).view(3, 1, 1, 1), t.view(3, 1, 1, 1)
     score = -FLOW.clean(prediction, x, t)[1] / sigma
-    torch.testing.assert_close(-eps / sigma, score + 0.7 * gradient)
+    torch.testing.assert_close(-eps / sigma, score + 0.7 * found)
     torch.testing.assert_close(alpha * x0 + sigma * eps, x)
-    velocity = prediction - 0.7 * (sigma + sigma**2 / alpha) * gradient
+    velocity = prediction - 0.7 * (sigma + sigma**2 / alpha) * found
     torch.testing.assert_close(eps - x0, velocity)
 
 
@@ -103,8 +121,7 @@ def test_pure_noise_without_signal_gets_no_score_guidance() -> None:
     x, t = draw(2, 2, 1, 1), torch.ones(2, dtype=torch.float64)
     prediction = denoiser(x, t, condition)
     guide = EntropyGuidance(GuidanceConfig(mode="score", omega=0.7), bayes, lambda x: x)
-    guide.start(2, x.device)
-    _, x0, eps = guide.push(denoiser, FLOW, x, prediction, t, condition)
+    _, x0, eps = push(guide, denoiser, FLOW, x, t, condition)
     torch.testing.assert_close((x0, eps), FLOW.clean(prediction, x, t))
 
 
@@ -127,12 +144,24 @@ class Toy:
         return self.network(torch.cat((x.flatten(1), extra), dim=1)).view_as(x)
 
 
+def written_out(criterion: str, probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The criteria in the terms of their definitions, by sorting and indexing."""
+    entropy = -(probability * probability.log()).sum(1)
+    loss = -probability[torch.arange(len(labels)), labels].log()
+    ordered = probability.sort(1).values
+    return {
+        "entropy": entropy,
+        "loss": loss,
+        "margin": 1 - ordered[:, -1] + ordered[:, -2],
+        "entropy_label": entropy - 0.3 * loss,
+    }[criterion]
+
+
 @pytest.mark.parametrize("path", ["full", "stop_denoiser"])
-@pytest.mark.parametrize("criterion", ["entropy", "loss"])
+@pytest.mark.parametrize("criterion", ["entropy", "loss", "margin", "entropy_label"])
 @pytest.mark.parametrize("blend", [False, True])
 def test_gradient_against_finite_differences(path: str, criterion: str, blend: bool) -> None:
-    objective, toy, learner = FLOW, Toy(), network(2, 6, 4)
-    decoder = network(3, 6, 6)
+    toy, learner, decoder = Toy(), network(2, 6, 4), network(3, 6, 6)
     x, t = draw(3, 1, 2, 3), torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
     condition = {"labels": torch.tensor([0, 3, 1])}
     held = toy(x, t, condition).detach()
@@ -143,14 +172,11 @@ def test_gradient_against_finite_differences(path: str, criterion: str, blend: b
         clean = x - time * output
         clean = time * clean + (1 - time) * x if blend else clean
         probability = torch.softmax(learner(decoder(clean)), dim=1)
-        if criterion == "entropy":
-            return -(probability * probability.log()).sum(1)
-        return -probability[torch.arange(3), condition["labels"]].log()
+        return written_out(criterion, probability, condition["labels"])
 
-    config = GuidanceConfig(path=path, criterion=criterion, blend=blend)
-    guide = EntropyGuidance(config, learner, decoder)
-    guide.start(3, x.device)
-    gradient = guide.gradient(toy, objective, x, held, t, condition)
+    weight = {"label_weight": 0.3} if criterion == "entropy_label" else {}
+    config = GuidanceConfig(path=path, criterion=criterion, blend=blend, **weight)
+    found = gradient(EntropyGuidance(config, learner, decoder), toy, FLOW, x, t, condition)
     step, expected = 1e-6, torch.zeros_like(x)
     with torch.no_grad():
         for i in range(2):
@@ -159,8 +185,27 @@ def test_gradient_against_finite_differences(path: str, criterion: str, blend: b
                 shift[:, 0, i, j] = step
                 difference = criterion_of(x + shift) - criterion_of(x - shift)
                 expected[:, 0, i, j] = difference / (2 * step)
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
-    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow", "v"])
+def test_stop_denoiser_is_the_estimates_own_slope(prediction: str) -> None:
+    """d x0_hat / dx with the output held: 1 / alpha, 1 / (alpha + sigma), alpha / (alpha^2 +
+    sigma^2)."""
+    objective = Objective(ObjectiveConfig(prediction=prediction, schedule="linear"))
+    toy, learner = Toy(), network(2, 6, 4)
+    x, t = draw(3, 1, 2, 3), torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
+    condition = {"labels": torch.tensor([0, 3, 1])}
+    guide = EntropyGuidance(GuidanceConfig(path="stop_denoiser"), learner, lambda x: x)
+    found = gradient(guide, toy, objective, x, t, condition)
+    clean = objective.clean(toy(x, t, condition).detach(), x, t)[0].requires_grad_()
+    p = learner(clean).softmax(1)
+    (by_clean,) = torch.autograd.grad(-(p * p.log()).sum(), clean)
+    alpha, sigma = (c.view(3, 1, 1, 1) for c in objective.schedule.coefficients(t))
+    slope = {"eps": 1 / alpha, "flow": 1 / (alpha + sigma), "v": alpha / (alpha**2 + sigma**2)}
+    torch.testing.assert_close(found, slope[prediction] * by_clean)
+    assert guide.passes == 0
 
 
 def test_step_length_is_a_share_of_each_sample() -> None:
@@ -169,12 +214,11 @@ def test_step_length_is_a_share_of_each_sample() -> None:
     condition = {"labels": torch.tensor([0, 3, 1])}
     prediction = toy(x, t, condition).detach()
     guide = EntropyGuidance(GuidanceConfig(omega=0.05), network(2, 6, 4), lambda x: x)
-    guide.start(3, x.device)
-    moved, x0, _ = guide.push(toy, FLOW, x, prediction, t, condition)
-    gradient = guide.gradient(toy, FLOW, x, prediction, t, condition)
+    moved, x0, _ = push(guide, toy, FLOW, x, t, condition)
+    found = gradient(guide, toy, FLOW, x, t, condition)
     shift = (moved - x).flatten(1)
     torch.testing.assert_close(shift.norm(dim=1), 0.05 * x.flatten(1).norm(dim=1))
-    aligned = torch.cosine_similarity(shift, gradient.flatten(1))
+    aligned = torch.cosine_similarity(shift, found.flatten(1))
     torch.testing.assert_close(aligned, torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(x0, moved - t.view(3, 1, 1, 1) * prediction)
 
@@ -214,9 +258,55 @@ def test_frequency_interval_and_cost() -> None:
         sample(toy, FLOW, steps(10), z, condition, guide=guide)
         return sum(learner_calls[before:]), toy.calls
 
-    assert guided_steps("full", every=5) == (2, 12)
+    assert guided_steps("full", every=5) == (2, 10)
     assert guided_steps("stop_denoiser", every=5) == (2, 10)
-    assert guided_steps("full", every=1, interval=(0.35, 0.75)) == (4, 14)  # times .7 .6 .5 .4
+    assert guided_steps("full", every=1, interval=(0.35, 0.75)) == (4, 10)  # times .7 .6 .5 .4
+
+
+@pytest.mark.parametrize("path", ["full", "stop_denoiser"])
+def test_no_row_is_evaluated_twice_and_only_the_conditional_one_has_a_gradient(path: str) -> None:
+    """The published frequency under classifier-free guidance: 30 steps, of which six are guided."""
+    z, condition = draw(4, 1, 2, 3), {"labels": torch.arange(4)}
+    null, toy, rows, traced = {"labels": torch.full((4,), 9)}, Toy(), [], []
+
+    def denoiser(x, t, condition):
+        rows.append(len(x))
+        if torch.is_grad_enabled():
+            traced.append(condition["labels"].tolist())
+        return toy(x, t, condition)
+
+    guide = EntropyGuidance(GuidanceConfig(path=path), network(2, 6, 4), lambda x: x)
+    options = steps(30, guidance_scale=1.5)
+    sample(denoiser, FLOW, options, z, condition, nulls=[null], guide=guide)
+    assert sum(rows) == 30 * 2 * 4
+    assert traced == ([[0, 1, 2, 3]] * 6 if path == "full" else [])
+    assert guide.passes == len(traced)
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_the_steps_own_prediction_is_the_conditional_estimate(scale: float | None) -> None:
+    """One guided step against a formula with an evaluation of its own for the gradient."""
+    toy, learner, omega = Toy(), network(2, 6, 4), 0.2
+    z, labels = draw(3, 1, 2, 3), torch.tensor([0, 3, 1])
+    null = {"labels": torch.full((3,), 9)}
+    options = steps(4, guidance_scale=scale)
+    guide = EntropyGuidance(GuidanceConfig(omega=omega, every=9), learner, lambda x: x)
+    seen = []
+    sample(
+        toy, FLOW, options, z, {"labels": labels}, nulls=[null] if scale else (), guide=guide,
+        progress=lambda done, x, x0: seen.append(x),
+    )  # fmt: skip
+    one = torch.ones(3, dtype=torch.float64)
+    x = z.clone().requires_grad_()
+    asked = toy(x, one, {"labels": labels})
+    p = learner(x - asked).softmax(1)
+    (found,) = torch.autograd.grad(-(p * p.log()).sum(), x)
+    lengths = [a.flatten(1).norm(dim=1).view(3, 1, 1, 1) for a in (z, found)]
+    moved = z + omega * found * lengths[0] / lengths[1]
+    velocity = asked.detach()
+    if scale:
+        velocity = velocity + scale * (velocity - toy(z, one, null).detach())
+    torch.testing.assert_close(seen[0], moved - 0.25 * velocity)
 
 
 def test_a_heun_step_moves_x_once_and_corrects_the_score_twice() -> None:
@@ -235,33 +325,6 @@ def test_a_heun_step_moves_x_once_and_corrects_the_score_twice() -> None:
     assert counts == [2, 4]  # steps 0 and 2; neither is the last, which has no corrector
 
 
-def test_gradient_through_the_real_networks() -> None:
-    """Float32 and the operators in use, against float64 and the references."""
-    shape = dict(input_size=4, in_channels=2, hidden_size=32, depth=2, num_heads=2, num_classes=3)
-    model = DiT(DiTConfig(**shape, learn_sigma=True))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    learner = Classifier(ClassifierConfig(in_channels=2, channels=(8, 16), groups=4, num_classes=3))
-    t, labels, x = torch.tensor([0.8, 0.5, 0.2]), torch.tensor([0, 2, 3]), draw(3, 2, 4, 4)
-
-    def gradient(dtype: torch.dtype) -> torch.Tensor:
-        model.to(dtype), learner.to(dtype)
-        guide = EntropyGuidance(
-            GuidanceConfig(), learner, lambda x0: F.interpolate(x0, scale_factor=2.0)
-        )
-        return guide.gradient(
-            lambda x, t, condition: model(x, t * 1000, condition),
-            FLOW, x.to(dtype), x.to(dtype), t.to(dtype), {"labels": labels},
-        )  # fmt: skip
-
-    single, double = gradient(torch.float32), gradient(torch.float64)
-    error = (single - double).flatten(1).norm(dim=1) / double.flatten(1).norm(dim=1)
-    assert (error < 1e-3).all()
-    assert all(p.grad is None for p in (*model.parameters(), *learner.parameters()))
-
-
 def test_full_batch_equals_one_by_one() -> None:
     z, labels, learner = draw(6, 1, 2, 3), torch.arange(6) % 4, network(2, 6, 4)
 
@@ -272,8 +335,10 @@ def test_full_batch_equals_one_by_one() -> None:
         condition = {"labels": labels[rows]}
         return sample(Toy(), FLOW, options, z[rows], condition, nulls=[null], guide=guide)
 
-    for fields in ({}, {"mode": "score"}, {"path": "stop_denoiser"}):
+    kept = {"ceiling": 0.9, "keep_label": True}
+    for fields in ({}, {"mode": "score"}, {"path": "stop_denoiser"}, kept, {"decode_rows": 4}):
         together = run([0, 1, 2, 3, 4, 5], **fields)
+        torch.testing.assert_close(run([1, 3], **fields), together[[1, 3]], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(run([4], **fields), together[[4]], rtol=1e-10, atol=1e-12)
 
 
@@ -292,18 +357,19 @@ class Fragile(nn.Module):
         return self.head(self.norm(x)) / (x[:, :1].abs() < 50.0)
 
 
-def test_a_gradient_that_is_not_finite_leaves_that_sample_alone() -> None:
+@pytest.mark.parametrize("path", ["full", "stop_denoiser"])
+def test_a_gradient_that_is_not_finite_leaves_that_sample_alone(path: str) -> None:
     x, t = draw(3, 1, 2, 3), torch.full((3,), 0.5, dtype=torch.float64)
     x[1] = 1e4
     condition, toy = {"labels": torch.arange(3)}, Toy()
-    prediction = toy(x, t, condition).detach()
-    guide = EntropyGuidance(GuidanceConfig(omega=0.1), Fragile(), lambda x: x)
-    guide.start(3, x.device)
-    moved, _, _ = guide.push(toy, FLOW, x, prediction, t, condition)
+    guide = EntropyGuidance(GuidanceConfig(omega=0.1, path=path), Fragile(), lambda x: x)
+    guide.start(3, x.device, condition)
+    moved, _, _ = push(guide, toy, FLOW, x, t, condition)
     shift = (moved - x).flatten(1).norm(dim=1)
     assert shift[1] == 0.0 and (shift[[0, 2]] > 0).all()
-    guide.push(toy, FLOW, x, prediction, t, condition)
+    push(guide, toy, FLOW, x, t, condition)
     assert guide.telemetry()["nonfinite"].tolist() == [0.0, 2.0, 0.0]
+    assert guide.telemetry()["held"].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -343,12 +409,56 @@ def test_telemetry_measures_the_finished_samples() -> None:
     assert report["nonfinite"].tolist() == [0.0] * 5
 
 
-def test_ceiling_leaves_uncertain_samples_alone() -> None:
-    x = torch.tensor([[0.05, 0.0], [2.0, 0.0]], dtype=torch.float64).view(2, 2, 1, 1)
-    t, condition = torch.full((2,), 0.3, dtype=torch.float64), {"labels": torch.tensor([1, 1])}
-    logits_are_x = {"learner": bayes, "decode": lambda x: x}
-    guide = EntropyGuidance(GuidanceConfig(ceiling=0.9, path="stop_denoiser"), **logits_are_x)
-    guide.start(2, x.device)
-    gradient = guide.gradient(gaussian_classes(FLOW), FLOW, x, torch.zeros_like(x), t, condition)
-    assert not gradient[0].any() and gradient[1].any()
-    assert float(entropy(bayes(x))[0]) > 0.9 * math.log(2)
+def test_the_cheap_decoder_pushes_and_the_real_one_judges() -> None:
+    z, condition = draw(3, 2, 1, 1), {"labels": torch.tensor([0, 1, 0])}
+    calls = {"real": [], "cheap": []}
+
+    def decoder(name: str, factor: float):
+        def decode(x: torch.Tensor) -> torch.Tensor:
+            calls[name].append(torch.is_grad_enabled())
+            return factor * x
+
+        return decode
+
+    def run(cheap) -> tuple[torch.Tensor, EntropyGuidance]:
+        config = GuidanceConfig(mode="score", omega=1.0)
+        guide = EntropyGuidance(config, bayes, decoder("real", 1.0), cheap_decode=cheap)
+        toy = gaussian_classes(FLOW)
+        return sample(toy, FLOW, steps(10), z, condition, guide=guide), guide
+
+    x, guide = run(decoder("cheap", 3.0))
+    assert calls == {"real": [False], "cheap": [True] * 2}
+    torch.testing.assert_close(guide.pictures, x)
+    expected = entropy(bayes(x)).float().numpy()
+    np.testing.assert_allclose(guide.telemetry()["entropy"], expected, rtol=1e-6)
+    assert (run(None)[0] - x).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="cheap_decode"):
+        EntropyGuidance(GuidanceConfig(decoder="taesd"), bayes, lambda x: x)
+
+
+def test_bf16_decoding_is_close_to_fp32() -> None:
+    """Autocast reaches the decoder and the learner, and nothing else."""
+    toy, x, t = Toy(), draw(8, 1, 2, 3).float(), torch.linspace(0.1, 0.9, 8)
+    toy.network.float()
+    learner, decoder = network(2, 6, 4).float(), nn.Conv2d(1, 1, 3, padding=1)
+    condition, dtypes = {"labels": torch.arange(8) % 4}, []
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        made = decoder(x)
+        dtypes.append((x.dtype, made.dtype))
+        return made
+
+    def denoiser(x, t, condition):
+        made = toy(x, t, condition)
+        assert made.dtype == torch.float32
+        return made
+
+    found = {}
+    for precision in ("fp32", "bf16"):
+        guide = EntropyGuidance(GuidanceConfig(decode_precision=precision), learner, decode)
+        found[precision] = gradient(guide, denoiser, FLOW, x, t, condition)
+    assert dtypes == [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
+    assert found["bf16"].dtype == torch.float32
+    apart = (found["bf16"] - found["fp32"]).flatten(1).norm(dim=1)
+    share = apart / found["fp32"].flatten(1).norm(dim=1)
+    assert 1e-4 < share.max() < 0.05, share

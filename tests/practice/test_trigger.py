@@ -31,7 +31,7 @@ def test_plateau_follows_a_trace_worked_out_by_hand() -> None:
         assert plateau.observe(accuracy, config) is asks, look
         assert plateau.waited == waited, look
         if asks:
-            plateau.add_round()
+            plateau.add_round(config)
     assert plateau == Plateau(best=0.31, waited=0, rounds=3)
     assert Plateau(**plateau.to_dict()) == plateau
 
@@ -41,7 +41,7 @@ def test_fractional_growth_and_minimal_improvement() -> None:
     plateau = Plateau()
     assert not plateau.observe(0.0, config)  # the first look always sets the best
     assert plateau.observe(0.05, config)  # 0.05 is not above 0.00 + 0.05
-    plateau.add_round()
+    plateau.add_round(config)
     assert not plateau.observe(0.04, config)  # Tmax is 1.5 now: one look is not enough
     assert plateau.observe(0.04, config)
 

@@ -1,0 +1,183 @@
+"""Who draws and who learns changes nothing: real processes, a real generator, real kills.
+
+One process that does both in turn is the yardstick. Beside it: one that learns and one that draws,
+two that do both, and processes killed at any moment.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from etude.core.recipe import load_recipe
+from etude.data.pool import Pool
+from etude.jobs import run_recipe
+
+pytestmark = pytest.mark.timeout(300)
+
+RECIPE = """\
+kind: practice
+generator: {generator}
+sampler: {{method: ddim, steps: 4, guidance_convention: lambda}}
+pictures: {{image_size: 16, crop: none, channels: 1}}
+monitor: {digits}/monitor
+test: {digits}/test
+learner:
+  model: {{in_channels: 1, num_classes: 10, channels: [8, 16]}}
+  batch: 32
+  lr: 4.0e-3
+  ema: 0.9
+schedule: {{steps: 50}}
+trigger: {{evaluate_every: 5, patience: 1, delay_steps: {delay}}}
+guidance: {{omega: 0.1, every: 2}}
+start_samples: 100
+round_samples: 50
+max_rounds: 2
+chunk: 32
+probe_samples: 20
+save_every: 7
+arms: [practice, static]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipes `now.yaml` and `later.yaml` (rounds that come after 7 steps) and their generator."""
+    root = tmp_path_factory.mktemp("placement")
+    generator, _ = run_recipe(load_recipe(tiny.ldm), root=root / "runs", name="ldm", quiet=True)
+    for name, delay in (("now", 0), ("later", 7)):
+        text = RECIPE.format(generator=generator, digits=tiny.folder / "digits", delay=delay)
+        (root / f"{name}.yaml").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, forks) -> dict[str, Path]:
+    """Both recipes in one process, to the end."""
+    for name in ("now", "later"):
+        process = forks.start(*command(name, name), cwd=folder)
+        out, err = process.communicate(120)
+        assert process.returncode == 0, out + err
+    return {name: folder / "runs" / name for name in ("now", "later")}
+
+
+def command(recipe: str, run: str, *more: str) -> list[str]:
+    return ["-m", "etude", "practice", f"{recipe}.yaml", f"run={run}", *more]
+
+
+def figures(run: Path) -> dict:
+    """A result without seconds."""
+    arms = json.loads((run / "result.json").read_text())["arms"]
+    return {
+        name: {key: value for key, value in arm.items() if not key.endswith("seconds")}
+        for name, arm in arms.items()
+    }
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """The same pools to the last bit of picture and manifest, and the same learners."""
+    for name in ("practice", "static"):
+        one, two = (Pool(root / "pools" / name) for root in (run, other))
+        assert one.parts == two.parts and len(one) > 100
+        rows = np.arange(len(one))
+        assert np.array_equal(one.images(rows), two.images(rows))
+        assert np.array_equal(one.entropies(rows), two.entropies(rows), equal_nan=True)
+    assert figures(run) == figures(other)
+    assert not list(run.glob("pools/*/requests/*")) and not (run / "REQUEUE").exists()
+
+
+def wait_for(done, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def ended(processes, seconds: float = 120) -> list[int]:
+    return [process.communicate(seconds) and process.returncode for process in processes]
+
+
+@pytest.mark.parametrize("recipe", ["now", "later"])
+def test_one_draws_and_one_learns(folder, alone, forks, recipe) -> None:
+    words = command(recipe, f"{recipe}-apart", "placement=separate")
+    processes = forks.start_ranks(2, *words, cwd=folder)
+    assert ended(processes) == [0, 0]
+    assert_equal(folder / "runs" / f"{recipe}-apart", alone[recipe])
+
+
+def test_two_that_do_both_share_the_work_and_learn_the_same(folder, alone, forks) -> None:
+    """Gradients are summed in another order, so learners, and what they guide, agree closely."""
+    processes = forks.start_ranks(2, *command("now", "both"), cwd=folder)
+    assert ended(processes) == [0, 0]
+    one, two = (Pool(root / "pools" / "practice") for root in (folder / "runs/both", alone["now"]))
+    start = np.arange(100)
+    assert np.array_equal(one.images(start), two.images(start))
+    ours, theirs = (figures(root)["practice"] for root in (folder / "runs/both", alone["now"]))
+    first = theirs["added_at"][0]
+    looks = [[look for look in arm["looks"] if look[0] <= first] for arm in (ours, theirs)]
+    assert np.allclose(looks[0], looks[1], atol=0.02) and ours["added_at"][0] == first
+
+
+def test_a_killed_process_that_draws_is_made_up_for_by_another(folder, alone, forks) -> None:
+    run = folder / "runs" / "killed-one"
+    words = command("now", "killed-one", "placement=separate", "generators=2")
+    learner, first, second = forks.start_ranks(3, *words, cwd=folder)
+    wait_for(lambda: list(run.glob("pools/practice/claims/*/lock.json")))
+    first.kill()
+    second.communicate(120)
+    learner.communicate(120)
+    assert (run / "result.json").exists() and second.returncode == 0
+    assert_equal(run, alone["now"])
+
+
+def test_a_learner_draws_for_itself_when_nobody_else_is_left(folder, alone, forks) -> None:
+    run = folder / "runs" / "killed-all"
+    words = command("later", "killed-all", "placement=separate")
+    learner, drawing = forks.start_ranks(2, *words, cwd=folder)
+    wait_for(lambda: len(list(run.glob("pools/practice/part-*"))) >= 5)  # in the first round
+    drawing.kill()
+    learner.communicate(120)
+    assert (run / "result.json").exists()
+    assert_equal(run, alone["later"])
+
+
+def test_kills_at_any_moment_of_either_process(folder, alone, forks) -> None:
+    """Both are killed at random moments, again and again, and started again."""
+    run, chance = folder / "runs" / "killed", np.random.default_rng(5)
+    kills = 0
+    for attempt in range(60):
+        words = command("later", "killed", "placement=separate")
+        processes = forks.start_ranks(2, *words, cwd=folder)
+        seconds = chance.uniform(1.5, 4.0) if attempt < 8 else 120.0
+        deadline = time.monotonic() + seconds
+        while processes[0].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if processes[0].poll() is not None and (run / "result.json").exists():
+            break
+        for process in processes if chance.random() < 0.5 else processes[::-1]:
+            process.kill()
+        for process in processes:
+            process.communicate(60)
+        kills += 1
+    assert kills >= 3
+    ended(processes)
+    assert_equal(run, alone["later"])
+
+
+def test_a_stop_is_agreed_and_the_same_command_goes_on(folder, alone, forks) -> None:
+    run = folder / "runs" / "stopped"
+    words = command("later", "stopped", "placement=separate")
+    processes = forks.start_ranks(2, *words, cwd=folder)
+    wait_for(lambda: list(run.glob("arms/practice/triggers/step-*")))
+    processes[0].send_signal(15)
+    assert ended(processes) == [85, 85] and (run / "REQUEUE").exists()
+    assert ended(forks.start_ranks(2, *words, cwd=folder)) == [0, 0]
+    assert_equal(run, alone["later"])
+
+
+def test_too_few_processes_are_refused(folder, forks) -> None:
+    process = forks.start(*command("now", "few", "placement=separate"), cwd=folder)
+    _, err = process.communicate(60)
+    assert process.returncode == 2 and "needs at least 2 processes, and there are 1" in err
