@@ -121,6 +121,10 @@ def sample(
     control: Annotated[
         list[str] | None, typer.Option(help="Control value, NAME=NUMBER; repeatable.")
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Of a Stable Diffusion folder: file of class names, which are prompts."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Sampler steps; 0 takes the recipe's.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale [default: the recipe's].")
@@ -135,12 +139,14 @@ def sample(
     """
     from etude.core import distributed
     from etude.core.log import Log
+    from etude.data.class_list import ClassList
     from etude.sampled import contact_sheet, sample_folder, sample_to_folder, sampling_protocol
     from etude.sampling import open_generator
     from etude.texts import read_prompts
 
     world = distributed.start()
-    generator = open_generator(run, weights=weights, device=world.device)
+    names = ClassList.read(classes).names if classes else []
+    generator = open_generator(run, weights=weights, device=world.device, classes=names)
     changes = {"steps": steps} if steps else {}
     changes |= {"guidance_scale": guidance} if guidance is not None else {}
     settings = generator.sampler.model_dump() | changes

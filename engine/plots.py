@@ -84,7 +84,8 @@ def line_chart(
             if len(x) >= SMOOTH_FROM:
                 axes.plot(x, y, color=colour, alpha=0.25, linewidth=1)
                 y = running_mean(y)
-            axes.plot(x, y, color=colour, label=f"{name}  {number(y[-1])}")
+            marker = "o" if len(x) == 1 else None
+            axes.plot(x, y, color=colour, marker=marker, label=f"{name}  {number(y[-1])}")
         low, high = axes.get_ylim()
         if log and high < 10 * low:  # within a decade the powers of ten alone say too little
             axes.yaxis.set_minor_formatter(lambda value, _: number(value))

@@ -38,6 +38,7 @@ from etude.data.shards import ShardSet, write_shards
 from .pictures import picture_grid, png
 from .published import is_published
 from .sampling import BLOCK, Generator, balanced_labels, stated_prompts
+from .stable_diffusion import is_stable_diffusion
 
 Format = Literal["shards", "png"]
 TABLE = "metadata.csv"  # of a folder of PNG files: file_name, label, caption
@@ -114,7 +115,8 @@ def sampling_protocol(
 def sample_folder(run: str | Path, protocol: dict, form: str = "shards") -> Path:
     """Where pictures of a protocol live when nobody says where: inside their run."""
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:10]
-    folder = Path(run) if is_published(run) else load_run(run)[1]
+    apart = is_published(run) or is_stable_diffusion(run)
+    folder = Path(run) if apart else load_run(run)[1]
     return folder / "samples" / (digest if form == "shards" else f"{digest}-{form}")
 
 

@@ -39,21 +39,7 @@ def show_practice(folder: Path, look: Look) -> None:
         "A classifier that learned from generated pictures only, beside its baselines.",
         order=order,
     )
-    rows = [r for r in read_metrics(folder / "metrics.jsonl") if r["name"].startswith("practice/")]
-    series: dict[str, tuple[list, list]] = {}
-    for row in rows:
-        steps, values = series.setdefault(row["name"].removeprefix("practice/"), ([], []))
-        steps.append(row["step"])
-        values.append(row["monitor_accuracy"])
-    if series:
-        page.curve(
-            look.id("practice-accuracy"),
-            "Accuracy on the real monitor pictures",
-            series,
-            "steps",
-            "accuracy",
-            order=order + 1,
-        )
+    _accuracy_curves(folder, look)
     reports = sorted((folder / "arms").glob("practice/rounds/*.json"))
     for path in reports:
         report = read_json(path)
@@ -68,6 +54,7 @@ def show_practice(folder: Path, look: Look) -> None:
         )
     paths = (folder / "arms").glob("*/result.json")
     arms = real_first({path.parent.name: read_json(path) for path in sorted(paths)})
+    _accuracy_by_pictures(arms, look)
     if arms:
         kinds = {arm["kind"] for arm in arms.values()}
         columns = ["arm", "test accuracy", "95% interval", "pictures", "rounds", "steps"]
@@ -91,6 +78,47 @@ def show_practice(folder: Path, look: Look) -> None:
             order=order + 3,
         )
     page.write()
+
+
+def _accuracy_curves(folder: Path, look: Look) -> None:
+    """Monitor accuracy of every arm but branches, over steps and over seconds."""
+    by_step: dict[str, tuple[list, list]] = {}
+    by_second: dict[str, tuple[list, list]] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        name = row["name"].removeprefix("practice/")
+        if not row["name"].startswith("practice/") or name.startswith("branch"):
+            continue
+        for found, x in ((by_step, "step"), (by_second, "seconds")):
+            xs, ys = found.setdefault(name, ([], []))
+            xs.append(row[x])
+            ys.append(row["monitor_accuracy"])
+    if not by_step:
+        return
+    title, place = "Accuracy on the real monitor pictures", look.order + 1
+    page, id = look.page, look.id("practice-accuracy")
+    page.curve(id, title, by_step, "steps", "accuracy", order=place)
+    xlabel = "seconds of learning and drawing"
+    page.curve(f"{id}-seconds", title, by_second, xlabel, "accuracy", order=place + 0.1)
+
+
+def _accuracy_by_pictures(arms: dict[str, dict], look: Look) -> None:
+    """Test accuracy over the pictures that an arm had: a line for practice and its branches."""
+    lines = {"branch": "practice", "practice": "practice", "static": "static"}
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, arm in arms.items():
+        point = (arm["samples"], arm["test_accuracy"])
+        points.setdefault(lines.get(arm["kind"], name), []).append(point)
+    if points:
+        series = {name: tuple(zip(*sorted(found), strict=True)) for name, found in points.items()}
+        look.page.curve(
+            look.id("practice-pictures"),
+            "Accuracy on real test pictures",
+            series,
+            "different pictures",
+            "accuracy",
+            order=look.order + 1.2,
+            log_x=True,
+        )
 
 
 def show_theory(recipe: TheoryRecipe, figures: dict[str, Any], look: Look) -> None:

@@ -131,7 +131,7 @@ def class_names(
     """What `open_generator` takes as `classes`: the names in a file, or those of a real split.
 
     Args:
-        stated: a file as `read_classes` has it; "" takes the split's for a Stable Diffusion folder
+        stated: a file as `ClassList` has it; "" takes the split's for a Stable Diffusion folder
             and gives none for other generators, which have their own.
         held: names of the split's classes in index order; empty where they are not known.
         split: what the message calls it.
@@ -141,29 +141,13 @@ def class_names(
     """
     if not stated:
         return list(held) if is_stable_diffusion(generator) else []
-    names = read_classes(stated).names
+    names = ClassList.read(stated).names
     if held and len(names) != len(held):
         raise UserError(
             f"{stated} names {len(names)} classes and {split} holds {len(held)}: give one name for"
             " each, in the order of the labels"
         )
     return names
-
-
-def read_classes(path: str | Path) -> ClassList:
-    """Classes in index order from a text file as `ClassList` has it, or from a JSON list of names.
-
-    Raises:
-        UserError: the file cannot be read, or holds no such list.
-    """
-    path = Path(path)
-    if path.suffix != ".json":
-        return ClassList.read(path)
-    names = read_json(path)
-    whole = isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names)
-    if not whole or not names:
-        raise UserError(f'{path} holds no list of class names: write ["tench", "goldfish", ...]')
-    return ClassList(names)
 
 
 def stable_diffusion_parts(

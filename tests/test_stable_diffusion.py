@@ -7,6 +7,7 @@ is real CLIP's with a vocabulary of bytes, in the older files that the published
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from etude import cli
 from etude.convert.diffusers_config import unet_config
 from etude.convert.unet import diffusers_table
 from etude.core import rng
 from etude.core.errors import UserError
+from etude.core.recipe import recipe_from_dict
+from etude.data.decode_torch import decode_picture
+from etude.data.pool_parts import encode_png, part_images
+from etude.data.shards import ShardSet, write_shards
 from etude.diffusion.guidance import GuidanceConfig
 from etude.diffusion.samplers import SamplerConfig
+from etude.jobs import run_recipe
 from etude.models.unet import UNet
 from etude.practice.learner import LearnerConfig
 from etude.practice.supply import Facts, Request, Studio, Supply
@@ -32,7 +39,6 @@ from etude.stable_diffusion import (
     PiecewiseAutoencoder,
     class_names,
     is_stable_diffusion,
-    read_classes,
 )
 
 diffusers = pytest.importorskip("diffusers")
@@ -300,10 +306,61 @@ def test_practice_draws_parts_of_a_pool_with_it(generator, tmp_path) -> None:
     request = Request(pool="practice", round=0, keys=supply.keys(0, 6))
     assert supply.complete(request, lambda: False, lambda count: None)
     assert [key.count for key in request.keys] == [4, 2] and not request.missing(tmp_path)
-    again, entropies, cost = studio.draw("practice", request.keys[1])
-    assert np.array_equal(again, drawn(generator, [4, 5], [0, 1]))
+    part = tmp_path / "practice" / request.keys[1].folder
+    assert np.array_equal(part_images(part), drawn(generator, [4, 5], [0, 1]))
     # A whole block, six steps, with and without the class.
-    assert cost["evaluations"] == BLOCK * 6 * 2 and np.isnan(entropies).all()
+    assert json.loads((part / "cost.json").read_text())["evaluations"] == BLOCK * 6 * 2
+
+
+def test_the_command_draws_from_a_folder(folders, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    words = ["sample", folders(), "--count", "3", "--steps", "6", "--guidance", "3", "--seed", "3"]
+    words += ["--classes", tmp_path / "classes.txt", "--to", tmp_path / "drawn"]
+    monkeypatch.setattr(sys, "argv", ["etude", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code, capsys.readouterr().err
+    shards = ShardSet(tmp_path / "drawn")
+    assert shards.classes == CLASSES and shards.labels.tolist() == [0, 1, 2]
+    alone = open_generator(folders(), classes=CLASSES)
+    alone.sampler = alone.sampler.model_copy(update={"steps": 6, "guidance_scale": 3.0})
+    got = [np.asarray(decode_picture(shards[i].data, 3)) for i in range(3)]
+    assert np.array_equal(np.stack(got), drawn(alone, [0, 1, 2], [0, 1, 2]))
+
+
+def test_practice_runs_with_a_folder_and_its_splits_names(folders, tmp_path) -> None:
+    """Class names come from the monitor split; every round is guided through text and U-Net."""
+    chance = np.random.default_rng(0)
+    for name in ("monitor", "test"):
+        pictures = chance.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+        rows = [
+            {"key": f"{name}-{i}", "image": encode_png(p), "extension": "png", "label": i % 4}
+            for i, p in enumerate(pictures)
+        ]
+        write_shards(tmp_path / name, rows, classes=CLASSES)
+    recipe = recipe_from_dict(
+        {
+            "kind": "practice",
+            "generator": str(folders()),
+            "sampler": SAMPLER.model_dump(mode="json") | {"steps": 2},
+            "pictures": {"image_size": 16, "channels": 3},
+            "monitor": str(tmp_path / "monitor"),
+            "test": str(tmp_path / "test"),
+            "learner": {"model": {"in_channels": 3, "num_classes": 4, "channels": [8]}, "batch": 4},
+            "schedule": {"steps": 4},
+            "trigger": {"evaluate_every": 1, "patience": 1},
+            "guidance": {"omega": 0.1, "every": 1},
+            "start_samples": 4,
+            "round_samples": 4,
+            "max_rounds": 1,
+            "arms": ["practice"],
+        }
+    )
+    folder, result = run_recipe(recipe, root=tmp_path / "runs", name="one", quiet=True)
+    arm = result["arms"]["practice"]
+    assert arm["rounds"] == 1 and arm["samples"] == 8 and arm["generator_gradients"] > 0
+    origin = json.loads((folder / "pools/practice/origin.json").read_text())
+    assert origin["classes"] == origin["opened"]["classes"] == CLASSES
 
 
 def test_half_precision_files_and_arithmetic(generator, copied) -> None:
@@ -460,18 +517,12 @@ def edited(path: Path, **changes) -> None:
 
 
 def test_class_names_are_those_of_a_file_or_of_the_split(folders, tmp_path) -> None:
-    plain, numbered, listed = (tmp_path / name for name in ("a.txt", "b.txt", "c.json"))
+    plain, numbered = (tmp_path / name for name in ("a.txt", "b.txt"))
     plain.write_text("\n".join(CLASSES) + "\n")
     numbered.write_text("n01440764 tench\nn02123045 red cat\n")
-    listed.write_text(json.dumps(CLASSES))
-    assert read_classes(plain).names == read_classes(listed).names == CLASSES
-    found = read_classes(numbered)
-    assert (found.names, found.identifiers[0]) == (["tench", "red cat"], "n01440764")
     assert class_names(folders(), "", ["x", "y"], "monitor") == ["x", "y"]
     assert class_names(tmp_path, "", ["x", "y"], "monitor") == []
-    assert class_names(folders(), str(listed), [], "monitor") == CLASSES
+    assert class_names(folders(), str(plain), [], "monitor") == CLASSES
+    assert class_names(folders(), str(numbered), [], "monitor") == ["tench", "red cat"]
     with pytest.raises(UserError, match=r"b\.txt names 2 classes and monitor holds 4: give one"):
         class_names(folders(), str(numbered), CLASSES, "monitor")
-    listed.write_text('["tench", ""]')
-    with pytest.raises(UserError, match="holds no list of class names: write"):
-        read_classes(listed)

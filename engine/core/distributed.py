@@ -94,9 +94,7 @@ def start(timeout_s: float | None = None) -> World:
             timeout=_COLLECTIVE_TIMEOUT,
         )
     control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
-    return World(
-        rank, size, local_rank, device, hosts, store, control, launcher=os.getppid()
-    )
+    return World(rank, size, local_rank, device, hosts, store, control, launcher=os.getppid())
 
 
 def part(world: World, first: int) -> World:

@@ -167,6 +167,7 @@ class _Course:
             progress.advance(1)
             if state.step % trigger.evaluate_every == 0 or state.step == end:
                 accuracy = arm.look(job.monitor, trigger.weights, self.source.samples)
+                arm.count_seconds()
                 job.log.metrics(
                     f"practice/{arm.name}",
                     job.position(state.step),
@@ -174,6 +175,7 @@ class _Course:
                     monitor_accuracy=accuracy,
                     loss=float(loss),
                     samples=self.source.samples,
+                    seconds=state.seconds + self.source.cost.get("seconds", 0.0),
                 )
                 shown = f"{self.source.samples:,}"
                 progress.advance(0, accuracy=accuracy, pictures=shown)

@@ -105,7 +105,8 @@ def rebuild(
             f"{pool} was drawn by {parts[0].generator} and this generator is "
             f"{generator.fingerprint}: name the run that drew it with --generator"
         )
-    studio = Studio(lambda: generator, LearnerConfig.model_validate(origin["learner"]), to, device)
+    learner = LearnerConfig.model_validate(origin["learner"])
+    studio = Studio(lambda: generator, learner, to.parent, device)
     counts = np.zeros(5, dtype=np.int64)  # pictures, identical, compared, pixels, pixels differing
     largest, keys = 0, []
     with log.progress("drawing again", sum(entry.count for entry in parts), "pictures") as bar:

@@ -85,11 +85,15 @@ class PracticeRecipe(Recipe):
     generator: str = option(
         "", "a latent-diffusion run, or a published checkpoint's folder; needed to run"
     )
-    weights: str = option("", "its weights: raw or ema:<decay>; empty takes its longest average")
+    weights: str = option(
+        "",
+        "its weights: raw or ema:<decay>, by default its longest average; of a Stable Diffusion"
+        " folder what it computes in, such as bfloat16",
+    )
     classes: str = option(
         "",
-        "a generator asked by text: file of class names in index order, a line or JSON entry each;"
-        " empty takes the monitor split's",
+        "file of the classes in index order, one a line: what picture folders are read by, and what"
+        " a generator asked by text is asked for; empty takes the splits' own",
     )
     whole_classes: str = option(
         "",
@@ -98,9 +102,6 @@ class PracticeRecipe(Recipe):
     )
     prompt: str = option("{name}", "a generator asked by text: what it is asked for a class")
     sampler: SamplerConfig = option(..., "how pictures are drawn")
-    decoder: str = option(
-        "", "folder of a cheap decoder for guidance alone; empty takes the generator's own"
-    )
     pictures: PicturesConfig = option(..., "size, crop and channels of the real splits")
     monitor: str = option("", "real pictures that decide when to add pictures; needed to run")
     test: str = option(
