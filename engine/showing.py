@@ -52,6 +52,7 @@ def show_practice(folder: Path, look: Look) -> None:
             f"round {report['round']}, {report['samples']:,} pictures",
             order=order + 2,
         )
+    _rounds(reports, look)
     paths = (folder / "arms").glob("*/result.json")
     arms = real_first({path.parent.name: read_json(path) for path in sorted(paths)})
     _accuracy_by_pictures(arms, look)
@@ -89,6 +90,8 @@ def _accuracy_curves(folder: Path, look: Look) -> None:
         if not row["name"].startswith("practice/") or name.startswith("branch"):
             continue
         for found, x in ((by_step, "step"), (by_second, "seconds")):
+            if x not in row:  # written by an older version
+                continue
             xs, ys = found.setdefault(name, ([], []))
             xs.append(row[x])
             ys.append(row["monitor_accuracy"])
@@ -99,6 +102,59 @@ def _accuracy_curves(folder: Path, look: Look) -> None:
     page.curve(id, title, by_step, "steps", "accuracy", order=place)
     xlabel = "seconds of learning and drawing"
     page.curve(f"{id}-seconds", title, by_second, xlabel, "accuracy", order=place + 0.1)
+
+
+def _rounds(paths: list[Path], look: Look) -> None:
+    """What each round did to its pictures, and how hard those of earlier rounds became since."""
+    reports = [read_json(path) for path in paths]
+    if not reports:
+        return
+    page, order = look.page, look.order
+    page.table(
+        look.id("practice-rounds"),
+        "The rounds of practice",
+        ["round", "entropy unguided", "guided", "labelled as asked", "lost their class", "twins"],
+        [
+            [
+                str(report["round"]),
+                _of(report, "probe_entropy_unguided", "{:.2f}"),
+                _of(report, "probe_entropy_guided", "{:.2f}"),
+                f"{report['agreement']:.1%}",
+                f"{report['flips']['value']:.1%} ({report['flips']['method']})",
+                f"{report['duplicates']['near_earlier']:.1%}",
+            ]
+            for report in reports
+        ],
+        note="Entropy in nats of the classifier that asked for the round, on the same indices drawn"
+        " without and with guidance. Twins: new pictures that nearly equal one of the pool.",
+        order=order + 2.1,
+    )
+    numbers = range(len(reports[-1]["error_by_round"]))
+    drift = {
+        f"round {number}": tuple(
+            zip(
+                *[
+                    (report["round"], report["error_by_round"][number])
+                    for report in reports
+                    if report["round"] >= number
+                ],
+                strict=True,
+            )
+        )
+        for number in numbers
+    }
+    page.curve(
+        look.id("practice-drift"),
+        "How hard the pictures of a round are for later classifiers",
+        drift,
+        "round that was asked for",
+        "labelled otherwise than asked",
+        order=order + 2.2,
+    )
+
+
+def _of(report: dict[str, Any], name: str, form: str) -> str:
+    return form.format(report[name]) if name in report else ""
 
 
 def _accuracy_by_pictures(arms: dict[str, dict], look: Look) -> None:
@@ -117,7 +173,6 @@ def _accuracy_by_pictures(arms: dict[str, dict], look: Look) -> None:
             "different pictures",
             "accuracy",
             order=look.order + 1.2,
-            log_x=True,
         )
 
 

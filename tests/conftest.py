@@ -25,6 +25,7 @@ LONGEST = (
     "test_launchers.py",
     "test_training.py",
     "test_transfer.py",
+    "test_placement.py",
     "test_rounds.py",
     "test_intervals.py",
     "test_dead_launcher.py",

@@ -65,7 +65,7 @@ class GuidanceConfig(Config):
         le=1,
     )
     keep_label: bool = option(
-        False, "leave a sample alone where the learner's answer is not the label asked for"
+        False, "where the learner gives another answer, lower its loss on the label asked for"
     )
     decoder: str = option(
         "", "folder of a cheaper decoder of the same latents for the push; empty: the generator's"
@@ -238,7 +238,7 @@ class EntropyGuidance:
         """Float32 arrays of length B for the last batch: the final entropy in nats ("entropy"),
         whether the learner's class is the label asked for ("agreement"), and the numbers of guided
         evaluations that left a sample alone: for a gradient that was not finite ("nonfinite"), and
-        as `ceiling` and `keep_label` ask ("held")."""
+        as `ceiling` asks ("held")."""
         return {name: values.float().cpu().numpy() for name, values in self._report.items()}
 
     def _pull(self, x0: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,14 +268,15 @@ class EntropyGuidance:
             held = labels >= logits.shape[1]
             labels = labels.clamp(max=logits.shape[1] - 1)
         values = criterion(config.criterion, logits, labels, config.label_weight)
+        if config.keep_label:
+            lost = logits.detach().argmax(1) != labels
+            values = torch.where(lost, -criterion("loss", logits, labels, 0.0), values)
         (pull,) = torch.autograd.grad(values.sum(), x0)
         logits = logits.detach()
         if config.ceiling is not None:
             # Rounding can lift an even guess above 1.
             limit = config.ceiling * (1.0 + 1e-6)
             held = held | (hardness(config.criterion, logits, labels) > limit)
-        if config.keep_label:
-            held = held | (logits.argmax(1) != labels)
         return pull, values.detach().isfinite() & pull.flatten(1).isfinite().all(1), held
 
 

@@ -296,6 +296,7 @@ class _Course:
             "generator_evaluations": int(cost.get("evaluations", 0)),
             "generator_gradients": int(cost.get("gradients", 0)),
             "passes": passes(cost),
+            "passes_per_picture": passes(cost) / max(source.drawn, 1),
             "drawing_seconds": cost.get("seconds", 0.0),
             "learning_seconds": state.seconds,
             "looks": state.looks,

@@ -65,6 +65,14 @@ class ArmConfig(Config):
             raise ValueError("an arm of kind prune needs prune, such as prune: {score: entropy}")
         if self.equal == "compute" and self.kind not in ("static", "prune"):
             raise ValueError(f"equal has no effect on an arm of kind {self.kind}: remove it")
+        if (
+            self.equal == "compute"
+            and self.prune is not None
+            and self.prune.differs("oversampling")
+        ):
+            raise ValueError(
+                "equal: compute says how many pictures are drawn: remove prune.oversampling"
+            )
         return self
 
     @property

@@ -58,6 +58,11 @@ class Source:
         return len(self.real) if self.real is not None else 0
 
     @property
+    def drawn(self) -> int:
+        """Different generated pictures that it shows now."""
+        return 0 if self.pool is None else self.samples
+
+    @property
     def cost(self) -> dict[str, float]:
         """What drawing everything took that the arm needed."""
         return {}
@@ -160,6 +165,10 @@ class Static(Rounds):
     @property
     def samples(self) -> int:
         return len(self.pool) + (len(self.real) if self.real_share and self.real is not None else 0)
+
+    @property
+    def drawn(self) -> int:
+        return len(self.pool)
 
     def has(self, number: int) -> bool:
         return len(self.pool) >= self.count

@@ -43,18 +43,22 @@ def logits_as_latents(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1)
 
 
-def held(rows: list[list[float]], labels: list[int], **fields) -> list[bool]:
-    """Which samples, given by their log probabilities, are left alone."""
+def pull(rows: list[list[float]], labels: list[int], **fields) -> tuple[torch.Tensor, list[bool]]:
+    """The gradient by the log probabilities of samples, and which of them are left alone."""
     x = torch.tensor(rows, dtype=torch.float64).log().view(len(rows), -1, 1, 1)
     condition = {"labels": torch.tensor(labels)}
     config = GuidanceConfig(path="stop_denoiser", **fields)
     guide = EntropyGuidance(config, logits_as_latents, lambda x: x)
     guide.start(len(rows), x.device, condition)
     t = torch.zeros(len(rows), dtype=torch.float64)  # the clean estimate is x itself
-    found = guide.gradient(FLOW, x, torch.zeros_like(x), t, condition)
-    left = ~found.flatten(1).any(1)
+    found = guide.gradient(FLOW, x, torch.zeros_like(x), t, condition).flatten(1)
+    left = ~found.any(1)
     assert guide.telemetry()["held"].tolist() == left.double().tolist()
-    return left.tolist()
+    return found, left.tolist()
+
+
+def held(rows: list[list[float]], labels: list[int], **fields) -> list[bool]:
+    return pull(rows, labels, **fields)[1]
 
 
 def test_ceiling_is_a_share_of_an_even_guess() -> None:
@@ -78,12 +82,16 @@ def test_ceiling_is_a_share_of_an_even_guess() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["entropy", "loss", "margin", "entropy_label"])
-def test_keep_label_stops_at_the_flip(criterion: str) -> None:
+def test_keep_label_pulls_back_what_was_flipped(criterion: str) -> None:
+    """A flipped sample moves along onehot - p, down its loss; the others as without the option."""
     rows = [[0.5, 0.47, 0.03], [0.47, 0.5, 0.03], [0.2, 0.2, 0.6]]
-    fields = {"criterion": criterion, "keep_label": True}
-    assert held(rows, [0, 0, 2], **fields) == [False, True, False]
+    found, left = pull(rows, [0, 0, 2], criterion=criterion, keep_label=True)
+    plain, _ = pull(rows, [0, 0, 2], criterion=criterion)
+    assert left == [False] * 3 and torch.equal(found[[0, 2]], plain[[0, 2]])
+    back = torch.tensor([1 - 0.47, -0.5, -0.03], dtype=torch.float64)
+    torch.testing.assert_close(found[1], back)
     # A row without a class, as padding has: its label is the number of classes.
-    assert held(rows, [3, 1, 3], **fields) == [True, False, True]
+    assert held(rows, [3, 1, 3], criterion=criterion, keep_label=True) == [True, False, True]
 
 
 @pytest.mark.parametrize("criterion", ["loss", "entropy_label"])
