@@ -180,9 +180,9 @@ class Pool:
     def cost(self, size: int | None = None) -> dict[str, float]:
         """What drawing the first `size` pictures took, by name, summed over their parts."""
         total: dict[str, float] = {}
-        for entry in self.parts:
+        for entry, cost in zip(self.parts, self._costs, strict=True):
             if size is None or entry.first + entry.count <= size:
-                for name, value in read_json(self.folder / entry.folder / "cost.json").items():
+                for name, value in cost.items():
                     total[name] = total.get(name, 0.0) + value
         return total
 
@@ -224,6 +224,7 @@ class Pool:
         self.parts: list[Part] = []
         self.image_size = self.channels = 0
         self._shards: list[ShardSet] = []
+        self._costs: list[dict[str, float]] = []
         self._decoded: dict[int, np.ndarray] = {}
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
 
@@ -273,6 +274,7 @@ class Pool:
             first = decode_picture(shards[0].data, 3)
             self.image_size = first.height
             self.channels = 1 if Image.open(io.BytesIO(shards[0].data)).mode == "L" else 3
+        self._costs.append(read_json(place / "cost.json"))
         self.parts.append(entry)
         self._shards.append(shards)
         for name, values in columns.items():

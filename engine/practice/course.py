@@ -42,7 +42,7 @@ class Job:
         tests: test sets by name; "test" is the one that arms are compared on.
         judge: estimates how many pictures lost their class; None for none.
         practice: the practice arm's result, once it has ended.
-        place: (arms before this one, arms in all), which orders the run's metrics.
+        place: how many arms ended before this one, which orders the run's metrics.
     """
 
     recipe: PracticeRecipe
@@ -58,12 +58,12 @@ class Job:
     show: Callable[[], None]
     judge: Judge | None = None
     practice: dict | None = None
-    place: tuple[int, int] = (0, 1)
+    place: int = 0
 
     def position(self, step: int) -> int:
         """Where an arm's step stands in the run's metrics: arms follow one another."""
         batch = self.recipe.learner.batch
-        return (self.place[0] * (self.recipe.schedule.steps + 1) + step) * batch
+        return (self.place * (self.recipe.schedule.steps + 1) + step) * batch
 
 
 Ended = tuple[dict, dict[str, np.ndarray]]

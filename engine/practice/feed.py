@@ -39,11 +39,14 @@ def pool_feed(
         newest_weight: see `PoolOrder`.
     """
 
+    order, seen = PoolOrder(seed, newest_weight=newest_weight), 0
+
     def fetch(positions: np.ndarray) -> Batch:
-        order = PoolOrder(seed, newest_weight=newest_weight)
-        for entry in pool.parts:
+        nonlocal seen
+        for entry in pool.parts[seen:]:
             if last_round is None or entry.round <= last_round:
                 order.grow(entry.visible_from, entry.first + entry.count)
+        seen = len(pool.parts)
         rows = order.index(positions)
         return pool.images(rows), pool.labels(rows)
 

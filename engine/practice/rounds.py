@@ -101,9 +101,9 @@ def _run_arms(job: Job) -> dict:
     recipe = job.recipe
     results: dict[str, dict] = {}
     correct: dict[str, np.ndarray] = {}
-    for place, config in enumerate(recipe.arms):
+    for config in recipe.arms:
         for title, trigger in _titles(config, job):
-            job = replace(job, practice=results.get("practice"), place=(place, len(recipe.arms)))
+            job = replace(job, practice=results.get("practice"), place=len(results))
             ended = run_arm(config, title, job, trigger)
             if ended is None:
                 reason = job.stopper.requested or "another process was asked to stop"
