@@ -3,21 +3,26 @@
 Run by `make gpu`; by hand: `python -m benchmarks.guidance_cost --device cpu`.
 
 30 DDIM steps under classifier-free guidance, every 5th pushed, then the pictures are decoded; a
-DiT, a decoder to eight times the latents' side, and a ViT, of random weights, since nothing depends
-on them. The small setting keeps the proportions of the real one: its decoder takes 2.8
-times the operations of its denoiser (DiT-XL/2 with Stable Diffusion's decoder: 2.6), its learner
-0.15 times (ViT-B/16: 0.15). With F, D and L the operations of a forward of denoiser, decoder and
-learner for one picture, and as many for a backward by its input alone, the prediction is
+denoiser, a decoder to eight times the latents' side, and a ViT, of random weights, since nothing
+depends on them. The small settings keep the proportions of real ones. `small` has a DiT: its
+decoder takes 2.8 times the operations of its denoiser (DiT-XL/2 with Stable Diffusion's decoder:
+2.6), its learner 0.15 times (ViT-B/16: 0.15). `small U-Net` is Stable Diffusion 1.5 at 512 x 512,
+asked by class: 3.1 times (3.13) and 0.04 times (0.044). With F, D and L the operations of a forward
+of denoiser, decoder and learner for one picture, and as many for a backward by its input alone, the
+prediction is
 
     plain            60 F + D
     full             60 F + D + 6 (F + 2 D + 2 L) + L
     stop_denoiser    60 F + D + 6 (2 D + 2 L) + L
 
-where L stands for the telemetry, and bf16 halves D and L of the push. `before` is the way that this
-one replaced: the network is evaluated once more under the condition, with a graph, for the gradient
-(6 F more), and the finished samples are decoded twice (D more). `one by one` is a batch of 1, as
-the method's predecessor runs. Providers take turns in every round; a row has the medians over the
-rounds, of the wall's time and, on a CPU, of the process's, which other processes disturb less.
+where L stands for the telemetry, and bf16 halves D and L of the push. The U-Net recomputes its
+activations, as that of a Stable Diffusion folder does, which adds 6 F to `full`; its push decodes
+few rows at a time, as there, and `decoder recomputed` decodes the whole batch with the decoder's
+activations recomputed, which adds 6 D. `before` is the way that this one replaced: the network is
+evaluated once more under the condition, with a graph, for the gradient (6 F more), and the finished
+samples are decoded twice (D more). `one by one` is a batch of 1, as the method's predecessor runs.
+Providers take turns in every round; a row has the medians over the rounds, of the wall's time and,
+on a CPU, of the process's, which other processes disturb less.
 """
 
 import argparse
@@ -26,11 +31,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import results
@@ -42,7 +49,9 @@ from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
 from etude.external.diffusers import Autoencoder, AutoencoderConfig
 from etude.models.dit import DiT, DiTConfig
+from etude.models.unet import UNet, UNetConfig
 from etude.models.vit import ViT, ViTConfig
+from etude.stable_diffusion import PiecewiseAutoencoder
 
 STEPS, EVERY, SCALE = 30, 5, 4.0
 PUSHED = -(-STEPS // EVERY)
@@ -52,6 +61,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decoder": {"block_out_channels": (32, 64, 96, 96), "norm_num_groups": 8},
         "tiny": {"decoder_block_out_channels": (16, 16, 16, 16)},
         "learner": {"hidden_size": 256, "depth": 4, "num_heads": 4, "input_size": 128},
+    },
+    "small U-Net": {
+        "unet": {
+            "model_channels": 64,
+            "channel_mult": (1, 2, 4, 4),
+            "head_channels": 0,
+            "num_heads": 8,
+            "context_width": 96,
+            "conditioning": {"class_tokens": 77},
+            "input_size": 16,
+            "activation_checkpointing": True,
+        },
+        "decoder": {"block_out_channels": (32, 48, 80, 80), "norm_num_groups": 8},
+        "tiny": {"decoder_block_out_channels": (16, 16, 16, 16)},
+        "learner": {"hidden_size": 128, "depth": 2, "num_heads": 4, "input_size": 128},
     },
     "DiT-XL/2": {
         "dit": {"preset": "DiT-XL/2"},
@@ -72,6 +96,10 @@ PROVIDERS: dict[str, tuple[dict[str, Any] | None, int]] = {
     "plain, one by one": (None, 1),
     "before, one by one": ({}, 1),
 }
+RECOMPUTED = "full, decoder recomputed"
+UNET_PROVIDERS: dict[str, tuple[dict[str, Any] | None, int]] = {
+    name: PROVIDERS[name] for name in ("plain", "full", "stop_denoiser")
+} | {RECOMPUTED: ({}, 0)}
 
 
 class Before(EntropyGuidance):
@@ -100,7 +128,8 @@ class Before(EntropyGuidance):
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks of a setting on a device, frozen, and how many rows a push decodes at a time."""
+    """The networks of a setting on a device, frozen, how many rows a push decodes at a time, and
+    what is measured of them."""
 
     model: nn.Module
     decoder: nn.Module
@@ -108,28 +137,38 @@ class Parts:
     learner: nn.Module
     device: torch.device
     rows: int
+    providers: dict[str, tuple[dict[str, Any] | None, int]]
 
     @classmethod
-    def of(cls, setting: dict[str, Any], device: torch.device, rows: int) -> "Parts":
+    def of(cls, setting: dict[str, Any], device: torch.device) -> "Parts":
         import diffusers
 
-        model = DiT(DiTConfig(**setting["dit"], learn_sigma=False), seed=0)
+        rows, providers = 16 if device.type == "cuda" else 0, PROVIDERS
+        if "unet" in setting:
+            model: nn.Module = UNet(UNetConfig(**setting["unet"]), seed=0)
+            rows, providers = 2, UNET_PROVIDERS
+        else:
+            model = DiT(DiTConfig(**setting["dit"], learn_sigma=False), seed=0)
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():  # the zero gates of a new DiT would hide its blocks
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        decoder = Autoencoder.build(AutoencoderConfig(**setting["decoder"]), seed=1)
+        built = Autoencoder.build(AutoencoderConfig(**setting["decoder"]), seed=1)
+        decoder = PiecewiseAutoencoder(built.network, built.config)
         learner = ViT(ViTConfig(**setting["learner"]), seed=2)
         parts = [model, decoder, diffusers.AutoencoderTiny(**setting["tiny"]), learner]
         parts = [part.to(device).eval().requires_grad_(False) for part in parts]
         if device.type == "cuda":
             parts[0].to(torch.bfloat16)
-        return cls(*parts, device, rows)
+        return cls(*parts, device, rows, providers)
 
     def denoise(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return self.model(x, t * 1000.0, condition)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder.decode(latents)
+
+    def decode_again(self, latents: Tensor) -> Tensor:
+        return checkpoint(self.decode, latents, use_reentrant=False)
 
     def decode_tiny(self, latents: Tensor) -> Tensor:
         return self.tiny.decode(latents).sample
@@ -142,10 +181,13 @@ class Parts:
         return self.learner(pictures)
 
     def guide(self, provider: str) -> EntropyGuidance | None:
-        fields, _ = PROVIDERS[provider]
+        fields, _ = self.providers[provider]
         if fields is None:
             return None
-        config = GuidanceConfig(every=EVERY, decode_rows=self.rows, **fields)
+        rows = 0 if provider == RECOMPUTED else self.rows
+        config = GuidanceConfig(every=EVERY, decode_rows=rows, **fields)
+        if provider == RECOMPUTED:
+            return EntropyGuidance(config, self.answer, self.decode_again)
         if provider.startswith("before"):
             return Before(self.denoise, config, self.answer, self.decode)
         cheap = self.decode_tiny if config.decoder else None
@@ -189,9 +231,9 @@ class Parts:
         return found
 
 
-def predicted(provider: str, operations: dict[str, float]) -> float | None:
+def predicted(provider: str, parts: Parts, operations: dict[str, float]) -> float | None:
     """Times plain's operations; None for a batch of one, of which they say nothing."""
-    fields, rows = PROVIDERS[provider]
+    fields, rows = parts.providers[provider]
     if rows:
         return None
     denoiser, decoder, learner = (operations[n] for n in ("denoiser", "decoder", "learner"))
@@ -200,19 +242,21 @@ def predicted(provider: str, operations: dict[str, float]) -> float | None:
         return 1.0
     pushed = 2 * (operations["tiny decoder"] if "decoder" in fields else decoder) + 2 * learner
     pushed /= 2 if fields.get("decode_precision") == "bf16" else 1
-    pushed += denoiser if fields.get("path", "full") == "full" else 0
+    if fields.get("path", "full") == "full":
+        pushed += denoiser * (2 if parts.model.config.activation_checkpointing else 1)
+    pushed += decoder if provider == RECOMPUTED else 0
     again = PUSHED * denoiser + decoder if provider.startswith("before") else 0
     return (plain + PUSHED * pushed + learner + again) / plain
 
 
 def measure(parts: Parts, noise: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
     """Each provider's row: medians of seconds per picture over the rounds, in turns."""
-    wall: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-    own: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    wall: dict[str, list[float]] = {name: [] for name in parts.providers}
+    own: dict[str, list[float]] = {name: [] for name in parts.providers}
     peak: dict[str, int] = {}
     cuda = parts.device.type == "cuda"
     for turn in range(rounds + cuda):  # on a GPU a first round chooses algorithms
-        for name, (_, rows) in PROVIDERS.items():
+        for name, (_, rows) in parts.providers.items():
             given = noise[: rows or len(noise)]
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -225,7 +269,7 @@ def measure(parts: Parts, noise: Tensor, rounds: int) -> dict[str, dict[str, Any
                 own[name].append((time.process_time() - used) / len(given))
             peak[name] = torch.cuda.max_memory_allocated() if cuda else 0
     found = {}
-    for name in PROVIDERS:
+    for name in parts.providers:
         row = {"median_s": statistics.median(wall[name]), "min_s": min(wall[name])}
         row |= {"max_s": max(wall[name]), "rounds": rounds}
         row["times_plain"] = row["median_s"] / statistics.median(wall["plain"])
@@ -236,6 +280,15 @@ def measure(parts: Parts, noise: Tensor, rounds: int) -> dict[str, dict[str, Any
             row["cpu_times_plain"] = row["cpu_s"] / statistics.median(own["plain"])
         found[name] = row
     return found
+
+
+def sources() -> list[Path]:
+    """What the rows depend on: sampling, denoisers, decoders and the learner."""
+    engine = ROOT / "engine"
+    models = [*(engine / "models").glob("unet*.py")]
+    models += [engine / "models" / f"{name}.py" for name in ("blocks", "dit", "vit")]
+    decoders = [engine / "external" / "diffusers.py", engine / "stable_diffusion.py"]
+    return sorted([*(engine / "diffusion").glob("*.py"), *models, *decoders])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,15 +303,16 @@ def main(arguments: list[str] | None = None) -> int:
     cuda = given.device == "cuda"
     setting = given.setting or ("DiT-XL/2" if cuda else "small")
     batch = given.batch or (64 if cuda else 8)
-    parts = Parts.of(SETTINGS[setting], torch.device(given.device), 16 if cuda else 0)
+    parts = Parts.of(SETTINGS[setting], torch.device(given.device))
     config = parts.model.config
     shape = (batch, config.in_channels, config.input_size, config.input_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(given.device)
     operations = parts.operations(noise)
-    for name in PROVIDERS:
-        print(f"predicted {name}: {predicted(name, operations)}", flush=True)
+    for name in parts.providers:
+        print(f"predicted {name}: {predicted(name, parts, operations)}", flush=True)
     # The same pushes by two ways, but for rounding.
-    apart = parts.draw("full", noise[:2]) - parts.draw("before", noise[:2])
+    other = RECOMPUTED if RECOMPUTED in parts.providers else "before"
+    apart = parts.draw("full", noise[:2]) - parts.draw(other, noise[:2])
     if not apart.abs().max() < (0.2 if cuda else 1e-2):
         print(f"the two ways differ by {float(apart.abs().max())}: no row is written")
         return 1
@@ -266,11 +320,10 @@ def main(arguments: list[str] | None = None) -> int:
     common |= {"device": given.device, "steps": STEPS, "every": EVERY, "operations": operations}
     common |= {"batch": batch, "decode_rows": parts.rows, "dtype": "bf16" if cuda else "fp32"}
     common["kernels"] = kernels.announce(given.device)
-    sources = sorted((ROOT / "engine" / "diffusion").glob("*.py"))
-    common["source_hash"] = hash_of(*sources, ROOT / "engine" / "models" / "dit.py")
+    common["source_hash"] = hash_of(*sources())
     for name, row in measure(parts, noise, given.rounds).items():
-        row |= {"drawn_together": PROVIDERS[name][1] or batch}
-        row["predicted_times_plain"] = predicted(name, operations)
+        row |= {"drawn_together": parts.providers[name][1] or batch}
+        row["predicted_times_plain"] = predicted(name, parts, operations)
         results.append("guidance_cost", [common | {"provider": name} | row])
         print(name, row, flush=True)
     return 0

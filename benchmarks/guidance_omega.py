@@ -2,12 +2,13 @@
 
     python -m benchmarks.guidance_omega --generator RUN --practice RUN --judge RUN
 
-Draws the same pictures of a generator's run under every omega of a grid, along both gradient paths
-and in the two ways that mind the label, pushed by the learner of a practice run's newest round,
-with that run's sampler and guidance otherwise. Of each: the learner's mean entropy, its share of
-answers that are the label asked for, the judge's share of other answers with a 95% interval, and
-the mean distance from the unguided picture of the same index (root mean square of 255 levels).
-Appends a row for each to results/guidance_omega.jsonl and draws docs/guidance-omega.svg.
+Draws the same pictures of a generator's run under every omega of a grid, pushed by the learner that
+guided a practice run's newest round: toward its entropy along both gradient paths, and in the two
+ways that mind the label (its loss is weighed in, or lowered where the learner gives another
+answer), with that run's sampler and guidance otherwise. Of each: the learner's mean entropy, its
+share of answers that are the label asked for, the judge's share of other answers with a 95%
+interval, and the mean distance from the unguided picture of the same index (root mean square of 255
+levels). Appends a row for each to results/guidance_omega.jsonl and draws docs/guidance-omega.svg.
 """
 
 import argparse
@@ -22,15 +23,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from etude.core.checkpoint import latest_checkpoint, load_checkpoint
-from etude.core.distributed import World
 from etude.core.run import load_run
+from etude.data.pool_parts import read_manifest
 from etude.diffusion.criteria import entropy
 from etude.diffusion.guidance import GuidanceConfig
 from etude.evaluation.judge import Judge, open_judge
 from etude.metrics.intervals import IntervalConfig, proportion
-from etude.practice.learner import Learner
+from etude.practice.learner import load_frozen
 from etude.practice.pictures import to_model
+from etude.practice.supply import learner_file
 from etude.sampling import Generator, balanced_labels, open_generator
 
 from .results import append, machine
@@ -42,19 +43,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "full, entropy_label": {"path": "full", "criterion": "entropy_label"},
     "full, keep_label": {"path": "full", "keep_label": True},
 }
+OWN = ("path", "criterion", "keep_label")  # of a way
 STYLES = dict(zip(WAYS, ("#1f4e9c", "#c44e52", "#55a868", "#8172b3"), strict=True))
 FIGURE = Path(__file__).parents[1] / "docs" / "guidance-omega.svg"
 
 
 def learner_of(practice: str, arm: str = "practice") -> tuple[torch.nn.Module, str]:
-    """The average that guided an arm's newest round, frozen, and the checkpoint's name."""
+    """The learner that guided an arm's newest pictures, and its name in the pool."""
     recipe, folder = load_run(practice)
-    checkpoint = latest_checkpoint(folder / "arms" / arm / "triggers")
-    if checkpoint is None:
+    pool = folder / "pools" / arm
+    names = [part.learner for part in read_manifest(pool) if part.learner]
+    if not names:
         sys.exit(f"{folder} has added no round yet: name a practice run with one")
-    learner = Learner(recipe.learner, recipe.seed, World(0, 1, 0, torch.device("cpu")))
-    load_checkpoint(checkpoint, learner.strategy)
-    return learner.frozen(recipe.trigger.weights), checkpoint.name
+    return load_frozen(recipe.learner, learner_file(pool, names[-1])), names[-1]
 
 
 def figures(
@@ -84,20 +85,20 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row of figures for each omega and way."""
     recipe, _ = load_run(practice)
-    learner, checkpoint = learner_of(practice)
+    learner, name = learner_of(practice)
     opened = open_judge(judge)
     indices = np.arange(pictures)
     labels = balanced_labels(indices, generator.num_classes)
     plain, _ = generator.draw(indices, labels, seed=recipe.seed)
+    kept = recipe.guidance.model_dump(exclude={"omega", "label_weight", *OWN})
     rows = []
     for way, fields in WAYS.items():
         for omega in omegas:
-            changed = recipe.guidance.model_dump() | fields | {"omega": omega}
-            guidance = GuidanceConfig(**changed)
+            guidance = GuidanceConfig(**kept | fields, omega=omega)
             images, _ = generator.draw(
                 indices, labels, seed=recipe.seed, learner=learner, guidance=guidance
             )
-            row = {"way": way, "omega": omega, "pictures": pictures, "learner": checkpoint}
+            row = {"way": way, "omega": omega, "pictures": pictures, "learner": name}
             row |= figures(images, plain, labels, learner, opened)
             row |= {"guidance": guidance.model_dump(mode="json"), "protocol": generator.protocol}
             rows.append(row)

@@ -85,6 +85,7 @@ def row_of(study: Recipe, folders: list[Path]) -> dict[str, Any]:
     correct = {
         name: np.stack([np.load(f / "arms" / name / "correct.npz")["test"] for f in folders])
         for name in everywhere
+        if arms[name]["kind"] != "branch"  # the scaling curve, not a comparison
     }
     environments = [read_json(folder / "environment.json") for folder in folders]
     row = {

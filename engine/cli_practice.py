@@ -63,7 +63,7 @@ def rebuild(
 ) -> None:
     """Draw a pool again from its manifest, and say how many pictures are identical.
 
-    Sent without its shards (rsync --exclude '*.tar'), a pool weighs a thousandth.
+    A pool may be sent without its shards: rsync --exclude '*.tar*'
 
     Example: etude practice rebuild runs/practice-digits-0123456789/pools/practice
     """

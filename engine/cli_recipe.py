@@ -68,7 +68,7 @@ def run_command(
     if world.rank == 0:
         print_result(folder, result)
     if world.size > 1:
-        distributed.stop(world)
+        distributed.stop(world, result.get("lost", ()))
     if "stopped" in result:
         raise typer.Exit(EXIT_REQUEUE)
 

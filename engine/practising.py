@@ -17,15 +17,16 @@ from torch import Tensor
 from etude.core import distributed
 from etude.core.distributed import World
 from etude.core.errors import UserError
+from etude.core.files import write_json_atomic
 from etude.core.log import Log
 from etude.core.run import Run
-from etude.core.signals import Stopper
+from etude.core.signals import Stopper, StopRequested
 from etude.diffusion.samplers import SamplerConfig
 from etude.practice.pictures import load_split
 from etude.practice.rebuild import Rebuilt, open_origin, rebuild
 from etude.practice.recipe import PracticeRecipe
 from etude.practice.rounds import Drawing, practise
-from etude.practice.supply import CLOSED, Facts, Studio, attend
+from etude.practice.supply import CLOSED, Attendance, Facts, Studio, attend, attending
 
 from .sampling import Generator, open_generator
 from .stable_diffusion import class_names, is_stable_diffusion
@@ -60,32 +61,60 @@ def run_practice(
     def opened() -> Generator:
         return open_from(origin, world.device)
 
-    pools = run.folder / "pools"
-    learners = world.size - recipe.generators if apart else world.size
-    draws = not apart or world.rank >= learners
-    if apart and world.rank == 0:
-        (pools / CLOSED).unlink(missing_ok=True)
-    generator = opened() if draws else None
-    facts = asdict(Facts.of(generator)) if generator is not None else None
     if apart:
-        facts = distributed.exchange(world, "the generator", facts, distributed.FOREVER_S)[-1]
-        crew = distributed.part(world, learners)
-        if generator is not None:
+        return _run_apart(recipe, run, log, stopper, world, show, origin, opened)
+    generator = opened()
+    generator.cheap_decoder(recipe.guidance)  # a folder that does not fit is refused at once
+    drawing = Drawing(Facts.of(generator), lambda: generator, origin=origin)
+    judge = _judge(recipe, world)
+    return practise(recipe, run, drawing, log, stopper, world=world, judge=judge, show=show)
+
+
+def _run_apart(
+    recipe: PracticeRecipe,
+    run: Run,
+    log: Log,
+    stopper: Stopper,
+    world: World,
+    show: Callable[[], None],
+    origin: dict[str, Any],
+    opened: Callable[[], Generator],
+) -> dict[str, Any]:
+    """The last processes draw, the others learn; a result names those that were lost meanwhile."""
+    pools, learners = run.folder / "pools", world.size - recipe.generators
+    if world.rank == 0:
+        (pools / CLOSED).unlink(missing_ok=True)
+    if world.rank >= learners:
+        number = world.rank - learners
+        with Attendance(pools, number):
+            generator = opened()
+            generator.cheap_decoder(recipe.guidance)
+            _facts(world, generator)
+            distributed.part(world, learners)
             studio = Studio(lambda: generator, recipe.learner, pools, world.device)
-            return attend(studio, world.rank - learners, lambda: stopper.requested)
-    else:
-        crew = world
-    assert facts is not None
-    return practise(
-        recipe,
-        run,
-        Drawing(Facts(**facts), opened if generator is None else lambda: generator, apart, origin),
-        log,
-        stopper,
-        world=crew,
-        judge=_judge(recipe, world.device) if world.rank == 0 else None,
-        show=show,
-    )
+            return attend(studio, number, lambda: stopper.requested)
+    facts = _facts(world, None)
+    crew = distributed.part(world, learners)
+    closing: dict[str, Any] = {"stopped": None, "failed": "look at rank 0's own output"}
+    try:
+        drawing = Drawing(facts, opened, apart=True, origin=origin)
+        judge = _judge(recipe, world)
+        result = practise(recipe, run, drawing, log, stopper, world=crew, judge=judge, show=show)
+        closing = {"stopped": result.get("stopped"), "failed": None}
+        lost = set(range(recipe.generators)) - attending(pools)
+        return result | ({"lost": sorted(learners + number for number in lost)} if lost else {})
+    except StopRequested as reason:
+        closing = {"stopped": str(reason), "failed": None}
+        raise
+    finally:
+        if world.rank == 0:
+            write_json_atomic(pools / CLOSED, closing)
+
+
+def _facts(world: World, generator: Generator | None) -> Facts:
+    """What the processes that draw tell the others of their generator."""
+    own = asdict(Facts.of(generator)) if generator is not None else None
+    return Facts(**distributed.exchange(world, "the generator", own, distributed.FOREVER_S)[-1])
 
 
 def _origin(recipe: PracticeRecipe) -> dict[str, Any]:
@@ -145,9 +174,9 @@ def rebuild_pool(pool: Path, to: Path, generator: str, log: Log) -> Rebuilt:
     return rebuild(pool, to, lambda: open_from(opened, device, generator), device, log)
 
 
-def _judge(recipe: PracticeRecipe, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    if not recipe.judge:
+def _judge(recipe: PracticeRecipe, world: World) -> Callable[[Tensor], Tensor] | None:
+    if not recipe.judge or world.rank:
         return None
     from etude.evaluation.judge import open_judge
 
-    return open_judge(recipe.judge, device).logits
+    return open_judge(recipe.judge, world.device).logits

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from etude.convert.checkpoint import read_denoiser, read_file, weights_file, weights_files
 from etude.core.errors import UserError
-from etude.core.files import read_json
-from etude.data.index import file_sha256
+from etude.core.files import file_sha256, read_json
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.models.dit import SIZES, DiTConfig

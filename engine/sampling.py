@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from etude.core import rng
 from etude.core.checkpoint import latest_checkpoint, read_weights, verify_checkpoint
 from etude.core.errors import UserError
+from etude.core.files import file_sha256
 from etude.core.run import load_run
-from etude.data.index import file_sha256
 from etude.data.shards import ShardSet
 from etude.diffusion.captured import CapturedSteps
 from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
@@ -56,6 +56,8 @@ class Generator:
 
     Attributes:
         prompts: what a model asked by text draws when nobody says what, in turn.
+        decode_rows: pictures that a push of guidance may decode at a time, for what they keep in
+            memory; 0: a whole block.
         captured: keeps the sampler's steps from block to block, on a GPU as CUDA graphs; pays for a
             model whose weights stay where they are.
     """
@@ -74,6 +76,7 @@ class Generator:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dict[str, float] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
+    decode_rows: int = 0
     captured: CapturedSteps | None = None
     _called: int = field(default=0, init=False, repr=False)
     _gradients: int = field(default=0, init=False, repr=False)
@@ -95,6 +98,11 @@ class Generator:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of what it draws."""
+        return self.latent_shape[1] * (self.autoencoder.downscale if self.autoencoder else 1)
 
     @property
     def null_label(self) -> int:
@@ -168,7 +176,7 @@ class Generator:
             advance: called with the number of pictures after each block.
 
         Returns:
-            uint8 (n, H, W, C), and telemetry arrays of length n (those that guidance reports).
+            uint8 (n, H, W, C), and arrays (n,) float32: the telemetry of `EntropyGuidance`.
 
         Raises:
             UserError: no index, captions for a model asked by class, or none for one asked by text.
@@ -188,8 +196,13 @@ class Generator:
                     block_texts[lane] = texts[row]
             guide = None
             if guidance is not None and learner is not None and guidance.omega > 0:
-                cheap = self.cheap_decoder(guidance)
-                guide = EntropyGuidance(guidance, learner, self.decode, cheap_decode=cheap)
+                guide = EntropyGuidance(
+                    guidance,
+                    learner,
+                    self.decode,
+                    cheap_decode=self.cheap_decoder(guidance),
+                    most_rows=self.decode_rows,
+                )
             pictures = to_uint8(self._block(int(block), block_labels, block_texts, seed, guide))
             if images is None:
                 images = np.empty((len(indices), *pictures.shape[1:]), np.uint8)

@@ -27,9 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from etude.convert.checkpoint import read_denoiser
 from etude.convert.diffusers_config import unet_config
 from etude.core.errors import UserError
-from etude.core.files import read_json
+from etude.core.files import file_sha256, read_json
 from etude.data.class_list import ClassList
-from etude.data.index import file_sha256
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.external.diffusers import WEIGHTS, Autoencoder
@@ -49,9 +48,9 @@ PROMPT = "{name}"  # the class's name alone
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCALES = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
 BATCH = 32  # prompts encoded together
-# Pixels of pictures decoded together. A decoder keeps about 5 GB of a 512 x 512 picture for its
-# gradient, so where one is taken pieces are smaller and recomputed.
-PIXELS, PIXELS_RECOMPUTED = 1 << 22, 1 << 20
+# Pixels of pictures decoded together, without a gradient and with one: for that a decoder keeps
+# 6 GB of a 512 x 512 picture in float32, so 24 GB at most.
+PIXELS, PIXELS_KEPT = 1 << 22, 1 << 20
 
 _INDEX = "model_index.json"
 _BETAS = {
@@ -103,18 +102,26 @@ class PromptedUNet(nn.Module):
 
 
 class PiecewiseAutoencoder(Autoencoder):
-    """Decodes large pictures a few at a time: a whole block of 512 x 512 would not fit a GPU."""
+    """Decodes large pictures a few at a time: a whole block of 512 x 512 would not fit a GPU.
+
+    Pieces that a gradient is taken of together are computed again, one by one, in the backward
+    pass; who hands over `rows(..., kept=True)` latents and takes their gradient first spares that.
+    """
+
+    def rows(self, height: int, width: int, *, kept: bool) -> int:
+        """Latents of a size that are decoded together; `kept`: with what a gradient needs."""
+        pixels = height * width * self.downscale**2
+        return max((PIXELS_KEPT if kept else PIXELS) // pixels, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As `Autoencoder.decode`; beyond `PIXELS` in pieces, which a gradient recomputes."""
-        pixels = latents.shape[2] * latents.shape[3] * self.downscale**2
-        if len(latents) * pixels <= PIXELS:
-            return super().decode(latents)
-        if not (torch.is_grad_enabled() and latents.requires_grad):
-            pieces = latents.split(max(PIXELS // pixels, 1))
-            return torch.cat([super(PiecewiseAutoencoder, self).decode(part) for part in pieces])
-        decode, pieces = super().decode, latents.split(max(PIXELS_RECOMPUTED // pixels, 1))
-        return torch.cat([checkpoint(decode, part, use_reentrant=False) for part in pieces])
+        """As `Autoencoder.decode`, in pieces of `rows`."""
+        kept = torch.is_grad_enabled() and latents.requires_grad
+        decode, pieces = super().decode, latents.split(self.rows(*latents.shape[2:], kept=kept))
+        if len(pieces) == 1:
+            return decode(latents)
+        if not kept:
+            return torch.cat([decode(piece) for piece in pieces])
+        return torch.cat([checkpoint(decode, piece, use_reentrant=False) for piece in pieces])
 
 
 def is_stable_diffusion(folder: str | Path) -> bool:
@@ -202,6 +209,7 @@ def stable_diffusion_parts(
             guidance_convention="one_plus_lambda",
         ),
         "autoencoder": autoencoder,
+        "decode_rows": autoencoder.rows(config.input_size, config.input_size, kept=True),
         "classes": list(classes),
         "latent_shape": (config.in_channels, config.input_size, config.input_size),
         "conditions": Conditions(

@@ -72,7 +72,7 @@ def pictures(folder: Path, size: int, classes: int = 0) -> None:
         write_shards(folder / part, members, classes=names)
 
 
-def test_sets(root: Path) -> None:
+def write_test_sets(root: Path) -> None:
     """ImageNet and its test sets as they are published, of ten classes out of twelve."""
     wnids = [f"n{10000000 + c}" for c in range(12)]
     lines = [f"{wnid} class {c}\n" for c, wnid in enumerate(wnids)]
@@ -107,7 +107,7 @@ def world(tiny, text_models, tmp_path_factory) -> Path:
         ("emoji", 64, 0),
     ):
         pictures(root / "data" / name, size, classes)
-    test_sets(root / "data")
+    write_test_sets(root / "data")
     digits = ShardSet(tiny.folder / "train")
     for part, first in (("train", 0), ("monitor", 64), ("test", 128)):
         chosen = [digits[i] for i in range(first, first + 64)]

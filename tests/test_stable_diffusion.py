@@ -23,6 +23,7 @@ from etude import cli
 from etude.convert.diffusers_config import unet_config
 from etude.convert.unet import diffusers_table
 from etude.core import rng
+from etude.core.distributed import World
 from etude.core.errors import UserError
 from etude.core.recipe import recipe_from_dict
 from etude.data.decode_torch import decode_picture
@@ -32,7 +33,7 @@ from etude.diffusion.guidance import GuidanceConfig
 from etude.diffusion.samplers import SamplerConfig
 from etude.jobs import run_recipe
 from etude.models.unet import UNet
-from etude.practice.learner import LearnerConfig
+from etude.practice.learner import Learner, LearnerConfig
 from etude.practice.supply import Facts, Request, Studio, Supply
 from etude.sampling import BLOCK, Generator, open_generator
 from etude.stable_diffusion import (
@@ -186,6 +187,18 @@ def opened(folder: Path, **options) -> Generator:
 @pytest.fixture(scope="module")
 def generator(folders) -> Generator:
     return opened(folders())
+
+
+@pytest.fixture(scope="module")
+def learner() -> nn.Module:
+    """Of practice, with random weights; it sees 16 x 16 pixels, normalised."""
+    config = LearnerConfig(
+        model={"in_channels": 3, "channels": [8, 16], "groups": 4, "num_classes": 4},
+        input_size=16,
+        mean=[0.5, 0.4, 0.3],
+        std=[0.2, 0.3, 0.2],
+    )
+    return Learner(config, 5, World(0, 1, 0, torch.device("cpu"))).frozen("raw")
 
 
 def drawn(generator: Generator, indices: list[int], labels: list[int], **options) -> np.ndarray:
@@ -346,7 +359,11 @@ def test_practice_runs_with_a_folder_and_its_splits_names(folders, tmp_path) -> 
             "pictures": {"image_size": 16, "channels": 3},
             "monitor": str(tmp_path / "monitor"),
             "test": str(tmp_path / "test"),
-            "learner": {"model": {"in_channels": 3, "num_classes": 4, "channels": [8]}, "batch": 4},
+            "learner": {
+                "model": {"in_channels": 3, "num_classes": 4, "channels": [8]},
+                "batch": 4,
+                "input_size": 16,
+            },
             "schedule": {"steps": 4},
             "trigger": {"evaluate_every": 1, "patience": 1},
             "guidance": {"omega": 0.1, "every": 1},
@@ -414,16 +431,64 @@ def test_large_pictures_are_decoded_in_pieces(generator, monkeypatch) -> None:
     (slope,) = torch.autograd.grad(expected.square().sum(), given)
     sizes: list[int] = []
     monkeypatch.setattr("etude.stable_diffusion.PIXELS", 3 * 32 * 32)
-    monkeypatch.setattr("etude.stable_diffusion.PIXELS_RECOMPUTED", 2 * 32 * 32)
+    monkeypatch.setattr("etude.stable_diffusion.PIXELS_KEPT", 2 * 32 * 32)
     decode = whole.network.decode
     monkeypatch.setattr(whole.network, "decode", lambda z: sizes.append(len(z)) or decode(z))
     torch.testing.assert_close(whole.decode(given.detach()), expected, rtol=1e-5, atol=1e-5)
     assert sizes == [3, 2] and isinstance(whole, PiecewiseAutoencoder)
-    pieces = whole.decode(given)
-    torch.testing.assert_close(pieces, expected, rtol=1e-5, atol=1e-5)
-    (found,) = torch.autograd.grad(pieces.square().sum(), given)
-    torch.testing.assert_close(found, slope, rtol=1e-3, atol=1e-4)
-    assert sizes[2:5] == [2, 2, 1] and len(sizes) == 8  # and again in the backward pass
+    for count, parts in ((5, [2, 2, 1]), (3, [2, 1]), (2, [2])):
+        sizes.clear()
+        pieces = whole.decode(given[:count])
+        torch.testing.assert_close(pieces, expected[:count], rtol=1e-5, atol=1e-5)
+        (found,) = torch.autograd.grad(pieces.square().sum(), given)
+        torch.testing.assert_close(found[:count], slope[:count], rtol=1e-3, atol=1e-4)
+        # Several pieces are computed again in the backward pass.
+        assert sizes[: len(parts)] == parts and len(sizes) == (2 * len(parts) if count > 2 else 1)
+
+
+def test_a_push_decodes_few_pictures_at_a_time_and_none_twice(
+    generator, folders, learner, monkeypatch
+) -> None:
+    indices, labels, two = [0, 1, 30, 63], [0, 1, 2, 3], SAMPLER.model_copy(update={"steps": 2})
+    sizes: list[tuple[int, bool]] = []
+
+    def guided(one: Generator, **fields) -> np.ndarray:
+        guidance = GuidanceConfig(omega=0.2, every=1, **fields)
+        return drawn(one, indices, labels, learner=learner, guidance=guidance).astype(int)
+
+    def counted(latents: Tensor) -> Tensor:
+        sizes.append((len(latents), torch.is_grad_enabled()))
+        return decode(latents)
+
+    assert generator.decode_rows == (1 << 20) // 32**2
+    whole = guided(opened(folders(), sampler=two))
+    monkeypatch.setattr("etude.stable_diffusion.PIXELS_KEPT", 24 * 32 * 32)
+    few = opened(folders(), sampler=two)
+    decode = few.autoencoder.network.decode
+    monkeypatch.setattr(few.autoencoder.network, "decode", counted)
+    for rows, parts in ((0, [24, 24, 16]), (22, [22, 22, 20]), (25, [24, 24, 16])):
+        sizes.clear()
+        apart = np.abs(guided(few, decode_rows=rows) - whole)
+        assert apart.max() <= 2 and (apart > 0).mean() <= 0.01
+        # Two pushes, and the finished block.
+        assert sizes == [(size, True) for size in 2 * parts] + [(BLOCK, False)]
+    assert np.abs(whole - drawn(few, indices, labels)).max() > 5
+
+
+def test_guided_pictures_in_bfloat16_come_near(generator, folders, learner) -> None:
+    """U-Net, decoder and learner: the mean distance, of 255 levels, beside what guidance moves."""
+    indices = np.arange(8)
+
+    def guided(one: Generator, precision: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        guidance = GuidanceConfig(omega=0.1, every=2, decode_precision=precision)
+        return one.draw(indices, indices % 4, seed=3, learner=learner, guidance=guidance)
+
+    images, _ = guided(generator, "fp32")
+    halved, told = guided(opened(folders(), weights="bfloat16"), "bf16")
+    assert set(told) == {"entropy", "agreement", "nonfinite", "held"}
+    assert np.isfinite(told["entropy"]).all() and not told["nonfinite"].any()
+    moved = np.abs(images.astype(int) - drawn(generator, [*indices], [*(indices % 4)]))
+    assert moved.mean() > 10 and 0 < np.abs(images.astype(int) - halved).mean() < 2
 
 
 def published(kind: str) -> dict:

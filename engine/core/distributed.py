@@ -20,6 +20,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +30,11 @@ import torch
 import torch.distributed as dist
 
 from .errors import UserError
+from .signals import StopRequested
 
 FOREVER_S = 30 * 24 * 3600.0  # for `exchange`: the launcher ends ranks that wait for one that fails
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_STOP_GRACE_S = 20.0
 _GRACE_S = 5.0  # how much later than rank 0 another rank may have started to wait
 
 
@@ -127,10 +130,14 @@ def part(world: World, first: int) -> World:
     return found
 
 
-def stop(world: World) -> None:
-    """Leave the job in order: wait for the others, then close the process groups."""
+def stop(world: World, lost: Sequence[int] = ()) -> None:
+    """Leave the job in order: wait for the others, then close the process groups.
+
+    Args:
+        lost: ranks that are known to be gone, and could be done without.
+    """
     try:
-        barrier(world, "stop", 60.0)
+        exchange(world, "barrier/stop", None, 60.0, without=lost)
     except UserError:
         if world.rank == 0:  # another rank loses contact when rank 0 was the first to leave
             raise
@@ -215,21 +222,34 @@ def _own_store(launchers: Any, rank: int, host: str, port: int, timeout_s: float
     return _store(mine, int(port), False, timeout_s)
 
 
-def exchange(world: World, what: str, value: Any, timeout_s: float = 1800.0) -> list[Any]:
+def exchange(
+    world: World,
+    what: str,
+    value: Any,
+    timeout_s: float = 1800.0,
+    *,
+    without: Sequence[int] = (),
+    stopped: Callable[[], str | None] = lambda: None,
+) -> list[Any]:
     """Every rank's JSON-able `value`, in rank order; all ranks call it in the same order.
 
+    Args:
+        without: ranks that are not waited for and not answered.
+        stopped: the reason to stop, if there is one; it ends the wait for ranks that never come.
+
     Raises:
+        StopRequested: there was a reason to stop for a while, and ranks are still missing.
         UserError: some ranks did not arrive in `timeout_s` seconds; they are named.
     """
     if world.size == 1:
         return [value]
     turn = world._turns[what]
     world._turns[what] += 1
-    keys = [f"{what}/{turn}/{rank}" for rank in range(world.size)]
-    world.store.set(keys[world.rank], json.dumps(value))
+    keys = {rank: f"{what}/{turn}/{rank}" for rank in range(world.size) if rank not in without}
+    world.store.set(f"{what}/{turn}/{world.rank}", json.dumps(value))
     try:
-        _await(world, what, keys, timeout_s)
-        values = [json.loads(world.store.get(key)) for key in keys]
+        _await(world, what, keys, timeout_s, stopped)
+        values = [json.loads(world.store.get(key)) for key in keys.values()]
     except dist.DistError:
         where = world.hosts[0] if world.hosts else os.environ["MASTER_ADDR"]
         raise UserError(
@@ -241,14 +261,24 @@ def exchange(world: World, what: str, value: Any, timeout_s: float = 1800.0) -> 
     return values
 
 
-def _await(world: World, what: str, keys: list[str], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while missing := [r for r, key in enumerate(keys) if not world.store.check([key])]:
+def _await(
+    world: World,
+    what: str,
+    keys: dict[int, str],
+    timeout_s: float,
+    stopped: Callable[[], str | None],
+) -> None:
+    deadline, patience = time.monotonic() + timeout_s, None
+    while missing := [r for r, key in keys.items() if not world.store.check([key])]:
         if time.monotonic() > deadline:
             message = _absent(world, what, missing, timeout_s)
             if world.rank == 0:  # it may hold the store: let the others look before it leaves
                 time.sleep(_GRACE_S)
             raise UserError(message)
+        if reason := stopped():  # the others were asked too, and are on their way
+            patience = patience or time.monotonic() + _STOP_GRACE_S
+            if time.monotonic() > patience:
+                raise StopRequested(reason)
         time.sleep(0.005)
 
 

@@ -1,9 +1,10 @@
-"""Files that are either whole or absent; used by every room that writes a result.
+"""Files that are either whole or absent, and their hashes; used by every room that writes a result.
 
 A file is written under a temporary name in its own folder, flushed to the disk, and renamed over
 the final name; the folder is flushed last, so a power cut leaves the old file or the new one.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -53,6 +54,12 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read as JSON ({error}); delete it or restore it from a copy"
         ) from None
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file in hexadecimal, without reading it into memory as a whole."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(data: Any, indent: int | None = None) -> str:

@@ -43,6 +43,7 @@ class Stream(IntEnum):
     REAL_OR_DRAWN = 30  # whether a learner sees a real picture
     RANDAUGMENT = 23  # which operations change a learner's picture, and their signs
     ERASE = 24  # the rectangle that is erased from a learner's picture
+    DROPOUT = 25  # what a learner's network of the user's own draws in a step
     PRUNE = 28  # ties and random choices among candidate pictures
     PRUNE_CLASS = 29  # which classes keep one picture more where a count does not divide
 

@@ -111,8 +111,14 @@ class Strategy(Protocol):
     def refuse(self, bad: Tensor) -> None:
         """Make the coming step change nothing where `bad` (0-d bool) is true on some rank."""
 
-    def weights(self, profile: str) -> AbstractContextManager[nn.Module]:
-        """The model in eval mode with a profile's weights in full; all ranks enter together."""
+    def weights(
+        self, profile: str, dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """The model in eval mode with a profile's weights in full; all ranks enter together.
+
+        Args:
+            dtype: of its trainable weights; by default that of forward.
+        """
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank saves; over all ranks every element appears at least once."""
@@ -206,11 +212,11 @@ class StrategyBase:
         self.refresh()
 
     @contextmanager
-    def weights(self, profile: str) -> Iterator[nn.Module]:
+    def weights(self, profile: str, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
         """See `Strategy.weights`; the module is a copy, so training state cannot be harmed."""
         state = profile_state(profile, self.optim.ema)
         module = self._skeleton
-        dtype = self.compute_dtype
+        dtype = dtype or self.compute_dtype
         full = {name: value.to(dtype) for name, value in self.full(state)}
         try:
             place(module, full | self._others())

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .strategy import Fragment, Reader, Strategy
@@ -73,9 +74,11 @@ class PairStrategy:
             self.nonfinite = self.nonfinite | self.second.nonfinite
         self._learns = False
 
-    def weights(self, profile: str) -> AbstractContextManager[nn.Module]:
+    def weights(
+        self, profile: str, dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[nn.Module]:
         """See `Strategy.weights`."""
-        return self.first.weights(profile)
+        return self.first.weights(profile, dtype)
 
     def fragments(self) -> Iterator[Fragment]:
         """See `Strategy.fragments`."""

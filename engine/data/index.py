@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from etude.core.config import Config
 from etude.core.errors import UserError
-from etude.core.files import write_bytes_atomic
+from etude.core.files import file_sha256, write_bytes_atomic
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 NAME = "index.json"
@@ -71,12 +71,6 @@ class Index(Config):
         """sha256 over what is stored, the same wherever and in whatever order it was indexed."""
         parts = [self.classes, sorted((s.name, s.sha256) for s in self.shards)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_index(folder: Path, index_folder: Path) -> Index:

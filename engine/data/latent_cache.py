@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from etude.core.errors import UserError
-from etude.core.files import write_bytes_atomic
+from etude.core.files import file_sha256, write_bytes_atomic
 
 from .augment import Geometry
-from .index import SCALAR, file_sha256
+from .index import SCALAR
 from .shards import ShardSet
 
 DONE, PLAN = "cache.json", "plan.json"

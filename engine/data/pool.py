@@ -8,6 +8,8 @@ A pool is a folder that is only ever added to. Any process may write parts into 
 import hashlib
 import io
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,7 @@ from .pool_parts import (
 from .shards import ShardSet
 
 _DECODERS = min(8, os.cpu_count() or 1)
+_OPEN_PARTS = 64  # each holds two files or more, of the usual limit of 1,024
 
 
 class Pool:
@@ -56,6 +59,7 @@ class Pool:
         self.folder = Path(folder)
         self._cache_bytes = cache_bytes
         self._decoders: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
         self._forget()
         self.refresh()
 
@@ -186,6 +190,11 @@ class Pool:
                     total[name] = total.get(name, 0.0) + value
         return total
 
+    def costs(self, round_number: int) -> list[dict[str, float]]:
+        """What drawing each part of a round took."""
+        pairs = zip(self.parts, self._costs, strict=True)
+        return [cost for entry, cost in pairs if entry.round == round_number]
+
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Pictures (B, S, S, C) uint8 by pool index (B,)."""
         indices = np.asarray(indices, dtype=np.int64)
@@ -223,7 +232,7 @@ class Pool:
     def _forget(self) -> None:
         self.parts: list[Part] = []
         self.image_size = self.channels = 0
-        self._shards: list[ShardSet] = []
+        self._shards: OrderedDict[int, ShardSet] = OrderedDict()
         self._costs: list[dict[str, float]] = []
         self._decoded: dict[int, np.ndarray] = {}
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
@@ -252,7 +261,7 @@ class Pool:
 
     def _decode(self, number: int, member: int) -> np.ndarray:
         try:
-            sample = self._shards[number][int(member)]
+            sample = self._shards_of(int(number))[int(member)]
             picture = decode_picture(sample.data, self.channels)
         except BadPicture as error:
             raise UserError(
@@ -261,6 +270,16 @@ class Pool:
             ) from None
         size = self.image_size
         return np.asarray(picture).reshape(size, size, self.channels)
+
+    def _shards_of(self, number: int) -> ShardSet:
+        """The shards of a part; those of a few parts are kept open."""
+        with self._lock:
+            if number not in self._shards:
+                self._shards[number] = ShardSet(self.folder / self.parts[number].folder)
+                if len(self._shards) > _OPEN_PARTS:
+                    self._shards.popitem(last=False)
+            self._shards.move_to_end(number)
+            return self._shards[number]
 
     def _admit(self, entry: Part) -> None:
         place = self.folder / entry.folder
@@ -276,6 +295,5 @@ class Pool:
             self.channels = 1 if Image.open(io.BytesIO(shards[0].data)).mode == "L" else 3
         self._costs.append(read_json(place / "cost.json"))
         self.parts.append(entry)
-        self._shards.append(shards)
         for name, values in columns.items():
             self._columns[name].append(values)

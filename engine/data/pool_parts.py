@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class PartKey:
     learner: str
     extra: Any = None
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """The part's folder inside a pool."""
         content = json.dumps(asdict(self), sort_keys=True)
@@ -140,7 +141,7 @@ def link_file(source: str | Path, target: str | Path) -> None:
     except FileExistsError:
         return
     except OSError:
-        shutil.copyfile(source, target)
+        write_bytes_atomic(Path(target), Path(source).read_bytes())
 
 
 def _appear(place: Path, fill: Callable[[Path], None]) -> Path:

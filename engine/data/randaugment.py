@@ -18,6 +18,8 @@ from torch import Tensor
 from etude.core.config import Config, option
 from etude.core.rng import Stream, bits
 
+from .upload import to_device
+
 BINS = 31
 _GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue
 
@@ -38,13 +40,20 @@ def randaugment(
     Args:
         positions: (B,) int64; a position fixes the operations and their signs.
     """
-    for chosen, negative in zip(*draw_operations(positions, seed, config.num_ops), strict=True):
+    chosen, negative = draw_operations(positions, seed, config.num_ops)
+    numbers = np.zeros((*chosen.shape, 6), np.float32)
+    for number in np.unique(chosen):
+        rows = chosen == number
+        name, size = OPERATIONS[number], images.shape[2:]
+        numbers[rows] = _numbers(name, config.magnitude, negative[rows], size)
+    counts = [np.bincount(row, minlength=len(OPERATIONS)).tolist() for row in chosen]
+    order = to_device(np.argsort(chosen, axis=1, kind="stable"), images.device)
+    numbers = to_device(numbers, images.device)
+    for turn, sizes in enumerate(counts):
         changed = images.clone()
-        for number in np.unique(chosen):
-            rows = np.flatnonzero(chosen == number)
-            at = torch.from_numpy(rows).to(images.device)
-            name = OPERATIONS[number]
-            changed[at] = apply(name, images[at], config.magnitude, negative[rows], config.fill)
+        for name, at in zip(OPERATIONS, order[turn].split(sizes), strict=True):
+            if len(at):
+                changed[at] = _change(name, images[at], numbers[turn][at], config)
         images = changed
     return images
 
@@ -64,18 +73,38 @@ def apply(name: str, images: Tensor, magnitude: int, negative: np.ndarray, fill:
         magnitude: the bin, 0 .. 30.
         negative: (B,) bool, rows whose magnitude is negated; of no effect for unsigned operations.
     """
+    numbers = _numbers(name, magnitude, negative, images.shape[2:])
+    config = RandAugmentConfig(num_ops=1, magnitude=magnitude, fill=fill)
+    return _change(name, images, to_device(numbers, images.device), config)
+
+
+def _numbers(name: str, magnitude: int, negative: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """What an operation takes of each row's sign (B,) bool: (B, 6) float32.
+
+    For pictures that are moved, the map of `_sampled`; for blends, the two factors first.
+    """
     if name in _GEOMETRIC:
-        return _moved(name, images, magnitude, negative, fill)
+        return np.where(negative[:, None], *(_map(name, magnitude, s, size) for s in (-1, 1)))
+    made = np.zeros((len(negative), 6), np.float32)
     if name in _BLENDS:
         strength = float(torch.linspace(0.0, 0.9, BINS)[magnitude])
         factors = 1.0 + np.where(negative, -strength, strength)
+        made[:, 0], made[:, 1] = factors, 1.0 - factors
+    return made
+
+
+def _change(name: str, images: Tensor, numbers: Tensor, config: RandAugmentConfig) -> Tensor:
+    """One operation on pictures (B, C, H, W) uint8, each with its numbers (B, 6) float32."""
+    if name in _GEOMETRIC:
+        return _sampled(images, numbers.view(-1, 2, 3), config.fill)
+    if name in _BLENDS:
         other = _BLENDS[name](images)
-        return images if other is images else _blend(images, other, factors)
+        return images if other is images else _blend(images, other, numbers)
     if name == "Posterize":
-        dropped = round(magnitude / ((BINS - 1) / 4))
+        dropped = round(config.magnitude / ((BINS - 1) / 4))
         return images & (256 - 2**dropped)
     if name == "Solarize":
-        threshold = float(torch.linspace(255.0, 0.0, BINS)[magnitude])
+        threshold = float(torch.linspace(255.0, 0.0, BINS)[config.magnitude])
         return torch.where(images >= threshold, 255 - images, images)
     if name == "AutoContrast":
         return _autocontrast(images)
@@ -84,14 +113,17 @@ def apply(name: str, images: Tensor, magnitude: int, negative: np.ndarray, fill:
     return images
 
 
-def _moved(name: str, images: Tensor, magnitude: int, negative: np.ndarray, fill: int) -> Tensor:
-    """Each picture read at a linear map of its pixels' places about the centre."""
-    height, width = images.shape[2:]
+def _map(name: str, magnitude: int, sign: int, size: tuple[int, int]) -> np.ndarray:
+    """The linear map of pixels' places about the centre of `size` = (height, width), (6,) float32.
+
+    It leads to coordinates in [-1, 1].
+    """
+    height, width = size
     top = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3}
     top |= {"TranslateX": 150.0 / 331.0 * width, "TranslateY": 150.0 / 331.0 * height}
     strength = float(torch.linspace(0.0, top[name], BINS)[magnitude])
-    maps = [_place(name, -strength if n else strength, height, width) for n in negative]
-    return _sampled(images, torch.tensor(maps, dtype=torch.float32), fill)
+    half = np.array([[0.5 * width], [0.5 * height]], np.float32)
+    return (np.array(_place(name, sign * strength, height, width), np.float32) / half).ravel()
 
 
 def _place(name: str, strength: float, height: int, width: int) -> list[list[float]]:
@@ -113,17 +145,15 @@ def _place(name: str, strength: float, height: int, width: int) -> list[list[flo
 
 
 def _sampled(images: Tensor, maps: Tensor, fill: int) -> Tensor:
-    """Nearest neighbours at maps (B, 2, 3) float32 of places in pixels about the centre.
+    """Nearest neighbours at maps (B, 2, 3) float32 of places about the centre.
 
-    Places pass through coordinates in [-1, 1] in float32, as `grid_sample` takes them, so that a
-    place between two pixels goes to the same one. Only single products and sums are used, whose
+    Maps lead to coordinates in [-1, 1] in float32, as `grid_sample` takes them, so that a place
+    between two pixels goes to the same one. Only single products and sums are used, whose
     results do not depend on the batch or the device; the second product is added unrounded, as the
     fused operations of a matrix product do it.
     """
     count, _, height, width = images.shape
     device = images.device
-    half = torch.tensor([0.5 * width, 0.5 * height], device=device)
-    maps = maps.to(device) / half[:, None]
     x = torch.linspace(-width * 0.5 + 0.5, width * 0.5 - 0.5, width, device=device)
     y = torch.linspace(-height * 0.5 + 0.5, height * 0.5 - 0.5, height, device=device)[:, None]
     near = []
@@ -139,12 +169,9 @@ def _sampled(images: Tensor, maps: Tensor, fill: int) -> Tensor:
     return torch.where(inside[:, None], picked, torch.full_like(picked, fill))
 
 
-def _blend(images: Tensor, other: Tensor, factors: np.ndarray) -> Tensor:
-    """factor * picture + (1 - factor) * other in float32, cut off to bytes; factors (B,)."""
-    own, rest = (
-        torch.tensor(f, dtype=torch.float32, device=images.device)[:, None, None, None]
-        for f in (factors, 1.0 - factors)
-    )
+def _blend(images: Tensor, other: Tensor, factors: Tensor) -> Tensor:
+    """own * picture + rest * other in float32, cut off to bytes; factors (B, 2 or more)."""
+    own, rest = (column[:, None, None, None] for column in factors.T[:2])
     return (own * images + rest * other).clamp(0, 255).to(torch.uint8)
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from etude.core.errors import UserError
+from etude.core.files import file_sha256
 
 from .files import new_folder
-from .index import NAME, SCALAR, Index, build_index, caption_of, file_sha256, read_index
+from .index import NAME, SCALAR, Index, build_index, caption_of, read_index
 from .picture import BadPicture
 
 _OPEN_SHARDS = 256  # well below the usual limit of 1,024 open files

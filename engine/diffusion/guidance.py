@@ -15,7 +15,13 @@ learner's entropy on the decoded clean estimate, or another criterion of `criter
 
 What a guided step costs beside a plain one, for each sample: the decoder and the learner, forward
 and backward, and with `path: full` one backward of the network by its input. The clean estimate is
-that of the step's own conditional prediction, so no path evaluates the network once more.
+that of the step's own conditional prediction, so no path asks the network once more; but one with
+activation checkpointing, as Stable Diffusion's U-Net, computes that prediction again in its
+backward pass. Of 30 steps under classifier-free guidance six are pushed at the published frequency:
+Stable Diffusion 1.5 at 512 x 512, with ViT-B/16 as learner (a forward takes 0.803 Tflop in the
+U-Net, 2.515 in the decoder, 0.035 in the learner), then takes 1.70 times the operations of plain
+sampling without checkpointing, 1.79 with that of the U-Net, and 2.09 with one of the decoder too,
+which decoding few rows at a time spares (`decode_rows`).
 """
 
 import math
@@ -65,7 +71,9 @@ class GuidanceConfig(Config):
         le=1,
     )
     keep_label: bool = option(
-        False, "where the learner gives another answer, lower its loss on the label asked for"
+        False,
+        "where the learner gives another answer, lower its loss on the label asked for, above the"
+        " ceiling too",
     )
     decoder: str = option(
         "", "folder of a cheaper decoder of the same latents for the push; empty: the generator's"
@@ -74,7 +82,11 @@ class GuidanceConfig(Config):
         "fp32", "arithmetic of the decoder and the learner in the push; bf16 is autocast"
     )
     decode_rows: int = option(
-        0, "pictures decoded at a time in the push, to bound memory; 0: all", unit="pictures", ge=0
+        0,
+        "pictures decoded at a time in the push, to bound memory; 0, or more than the generator"
+        " bears: as many as it does",
+        unit="pictures",
+        ge=0,
     )
 
     @model_validator(mode="after")
@@ -120,6 +132,7 @@ class EntropyGuidance:
         decode: Callable[[Tensor], Tensor],
         *,
         cheap_decode: Callable[[Tensor], Tensor] | None = None,
+        most_rows: int = 0,
     ) -> None:
         """
         Args:
@@ -127,17 +140,20 @@ class EntropyGuidance:
                 frozen parameters and is handed back as it was.
             decode: latents (B, C, H, W) in the objective's scale -> what the learner takes,
                 differentiable; resizing and the learner's normalisation belong to the learner.
-            cheap_decode: replaces `decode` in the push, not for the finished samples.
+            cheap_decode: what `config.decoder` names; replaces `decode` in the push, not for the
+                finished samples.
+            most_rows: pictures that are decoded at a time in the push, at most; 0: any number.
         """
-        if config.decoder and cheap_decode is None:
+        if bool(config.decoder) != (cheap_decode is not None):
             raise ValueError(
-                f"guidance.decoder={config.decoder!r} has no effect without cheap_decode: hand over"
-                " what reads it, or leave it out"
+                f"guidance.decoder={config.decoder!r} names what cheap_decode is: hand over both,"
+                " or neither"
             )
         self.config, self.learner, self.decode = config, learner, decode
         self.passes = 0
         self.pictures: Tensor | None = None
         self._decode_push = cheap_decode or decode
+        self._rows = min((n for n in (config.decode_rows, most_rows) if n), default=0)
         self._report: dict[str, Tensor] = {}
 
     def start(self, count: int, device: torch.device, condition: dict[str, Any]) -> None:
@@ -242,10 +258,9 @@ class EntropyGuidance:
         return {name: values.float().cpu().numpy() for name, values in self._report.items()}
 
     def _pull(self, x0: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of clean estimates (B, C, H, W), `decode_rows` at a time: each criterion's gradient by
-        its own estimate (B, C, H, W), whether both are finite, and whether to leave it alone (B,).
-        """
-        rows = self.config.decode_rows or len(x0)
+        """Of clean estimates (B, C, H, W), some rows at a time: each criterion's gradient by its
+        own estimate (B, C, H, W), whether both are finite, and whether to leave it alone (B,)."""
+        rows = self._rows or len(x0)
         starts = range(0, len(x0), rows)
         with torch.enable_grad(), _frozen(self.learner):
             parts = [
@@ -259,9 +274,10 @@ class EntropyGuidance:
         config, x0 = self.config, x0.requires_grad_()
         bf16 = config.decode_precision == "bf16"
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-            logits = self.learner(self._decode_push(x0))
+            # A learner takes pictures in full precision: a CPU resizes no others.
+            logits = self.learner(self._decode_push(x0).to(x0.dtype))
         logits = logits.to(x0.dtype)
-        held = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        held = lost = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         if config.needs_labels:
             assert labels is not None
             # The rows of a padded block are asked for without a class: they have no loss.
@@ -276,7 +292,7 @@ class EntropyGuidance:
         if config.ceiling is not None:
             # Rounding can lift an even guess above 1.
             limit = config.ceiling * (1.0 + 1e-6)
-            held = held | (hardness(config.criterion, logits, labels) > limit)
+            held = held | (hardness(config.criterion, logits, labels) > limit) & ~lost
         return pull, values.detach().isfinite() & pull.flatten(1).isfinite().all(1), held
 
 

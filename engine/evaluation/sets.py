@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from etude.core.errors import UserError
+from etude.core.files import file_sha256
 from etude.data.decode_torch import decode_picture
 from etude.data.picture import BadPicture
 from etude.data.shards import ShardSet
@@ -194,7 +195,7 @@ class FolderPictures:
         found = sorted({self._names[path] for path in self._files} - {""})
         self.classes = found if classes is None else classes
         self._encoded = _Encoded(size, channels)
-        hashes = [[str(path), _file_sha256(self.folder / path)] for path in self._files]
+        hashes = [[str(path), file_sha256(self.folder / path)] for path in self._files]
         parts = ["folder", hashes, self.classes, size, channels]
         self.fingerprint = _sha256([*parts, [*table.values()]] if table else parts)
         stated = self.folder / "protocol.json"
@@ -292,8 +293,3 @@ def _group(classes: list[str], label: int) -> str:
 
 def _sha256(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

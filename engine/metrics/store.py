@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from etude.core.errors import UserError
-from etude.core.files import write_bytes_atomic, write_json_atomic
+from etude.core.files import file_sha256, write_bytes_atomic, write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class FeatureStore:
 
     @staticmethod
     def _checked(path: Path, sha256: str) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        found = _file_sha256(path) if path.exists() else "missing"
+        found = file_sha256(path) if path.exists() else "missing"
         if found != sha256:
             raise UserError(
                 f"features {path} are {'missing' if found == 'missing' else 'damaged'}; delete the "
@@ -159,7 +159,7 @@ class EntryWriter:
             if len(rows) != stop - start:
                 raise UserError(f"features {path} hold {len(rows)} rows, expected {stop - start}")
             keys += rows
-            shards.append({"file": path.name, "sha256": _file_sha256(path), "count": len(rows)})
+            shards.append({"file": path.name, "sha256": file_sha256(path), "count": len(rows)})
         if len(keys) != self.key.count:
             raise UserError(f"{self.folder} holds {len(keys)} pictures, expected {self.key.count}")
         if len(set(keys)) != len(keys):
@@ -198,8 +198,3 @@ def _tensor_sha256(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         total.update(tensors[name].numpy().tobytes())
     return total.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ from a file of weights or from a judge's folder (`evaluation/judge.py` writes on
 update, stays in evaluation mode, and lets gradients through to the picture, which guidance needs.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
+from etude.core.files import file_sha256
 
 from .blocks import seeded
 from .classifier import Classifier, ClassifierConfig
@@ -103,8 +103,7 @@ def read_backbone(config: ProbeConfig) -> nn.Module:
     Raises:
         UserError: nothing is there, the hash is another one, or the weights do not fit.
     """
-    place = Path(config.weights)
-    folder = place / "judge" if (place / "judge" / _CONFIG).exists() else place
+    place, folder = Path(config.weights), _folder(config)
     section, file = config.backbone, place
     if folder.is_dir():
         if section is not None:
@@ -132,6 +131,25 @@ def read_backbone(config: ProbeConfig) -> nn.Module:
     return network
 
 
+def backbone_size(config: ProbeConfig) -> int:
+    """Pixels along a side of what the backbone was made for; 0 where nothing says it.
+
+    A section of a network with `input_size` says it, and a judge's folder.
+    """
+    if config.backbone is not None:
+        return getattr(config.backbone, "input_size", 0)
+    try:
+        return int(json.loads((_folder(config) / _CONFIG).read_text())["image_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # `read_backbone` says what is wrong
+
+
+def _folder(config: ProbeConfig) -> Path:
+    """The judge's folder: the place itself, or the one inside the run that trained it."""
+    place = Path(config.weights)
+    return place / "judge" if (place / "judge" / _CONFIG).exists() else place
+
+
 def _section_of(folder: Path) -> BackboneConfig:
     try:
         about = json.loads((folder / _CONFIG).read_text())["model"]
@@ -147,7 +165,7 @@ def _read(file: Path, sha256: str) -> dict[str, Tensor]:
     """A state dict; one that a training loop wrote may lie under `state_dict` or `model`."""
     if not file.is_file():
         raise UserError(f"there are no weights at {file}: name a file that is there")
-    found = hashlib.sha256(file.read_bytes()).hexdigest() if sha256 else sha256
+    found = file_sha256(file) if sha256 else sha256
     if found != sha256:
         raise UserError(f"{file} has sha256 {found}, not {sha256}: name the right file")
     try:

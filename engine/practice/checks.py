@@ -67,15 +67,12 @@ def overlap(
     return sorted(found.items())
 
 
-def refuse_overlap(
-    test: Pictures, other: Pictures, distance: float, test_name: str, other_name: str
-) -> None:
-    """Raise a `UserError` that names the first test picture that is (nearly) among the others."""
-    pairs = overlap(test, other, distance)
+def refuse(pairs: Sequence[tuple[int, int]], total: int, test_name: str, other_name: str) -> None:
+    """Raise a `UserError` that names the first pair of an `overlap` with `total` test pictures."""
     if pairs:
         test_index, other_index = pairs[0]
         raise UserError(
-            f"{len(pairs)} of {len(test)} pictures of {test_name} are (nearly) among {other_name}, "
+            f"{len(pairs)} of {total} pictures of {test_name} are (nearly) among {other_name}, "
             f"first number {test_index} (there number {other_index}): test on pictures that nothing"
             " before the test has seen"
         )

@@ -9,13 +9,16 @@ nothing.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from etude.core.checkpoint import step_of
 from etude.core.distributed import FOREVER_S, World, any_rank, exchange
+from etude.core.errors import UserError
 from etude.core.log import Log, Progress
 from etude.core.signals import Stopper
+from etude.data.pool import Pool
 from etude.data.pool_parts import part_images
 
 from .arms import Arm, Pending, correct_of_all
@@ -140,13 +143,23 @@ class _Course:
             device=job.world.device,
         )
         if self.lead:
-            for pool in source.own_pools:
-                job.supply.describe(pool.folder.name)
             source.rewind(state.step * self.recipe.learner.batch)
+            for pool in source.own_pools:
+                self._refuse_another_generator(pool)
+                job.supply.describe(pool.folder.name)
             job.supply.forget(self.arm.name)
-        exchange(job.world, "the pool as it was", None)
+        self._together("the pool as it was")
         source.refresh()
         return source
+
+    def _refuse_another_generator(self, pool: Pool) -> None:
+        own, other = self.job.supply.facts, {entry.generator for entry in pool.parts}
+        if other - {own.fingerprint}:
+            raise UserError(
+                f"{pool.folder} was drawn by {', '.join(sorted(other))} and the generator"
+                f" {own.name} is {own.fingerprint} now: name the one it was, or start another run"
+                " with run=NAME"
+            )
 
     def _learn(self, progress: Progress) -> bool:
         """Steps, looks and rounds to the end; False when asked to stop."""
@@ -175,13 +188,18 @@ class _Course:
                     monitor_accuracy=accuracy,
                     loss=float(loss),
                     samples=self.source.samples,
-                    seconds=state.seconds + self.source.cost.get("seconds", 0.0),
+                    seconds=self._learning_seconds + self.source.cost.get("seconds", 0.0),
                 )
                 shown = f"{self.source.samples:,}"
                 progress.advance(0, accuracy=accuracy, pictures=shown)
                 if self._asks(accuracy):
                     self._ask()
             arm.save_if_due()
+
+    @property
+    def _learning_seconds(self) -> float:
+        """Of all processes together, as those of drawing are."""
+        return self.arm.state.seconds * self.job.world.size
 
     def _asks(self, accuracy: float) -> bool:
         """Whether a round is asked for after this look."""
@@ -190,7 +208,10 @@ class _Course:
             return state.step in self.source.rounds_at
         grown = self.source.samples / recipe.start_samples
         waited_enough = state.plateau.observe(accuracy, recipe.trigger, grown)
-        if not waited_enough or state.pending is not None or state.cooldown_at is not None:
+        if state.pending is not None:  # the wait is for what the coming pictures bring
+            state.plateau.waited = 0
+            return False
+        if not waited_enough or state.cooldown_at is not None:
             return False
         rounds, spent = state.plateau.rounds, passes(self.source.cost)
         limit = recipe.max_evaluations
@@ -210,7 +231,7 @@ class _Course:
             frozen, pool = self.learner.frozen(self.recipe.trigger.weights), self.source.pool
             assert pool is not None
             name = job.supply.keep_learner(pool.folder.name, frozen) if self.lead else ""
-            guide = exchange(job.world, "the learner that guides", name)[0]
+            guide = self._together("the learner that guides", name)[0]
             job.supply.studio.remember(guide, frozen)
         visible_at = state.step + self.recipe.trigger.delay_steps
         state.pending = Pending(state.plateau.rounds, visible_at, guide)
@@ -236,21 +257,40 @@ class _Course:
             stopped=lambda: job.stopper.requested is not None,
             advance=lambda count: progress.advance(0, drawing=f"{count}/{parts} parts"),
         )
-        if not all(exchange(job.world, "a round is drawn", there, FOREVER_S)):
+        if not all(self._together("a round is drawn", there)):
             self.arm.save()
             return False
         self.ahead.forget()
         if self.lead:
             self.source.publish(pending, request)
             request.withdraw(supply.root)
-        exchange(job.world, "a round is published", None, FOREVER_S)
+        self._together("a round is published")
         self.source.refresh()
-        if self.lead and pending.learner and request.beside:
+        if self.lead and pending.learner:
+            self._warn_of_nonfinite(pending)
+        if self.lead and pending.learner:
             self._report(pending, request)
-        exchange(job.world, "a round is reported", None, FOREVER_S)
+        self._together("a round is reported")
         state.pending = self.posted = None
         self.arm.restart_clock()
         return True
+
+    def _together(self, what: str, value: Any = None) -> list[Any]:
+        """Every learning process's value; ends when asked to stop though some never come."""
+        job = self.job
+        return exchange(job.world, what, value, FOREVER_S, stopped=lambda: job.stopper.requested)
+
+    def _warn_of_nonfinite(self, pending: Pending) -> None:
+        pool = self.source.pool
+        assert pool is not None
+        costs = pool.costs(pending.round)
+        steps = sum(cost.get("nonfinite", 0.0) for cost in costs)
+        if steps:
+            self.job.log.warn(
+                f"{self.arm.name}, round {pending.round}: {steps:,.0f} guided steps of a picture"
+                " had a gradient that was not finite and pushed nothing; try"
+                " guidance.decode_precision=fp32, or a smaller learner.lr"
+            )
 
     def _report(self, pending: Pending, request: Request) -> None:
         """The round's figures and its hardest pictures, unless they stand there already."""
@@ -259,15 +299,18 @@ class _Course:
             return
         recipe, supply, pool = self.recipe, self.job.supply, self.source.pool
         assert pool is not None
-        places = [np.arange(key.first, key.first + key.count) for key in request.beside]
-        pictures = [part_images(pool.folder / key.folder) for key in request.beside]
+        twins = None
+        if request.beside:
+            places = [np.arange(key.first, key.first + key.count) for key in request.beside]
+            pictures = [part_images(pool.folder / key.folder) for key in request.beside]
+            twins = np.concatenate(places), np.concatenate(pictures)
         report_round(
             folder,
             pending.round,
             supply.studio.guide(pool.folder.name, pending.learner),
             pool,
             [recipe.size(number) for number in range(pending.round + 1)],
-            (np.concatenate(places), np.concatenate(pictures)),
+            twins,
             self.job.judge,
         )
         self.job.show()
@@ -298,12 +341,12 @@ class _Course:
             "passes": passes(cost),
             "passes_per_picture": passes(cost) / max(source.drawn, 1),
             "drawing_seconds": cost.get("seconds", 0.0),
-            "learning_seconds": state.seconds,
+            "learning_seconds": self._learning_seconds,
             "looks": state.looks,
             "learner": weights_hash(learner),
         }
         arm.finish(result, correct)
-        exchange(job.world, "an arm has ended", None)
+        self._together("an arm has ended")
         if self.lead:
             job.show()
         return result, correct

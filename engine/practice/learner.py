@@ -1,15 +1,20 @@
-"""The classifier that practises: its step and its weights; called by rounds.py.
+"""The classifier that practises: its step and its weights; called by course.py.
 
 Every arm has the same learner: weights from `seed`, AdamW with an average of the weights, label
 smoothing, and augmentation drawn by position from Philox, so that a step is a function of (state,
 pictures, positions) alone. Several ranks share a step's positions evenly; what a position becomes,
 and up to rounding the step itself, do not depend on how many there are. The learning rate comes
 from the schedule.
+
+A network of the user's own may draw numbers itself, as dropout does. Torch's generators then stand
+at a number of (seed, step) for each rank, so a step can be repeated, but on another number of ranks
+it draws others.
 """
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +26,20 @@ from torch import Tensor, nn
 
 from etude.core.distributed import World
 from etude.core.errors import UserError
+from etude.core.rng import Stream, bits
 from etude.core.strategy import StrategyConfig, build_strategy
 from etude.data.mixing import draw_mix, mixed, mixed_targets
+from etude.data.upload import to_device
 from etude.models.classifiers import build_classifier
 
 from .augmenting import Prepared, augment, seen_in_training
 from .learner_config import LearnerConfig
-from .running import RunningBuffers, normalise_over_ranks, without_averages
+from .running import (
+    RunningBuffers,
+    normalise_over_ranks,
+    refuse_rounded_statistics,
+    without_averages,
+)
 
 # Positions (n,) int64 -> pictures (n, S, S, C) uint8 and labels (n,) int64.
 Fetch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -45,7 +57,8 @@ class Learner:
         strategy: holds weights, moments and average; what a checkpoint saves.
 
     Raises:
-        UserError: the batch cannot be shared evenly, or the network does not suit several ranks.
+        UserError: the batch cannot be shared evenly, or the network does not suit several ranks or
+            bf16.
     """
 
     def __init__(
@@ -63,14 +76,16 @@ class Learner:
         self.config, self.seed, self.world = config, seed, world
         self._share = config.batch // world.size
         network = build_classifier(config.model, seed=seed)
+        bf16 = strategy.precision == "bf16"
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        if bf16:
+            refuse_rounded_statistics(network)
         self._running = RunningBuffers(network, config.ema)
-        self._prepared = Prepared(network, config)
+        self._prepared = Prepared(nn.Identity(), config).to(world.device)
         self.strategy = build_strategy(
-            strategy, network, config.optim(), world, micro_batch=self._share
+            strategy, self._running.module, config.optim(), world, micro_batch=self._share
         )
         normalise_over_ranks(network, world)
-        dtype = torch.bfloat16 if strategy.precision == "bf16" else torch.float32
-        self._dtype = dtype
         self._unsound = torch.zeros((), dtype=torch.bool, device=world.device)
 
     def step(self, fetch: Fetch, step: int, rate: float) -> Tensor:
@@ -83,13 +98,21 @@ class Learner:
         """
         batch, target = self._batch(fetch, step)
         self._running.keep()
-        logits = self.strategy(batch.to(self._dtype)).float()
+        with self._drawing(step):
+            logits = self.strategy(batch.to(self._dtype)).float()
         loss = F.cross_entropy(logits, target, label_smoothing=self.config.label_smoothing)
         self.strategy.backward(loss)
         self.strategy.step(self.config.lr * rate)
         self._running.settle(self.strategy.nonfinite)
         self._unsound = self._unsound | self.strategy.nonfinite
         return loss.detach()
+
+    def _drawing(self, step: int) -> AbstractContextManager[None]:
+        """Within it a network of the user's own draws what this rank's share of a step says."""
+        if self.config.model.family != "imported":
+            return nullcontext()
+        first = step * self.config.batch + self.world.rank * self._share
+        return torch_drawing(self.seed, first, self.world.device)
 
     def _batch(self, fetch: Fetch, step: int) -> tuple[Tensor, Tensor]:
         """What the network sees of this rank's share, and its targets: labels, or probabilities."""
@@ -103,7 +126,7 @@ class Learner:
         pictures = seen_in_training(
             images, positions, self._prepared, config, self.seed, self.world.device
         )
-        target = torch.from_numpy(labels).to(self.world.device)
+        target = to_device(labels, self.world.device)
         if not mixes:
             return pictures, target
         mix = draw_mix(self.seed, step, config.mixup, config.cutmix, tuple(pictures.shape[2:]))
@@ -121,9 +144,10 @@ class Learner:
             )
 
     def frozen(self, weights: str) -> nn.Module:
-        """A copy in evaluation mode behind its preprocessing, without gradients of weights.
+        """A float32 copy in evaluation mode behind its preprocessing, without gradients of weights.
 
-        It takes pictures of any size in [-1, 1], which it brings to the learner's input size; where
+        In bf16 training too it has the weights and averages that the strategy keeps in float32. It
+        takes pictures of any size in [-1, 1], which it brings to the learner's input size; where
         neither the recipe nor the network has one, the network sees them as they are. All ranks
         call this together.
 
@@ -131,9 +155,23 @@ class Learner:
             weights: "raw", or "ema" for the average; running statistics are averaged alike.
         """
         profile = "raw" if weights == "raw" else self.strategy.profiles[1]
-        with self.strategy.weights(profile) as module:
-            network = without_averages(copy.deepcopy(module), averaged=weights != "raw")
+        with self.strategy.weights(profile, torch.float32) as module:
+            whole = copy.deepcopy(module).float()
+        network = without_averages(whole, averaged=weights != "raw")
         return Prepared(network, self.config).eval().requires_grad_(False)
+
+
+@contextmanager
+def torch_drawing(seed: int, position: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators stand at a number of (seed, position) inside, and as before afterwards."""
+    high, low = (int(word) for word in bits(seed, Stream.DROPOUT, np.array([position]), 2)[0])
+    number, on_gpu = (high << 32) | low, device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(number)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(number)
+        yield
 
 
 def weights_hash(module: nn.Module) -> str:

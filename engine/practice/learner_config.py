@@ -3,9 +3,6 @@
 Read by learner.py and augmenting.py. With its defaults, pictures are shifted by a pixel and nothing
 else; the fields behind `flip` make the recipe with which vision transformers are trained from
 scratch (crops, RandAugment, mixup and CutMix, label smoothing, an average of the weights).
-
-An average that is updated every n steps with decay d, as some recipes have it, is nearly that of
-every step with decay d^(1/n), which is what `ema` takes: 0.99998 every 32 steps is 0.9999994.
 """
 
 from typing import Self
@@ -17,6 +14,7 @@ from etude.core.optim import OptimConfig
 from etude.data.randaugment import RandAugmentConfig
 from etude.models.classifier import ClassifierConfig
 from etude.models.classifiers import LearnerModelConfig
+from etude.models.probe import ProbeConfig, backbone_size
 
 _RATIO = (3.0 / 4.0, 4.0 / 3.0)
 
@@ -37,8 +35,8 @@ class LearnerConfig(Config):
     shift: int = option(1, "largest random shift in each direction", unit="pixels", ge=0)
     flip: bool = option(False, "mirror half of the pictures left to right")
     input_size: int = option(
-        0, "side that pictures are brought to; 0: the model's own or the pictures'", unit="pixels",
-        ge=0,
+        0, "side that pictures are brought to; 0: the model's or backbone's own, or the pictures'",
+        unit="pixels", ge=0,
     )  # fmt: skip
     mean: tuple[float, ...] | None = option(
         None, "subtracted from levels in [0, 1], for all channels or each; levels in [-1, 1] if not"
@@ -63,6 +61,8 @@ class LearnerConfig(Config):
     @property
     def side(self) -> int:
         """Pixels along a side of what the network sees; 0: of the pictures as they come."""
+        if not self.input_size and isinstance(self.model, ProbeConfig):
+            return backbone_size(self.model)
         return self.input_size or getattr(self.model, "input_size", 0)
 
     def optim(self) -> OptimConfig:
@@ -77,11 +77,14 @@ class LearnerConfig(Config):
 
     @model_validator(mode="after")
     def _check_preprocessing(self) -> Self:
-        own = getattr(self.model, "input_size", 0)
-        if own and self.input_size not in (0, own):
-            raise ValueError(
-                f"input_size={self.input_size} but model.input_size={own}: leave out input_size"
-            )
+        backbone = getattr(self.model, "backbone", None)
+        for name, network in (("model", self.model), ("model.backbone", backbone)):
+            own = getattr(network, "input_size", 0)
+            if own and self.input_size not in (0, own):
+                raise ValueError(
+                    f"input_size={self.input_size} but {name}.input_size={own}: leave out "
+                    "input_size"
+                )
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
         for name in ("mean", "std"):

@@ -1,4 +1,4 @@
-"""Generate, then prune: which of many candidate pictures are kept; called by rounds.py.
+"""Generate, then prune: which of many candidate pictures are kept; called by sources.py.
 
 The baseline that guidance is measured against (arXiv 2502.15588, section 5.3): draw more pictures
 than are wanted, order them by how hard they are, and keep the hardest (or easiest). All candidates

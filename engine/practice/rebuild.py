@@ -1,7 +1,7 @@
 """A pool drawn again from its seeds, or written out for others; called by the `practice` command.
 
 A pool's manifest, columns, learners and `origin.json` fix its pictures, so they can be sent without
-the shards, which weigh a thousand times as much, and drawn again where the generator is. Equal
+the shards, which weigh far more, and drawn again where the generator is. Equal
 blocks on equal hardware give equal bytes; elsewhere a picture differs by rounding, which is what
 the report says.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from etude.core.errors import UserError
-from etude.core.files import read_json, write_bytes_atomic
+from etude.core.files import read_json, write_bytes_atomic, write_json_atomic
 from etude.core.log import Log
 from etude.data.files import new_folder
 from etude.data.pool import Pool
@@ -100,11 +100,12 @@ def rebuild(
     if pool.resolve() == to.resolve():
         raise UserError(f"{to} is the pool itself: name another folder to draw into")
     generator = open_generator()
-    if generator.fingerprint != parts[0].generator:
+    if drawn_by := {entry.generator for entry in parts} - {generator.fingerprint}:
         raise UserError(
-            f"{pool} was drawn by {parts[0].generator} and this generator is "
+            f"{pool} was drawn by {', '.join(sorted(drawn_by))} and this generator is "
             f"{generator.fingerprint}: name the run that drew it with --generator"
         )
+    write_json_atomic(to / ORIGIN, origin)
     learner = LearnerConfig.model_validate(origin["learner"])
     studio = Studio(lambda: generator, learner, to.parent, device)
     counts = np.zeros(5, dtype=np.int64)  # pictures, identical, compared, pixels, pixels differing

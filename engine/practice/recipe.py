@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import NonNegativeInt, model_validator
 
 from etude.core.config import Config, option
 from etude.core.recipe import Recipe
@@ -34,7 +34,11 @@ class ArmConfig(Config):
     """
 
     kind: ArmKind = option(..., "what the learner learns from")
-    name: str = option("", "what it is called; empty takes the kind, and a prune arm's score")
+    name: str = option(
+        "",
+        "what it and its folder are called; empty takes the kind, and a prune arm's score",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9_+-]*)?$",
+    )
     equal: Literal["samples", "compute"] = option(
         "samples",
         "what static and prune have as much of as practice: samples, or drawing (evaluations of the"
@@ -44,7 +48,7 @@ class ArmConfig(Config):
         None, "mixed: share of real pictures in a batch; 0.5 unless given", gt=0, lt=1
     )
     prune: PruneConfig | None = option(None, "prune: which pictures are chosen")
-    rounds: list[int] | None = option(
+    rounds: list[NonNegativeInt] | None = option(
         None, "branch: which rounds of the practice arm, from 0; all unless given"
     )
 
@@ -61,6 +65,8 @@ class ArmConfig(Config):
                 raise ValueError(f"{field} has no effect on an arm of kind {self.kind}: remove it")
         if self.kind == "practice" and self.name:
             raise ValueError("the practice arm is called practice: remove its name")
+        if self.name and (self.kind == "branch") != self.name.startswith("branch"):
+            raise ValueError(f"name {self.name}: branches, and they alone, are called branch...")
         if self.kind == "prune" and self.prune is None:
             raise ValueError("an arm of kind prune needs prune, such as prune: {score: entropy}")
         if self.equal == "compute" and self.kind not in ("static", "prune"):
@@ -133,7 +139,7 @@ class PracticeRecipe(Recipe):
     max_samples: int = option(0, "pictures at most; 0 means no limit", unit="pictures", ge=0)
     max_evaluations: int = option(
         0,
-        "drawing at most, of the practice arm; 0 means no limit",
+        "once drawing for the practice arm has taken so much, no round is asked for; 0: no limit",
         unit="evaluations of the denoiser, a backward pass counting as two",
         ge=0,
     )
@@ -225,6 +231,13 @@ class PracticeRecipe(Recipe):
                 raise ValueError(
                     f"arm {arm.title} copies the practice arm: list practice before it"
                 )
+        if self.at_limit == "cool_down" and "practice" in kinds[1:]:
+            raise ValueError(
+                "at_limit=cool_down may end the practice arm early, and the others with it: list"
+                " practice first"
+            )
+        if "test" in self.tests:
+            raise ValueError("tests holds a set called test, which `test` is: give it another name")
         if self.branch_from and set(kinds) != {"branch"}:
             raise ValueError("branch_from is for arms of kind branch alone: set arms=[branch]")
         if ({"real", "mixed"} & set(kinds) != set()) != bool(self.real_train):

@@ -16,22 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.core.distributed import World, exchange
+from etude.core.distributed import FOREVER_S, World, exchange
 from etude.core.errors import UserError
-from etude.core.files import write_json_atomic
+from etude.core.files import read_json
 from etude.core.log import Log
+from etude.core.recipe import Recipe, differences
 from etude.core.run import Run, load_run
 from etude.core.signals import Stopper
 from etude.data.class_list import open_classes
 
-from .checks import refuse_overlap, same_classes
+from .checks import overlap, refuse, same_classes
 from .course import Job, branches, run_arm
 from .flips import Judge
 from .paired import paired_difference
 from .pictures import Pictures, load_split
 from .recipe import ArmConfig, PracticeRecipe
-from .supply import CLOSED, Facts, Generator, Studio, Supply
+from .supply import Facts, Generator, Studio, Supply
 
+_SHARED = 0.01  # of the test pictures may be in the monitor, which large data sets cannot avoid
+_OF_A_BRANCH = ("kind", "seed", "learner", "pictures", "start_samples", "round_samples")
+_OF_A_BRANCH += ("newest_weight", "sampler")
 _REAL_FIRST = ("real", "mixed")
 
 
@@ -87,14 +91,7 @@ def practise(
     if world is None:
         device = torch.device("cpu") if drawing is generator else generator.device
         world = World(0, 1, 0, device)
-    result: dict = {"stopped": "the run failed"}
-    try:
-        job = _open(recipe, run.folder, drawing, log, stopper, world, judge, show)
-        result = _run_arms(job)
-        return result
-    finally:
-        if world.rank == 0:
-            write_json_atomic(run.folder / "pools" / CLOSED, {"stopped": result.get("stopped")})
+    return _run_arms(_open(recipe, run.folder, drawing, log, stopper, world, judge, show))
 
 
 def _run_arms(job: Job) -> dict:
@@ -103,7 +100,8 @@ def _run_arms(job: Job) -> dict:
     correct: dict[str, np.ndarray] = {}
     for config in recipe.arms:
         for title, trigger in _titles(config, job):
-            job = replace(job, practice=results.get("practice"), place=len(results))
+            practice = results.get("practice", job.practice)
+            job = replace(job, practice=practice, place=len(results))
             ended = run_arm(config, title, job, trigger)
             if ended is None:
                 reason = job.stopper.requested or "another process was asked to stop"
@@ -125,8 +123,9 @@ def _titles(config: ArmConfig, job: Job) -> list[tuple[str, Path | None]]:
     if config.kind != "branch":
         return [(config.title, None)]
     found = branches(config, job.origin)
-    if not found:
-        job.log.warn(f"arm {config.title}: the practice arm has no such round to branch from")
+    asked = config.rounds if config.rounds is not None else [0]
+    if len(found) < len(asked):
+        job.log.warn(f"arm {config.title}: of rounds {asked} the practice arm has {len(found)}")
     return list(found)
 
 
@@ -153,17 +152,26 @@ def _open(
             f"{facts.name} draws {len(facts.classes)} classes: set "
             f"learner.model.num_classes={len(facts.classes)}"
         )
+    drawn, real_size = facts.image_size, recipe.pictures.image_size
+    if not recipe.learner.side and drawn != real_size:
+        raise UserError(
+            f"{facts.name} draws pictures of {drawn} pixels and pictures.image_size is {real_size}:"
+            f" make them equal, or set learner.input_size={real_size}"
+        )
     classes = open_classes(recipe.classes, recipe.whole_classes)
     monitor = load_split(recipe.monitor, recipe.pictures, classes)
     tests = {
         name: load_split(source, recipe.pictures, classes)
         for name, source in ({"test": recipe.test} | recipe.tests).items()
     }
-    for name, split in {recipe.monitor: monitor, recipe.test: tests["test"]}.items():
+    real = load_split(recipe.real_train, recipe.pictures, classes) if recipe.real_train else None
+    splits = [(recipe.monitor, monitor), (recipe.test, tests["test"])]
+    splits += [(recipe.tests[name], split) for name, split in tests.items() if name != "test"]
+    splits += [(recipe.real_train, real)] if real is not None else []
+    for name, split in splits:
         same_classes(facts.classes, split.class_names, facts.name, name)
     if world.rank == 0:
         _refuse_seen(recipe, facts, tests["test"], monitor, log)
-    real = load_split(recipe.real_train, recipe.pictures, classes) if recipe.real_train else None
     studio = Studio(drawing.open_generator, recipe.learner, folder / "pools", world.device)
     supply = Supply(
         facts,
@@ -175,10 +183,13 @@ def _open(
         apart=drawing.apart,
         origin=drawing.origin,
     )
-    if world.rank == 0:
-        (supply.root / CLOSED).unlink(missing_ok=True)
-    exchange(world, "the pools are open", None)
-    origin = load_run(recipe.branch_from)[1] if recipe.branch_from else folder
+    exchange(world, "the splits are open", None, FOREVER_S)
+    origin, practice = folder, None
+    if recipe.branch_from:
+        other, origin = load_run(recipe.branch_from)
+        _refuse_another_recipe(recipe, other)
+        ended = origin / "arms" / "practice" / "result.json"
+        practice = read_json(ended) if ended.exists() else None
     measured = None
     if judge is not None and world.rank == 0:
         measured = Judge.measured(judge, monitor, len(facts.classes), recipe.judge)
@@ -195,7 +206,18 @@ def _open(
         stopper,
         show,
         measured,
+        practice,
     )
+
+
+def _refuse_another_recipe(recipe: PracticeRecipe, other: Recipe) -> None:
+    """A branch goes on with the learner and the pool of the run that it forks from."""
+    for field, ours, theirs in differences(recipe, other):
+        if field.split(".")[0] in _OF_A_BRANCH:
+            raise UserError(
+                f"branch_from={recipe.branch_from} has {field}={theirs} and this recipe {ours}: a"
+                " branch goes on as it began, make them equal"
+            )
 
 
 def _refuse_seen(
@@ -203,21 +225,23 @@ def _refuse_seen(
 ) -> None:
     """No test picture may be among those that the generator or the trigger has seen."""
     if facts.training_shards:
-        refuse_overlap(
-            test,
-            load_split(facts.training_shards, recipe.pictures),
-            recipe.duplicate_distance,
-            recipe.test,
-            f"the generator's training pictures in {facts.training_shards}",
-        )
+        training = load_split(facts.training_shards, recipe.pictures)
+        pairs = overlap(test, training, recipe.duplicate_distance)
+        where = f"the generator's training pictures in {facts.training_shards}"
+        refuse(pairs, len(test), recipe.test, where)
     else:
         log.warn(
             "the generator's training pictures are not known: overlap with the test split "
             "was not checked"
         )
-    refuse_overlap(
-        test, monitor, recipe.duplicate_distance, recipe.test, f"the monitor split {recipe.monitor}"
-    )
+    pairs = overlap(test, monitor, recipe.duplicate_distance)
+    if len(pairs) > _SHARED * len(test):
+        refuse(pairs, len(test), recipe.test, f"the monitor split {recipe.monitor}")
+    elif pairs:
+        log.warn(
+            f"{len(pairs):,} of {len(test):,} pictures of {recipe.test} are (nearly) among"
+            f" the monitor split {recipe.monitor}"
+        )
 
 
 def _compare(correct: dict[str, np.ndarray]) -> dict[str, dict]:

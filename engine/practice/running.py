@@ -20,11 +20,9 @@ from etude.core.errors import UserError
 from etude.core.strategy import persistent_buffers
 from etude.models.batchnorm import BatchNorm, WideBuffers
 
-CHILD = "buffer_averages"  # the name of `BufferAverages` in the network
-
 
 class BufferAverages(WideBuffers):
-    """The averages of a network's floating buffers; lives inside it, so a checkpoint holds them.
+    """The averages of a network's floating buffers.
 
     Each is `d average + (1 - d) buffer` with d = min(decay, (1 + step) / (10 + step)), as
     `core/optim.py` averages weights; `steps` counts the steps that were taken.
@@ -57,20 +55,35 @@ class BufferAverages(WideBuffers):
             buffer.copy_(getattr(self, _flat(name)))
 
 
-class RunningBuffers:
-    """Keeps a learner's running statistics sound; one that has none costs nothing.
+class Averaged(nn.Module):
+    """A network beside the averages of its buffers, so that a checkpoint holds both.
 
-    Args:
-        network: gets a child that holds the averages, if it has floating buffers that may change.
+    They stand beside it because a container among the user's own networks would call a child.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
         self.network = network
+        self.buffer_averages = BufferAverages(network, decay)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+class RunningBuffers:
+    """Keeps a learner's running statistics sound; one that has none costs nothing.
+
+    Attributes:
+        module: what is trained: the network, beside its averages if it has floating buffers.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = self.module = network
         self.averages: BufferAverages | None = None
         self._before: list[Tensor] = []
         if any(True for _ in _floating(network)):
-            self.averages = BufferAverages(network, decay)
-            network.add_module(CHILD, self.averages)
+            self.module = Averaged(network, decay)
+            self.averages = self.module.buffer_averages
 
     def keep(self) -> None:
         """Remember the buffers as they are before a step."""
@@ -87,16 +100,17 @@ class RunningBuffers:
         self.averages.update(self.network, refused)
 
 
-def without_averages(network: nn.Module, *, averaged: bool) -> nn.Module:
-    """The network as its family builds it: the child is left out, its averages put in place.
+def without_averages(module: nn.Module, *, averaged: bool) -> nn.Module:
+    """The network as its family builds it, of what `RunningBuffers` has trained.
 
     Args:
-        averaged: take the averages; otherwise the newest buffers stay.
+        averaged: put the averages in place; otherwise the newest buffers stay.
     """
-    averages = network._modules.pop(CHILD, None)
-    if averages is not None and averaged:
-        averages.place(network)
-    return network
+    if not isinstance(module, Averaged):
+        return module
+    if averaged:
+        module.buffer_averages.place(module.network)
+    return module.network
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -148,10 +162,26 @@ def normalise_over_ranks(network: nn.Module, world: World) -> None:
                 )
 
 
+def refuse_rounded_statistics(network: nn.Module) -> None:
+    """To be called of a network that is to be made bf16.
+
+    Raises:
+        UserError: a batch normalisation of another library that trains, whose running statistics
+            would be bf16 too and hardly move.
+    """
+    for name, module in network.named_modules():
+        narrow = isinstance(module, _BatchNorm) and not isinstance(module, WideBuffers)
+        if narrow and module.training and module.running_mean is not None:
+            raise UserError(
+                f"{name} is a {type(module).__name__} that would keep its running statistics in "
+                "bf16: use etude.models.batchnorm.BatchNorm there, or type strategy.precision=fp32"
+            )
+
+
 def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The network's own floating buffers that a checkpoint holds, by name."""
+    """The network's floating buffers that a checkpoint holds, by name."""
     for name, buffer in persistent_buffers(network).items():
-        if buffer.is_floating_point() and not name.startswith(f"{CHILD}."):
+        if buffer.is_floating_point():
             yield name, buffer
 
 

@@ -1,4 +1,4 @@
-"""How hard pictures are for a learner; called by rounds.py, pruning.py, telemetry.py and flips.py.
+"""How hard pictures are for a learner; called by pruning.py, telemetry.py and flips.py.
 
 Larger is harder for every score. Entropy and the two confidence scores need no label; EL2N is
 ||softmax - onehot||_2 and GraNd the length of the loss's gradient by all trained weights (Paul et

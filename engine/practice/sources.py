@@ -231,16 +231,20 @@ class Pruned(Rounds):
                 link_part(self._all.folder / key.folder, self.pool.folder)
             self.pool.publish(request.keys, round_number=0, visible_from=position)
             return
-        key = self._choose(pending)
-        self.pool.publish([key], round_number=number, visible_from=position)
+        keys = self._choose(pending)
+        self.pool.publish(keys, round_number=number, visible_from=position)
 
-    def _choose(self, pending: Pending) -> PartKey:
+    def _choose(self, pending: Pending) -> list[PartKey]:
+        """Writes the parts of the pictures that a round keeps."""
         first, end = self._range(pending.round)
         rows = np.arange(first, end)
-        some = _Some(self._all, rows)
+        candidates = _Some(self._all, rows)
         learner = self.supply.studio.guide(self.pool.folder.name, pending.learner)
         scores = candidate_scores(
-            self.config, some, learner, lambda number: self._proxy(some, pending.round, number)
+            self.config,
+            candidates,
+            learner,
+            lambda number: self._proxy(candidates, pending.round, number),
         )
         kept = select(
             scores,
@@ -252,25 +256,28 @@ class Pruned(Rounds):
             classes=self.classes,
             ids=rows,
         )
-        chosen = rows[kept]
-        key = PartKey(
-            len(self.pool),
-            len(chosen),
-            self.recipe.seed,
-            {"prune": self.config.model_dump(mode="json"), "from": [first, end]},
-            self.supply.facts.fingerprint,
-            pending.learner,
-            extra_of(self.supply.facts.protocol, self.classes, chosen),
-        )
-        write_part(
-            self.pool.folder,
-            key,
-            self._all.images(chosen),
-            self._all.labels(chosen),
-            seed_indices=chosen,
-            entropies=np.full(len(chosen), np.nan, np.float32),
-        )
-        return key
+        chosen, keys = rows[kept], []
+        for start in range(0, len(chosen), self.supply.chunk):
+            some = chosen[start : start + self.supply.chunk]
+            key = PartKey(
+                len(self.pool) + start,
+                len(some),
+                self.recipe.seed,
+                {"prune": self.config.model_dump(mode="json"), "from": [first, end]},
+                self.supply.facts.fingerprint,
+                pending.learner,
+                extra_of(self.supply.facts.protocol, self.classes, some),
+            )
+            write_part(
+                self.pool.folder,
+                key,
+                self._all.images(some),
+                self._all.labels(some),
+                seed_indices=some,
+                entropies=np.full(len(some), np.nan, np.float32),
+            )
+            keys.append(key)
+        return keys
 
     def _proxy(self, pictures: Pictures, number: int, proxy: int) -> Iterator[nn.Module]:
         """Trains a learner of its own on candidates; see `pruning.proxy_scores`."""

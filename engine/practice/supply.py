@@ -1,7 +1,7 @@
 """Where generated pictures come from: requests for parts of pools, and who draws them.
 
-Called by course.py (which asks), by jobs.py (in processes that only draw) and by rebuild.py. A
-request is a file in its pool that names parts (`data/pool_parts.py`) by all that fixes them:
+Called by course.py (which asks), by practising.py (in processes that only draw) and by rebuild.py.
+A request is a file in its pool that names parts (`data/pool_parts.py`) by all that fixes them:
 picture i of a run has label i mod classes and the noise of index i, and is guided by the learner of
 that moment or not at all. Whoever serves a request claims a part, draws it and writes it, whole or
 not at all, so any number of processes share the work, and what a killed one leaves is drawn by
@@ -12,6 +12,7 @@ booked in both.
 import hashlib
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,9 @@ from .scores import entropy
 CLOSED = "closed.json"  # in the folder of all pools: nothing more will be asked for
 ORIGIN = "origin.json"  # in a pool: the generator, and how it and its learners are opened
 CANDIDATES = ".candidates"  # behind an arm's name: the pool that its pictures are chosen from
+_COUNTED = ("nonfinite", "held")  # what guidance reports of its steps, added up over a part
 _POLL_S = 0.1
+_LOOK_S = 2.0  # between two looks whether a process that draws is alive
 _SCORED = 64  # pictures whose entropy is taken at a time; parts of a pool never share a batch
 
 
@@ -46,6 +49,7 @@ class Generator(Protocol):
         protocol: everything else that fixes its pictures, JSON-serialisable.
         classes: names in index order.
         training_shards: folder of the pictures it was trained on; empty when not known.
+        image_size: pixels along a side of what it draws.
         evaluations: rows that its denoiser has predicted so far.
         gradients: rows that its denoiser has been differentiated for so far.
         device: where it draws.
@@ -56,6 +60,9 @@ class Generator(Protocol):
     classes: list[str]
     training_shards: str
     device: torch.device
+
+    @property
+    def image_size(self) -> int: ...
 
     @property
     def protocol(self) -> dict[str, Any]: ...
@@ -88,6 +95,7 @@ class Facts:
     protocol: dict[str, Any]
     classes: list[str]
     training_shards: str
+    image_size: int
 
     @classmethod
     def of(cls, generator: Generator) -> "Facts":
@@ -98,6 +106,7 @@ class Facts:
             generator.protocol,
             list(generator.classes),
             generator.training_shards,
+            generator.image_size,
         )
 
 
@@ -125,7 +134,6 @@ class Request:
     def withdraw(self, root: Path) -> None:
         """All parts are there: nobody needs to look any more."""
         self._path(root).unlink(missing_ok=True)
-        shutil.rmtree(root / self.pool / "claims", ignore_errors=True)
 
     def _path(self, root: Path) -> Path:
         return root / self.pool / "requests" / f"{self.round:05d}.json"
@@ -142,9 +150,10 @@ class Request:
         """All parts that are to be written."""
         return self.keys + self.beside
 
-    def missing(self, root: Path) -> list[PartKey]:
-        """The parts that nobody has written yet."""
-        return [key for key in self.wanted if not (root / self.pool / key.folder).is_dir()]
+    def missing(self, root: Path, among: Sequence[PartKey] | None = None) -> list[PartKey]:
+        """The parts, all or some of them, that nobody has written yet, in their order."""
+        keys = self.wanted if among is None else among
+        return [key for key in keys if not (root / self.pool / key.folder).is_dir()]
 
 
 class Studio:
@@ -182,7 +191,7 @@ class Studio:
     def make(self, pool: str, key: PartKey) -> None:
         """Draw a part and write it."""
         indices = np.arange(key.first, key.first + key.count)
-        labels = labels_of(indices, len(self.generator.classes))
+        labels = labels_in_turn(indices, len(self.generator.classes))
         images, entropies, cost = self.draw_indices(
             pool, indices, labels, seed=key.seed, learner=key.learner, guidance=key.guidance
         )
@@ -207,7 +216,7 @@ class Studio:
         guidance: dict[str, Any] | None,
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Pictures (n, S, S, C) uint8, their entropies (n,) float32, nan where nothing guides, and
-        what drawing them took.
+        what drawing them took, with the guided steps that left a picture alone.
 
         Args:
             learner: name of the learner in the pool that guides, "" for none.
@@ -215,7 +224,7 @@ class Studio:
         generator, guide = self.generator, self.guide(pool, learner) if learner else None
         began = time.perf_counter()
         before = generator.evaluations, generator.gradients
-        images, _ = generator.draw(
+        images, telemetry = generator.draw(
             indices,
             labels,
             seed=seed,
@@ -227,6 +236,8 @@ class Studio:
             "gradients": generator.gradients - before[1],
             "seconds": time.perf_counter() - began,
         }
+        counted = [name for name in _COUNTED if name in telemetry]
+        cost |= {name: float(telemetry[name].sum()) for name in counted}
         return images, self._entropies(guide, images), cost
 
     def guide(self, pool: str, name: str) -> nn.Module:
@@ -324,13 +335,19 @@ class Supply:
         """
         if not self.apart:
             return serve(request, self.studio, stopped, advance, self.place)
-        while missing := request.missing(self.root):
+        if self.place[0]:  # one process looks; the others wait for it
+            return True
+        looked, pause, missing = 0.0, _POLL_S, list(request.wanted)
+        while missing := request.missing(self.root, missing):
             if stopped():
                 return False
-            if not someone_draws(self.root):
-                return serve(request, self.studio, stopped, advance, self.place)
+            if time.monotonic() - looked > _LOOK_S:
+                looked = time.monotonic()
+                if not attending(self.root):
+                    return serve(request, self.studio, stopped, advance, self.place)
             advance(len(request.wanted) - len(missing))
-            time.sleep(_POLL_S)
+            time.sleep(pause)
+            pause = min(2.0 * pause, 1.0)
         return True
 
 
@@ -344,14 +361,14 @@ def serve(
     """Draw the parts of a request that are neither there nor in somebody's hands, until all are
     there; False when stopped before that."""
     root, rank, size = studio.root, *place
-    keys = [key for lead in range(size) for key in request.wanted[(rank + lead) % size :: size]]
-    while waiting := request.missing(root):
+    waiting = [key for lead in range(size) for key in request.wanted[(rank + lead) % size :: size]]
+    while waiting := request.missing(root, waiting):
         held = 0
-        for key in [key for key in keys if key in waiting]:
+        for place, key in enumerate(waiting):
             if stopped():
                 return False
             held += not _make_once(request.pool, key, studio)
-            advance(len(request.wanted) - len(request.missing(root)))
+            advance(len(request.wanted) - len(waiting) + place + 1 - held)
         if held:
             time.sleep(_POLL_S)
     return True
@@ -389,43 +406,55 @@ def attend(studio: Studio, number: int, stopped: Callable[[], str | None]) -> di
 
     Returns:
         {} or {"stopped": reason} when the run, or this process, was asked to stop.
+
+    Raises:
+        UserError: the processes that learn failed.
     """
-    with drawing(studio.root, number):
-        while not (closed := studio.root / CLOSED).exists():
-            if reason := stopped():
-                return {"stopped": reason}
-            for path in sorted(studio.root.glob("*/requests/*.json")):
-                try:
-                    request = Request.read(path)
-                except UserError:  # it was published a moment ago
-                    continue
-                serve(request, studio, lambda: bool(stopped()), place=(number, number + 1))
-            time.sleep(_POLL_S)
-        reason = read_json(closed)["stopped"]
-    return {"stopped": reason} if reason else {}
+    lock, looked = studio.root.parent / "lock.json", time.monotonic()
+    while not (closed := studio.root / CLOSED).exists():
+        if reason := stopped():
+            return {"stopped": reason}
+        if time.monotonic() - looked > _LOOK_S:
+            looked, holder = time.monotonic(), read_lock(lock)
+            if holder is None or is_stale(lock, holder):
+                return {"stopped": "the processes that learn are gone"}
+        for path in sorted(studio.root.glob("*/requests/*.json")):
+            try:
+                request = Request.read(path)
+            except UserError:  # it was published a moment ago
+                continue
+            serve(request, studio, lambda: bool(stopped()), place=(number, number + 1))
+        time.sleep(_POLL_S)
+    found = read_json(closed)
+    if found["failed"]:
+        raise UserError(f"the processes that learn failed: {found['failed']}")
+    return {"stopped": found["stopped"]} if found["stopped"] else {}
 
 
-class drawing:
-    """While it is open, `someone_draws`."""
+class Attendance:
+    """While it is open, a process that only draws is known to be alive."""
 
     def __init__(self, root: Path, number: int) -> None:
-        self._folder = root / "drawing" / f"{number:05d}"
+        # A name of its own: the process of an earlier start may be still there.
+        self._folder = root / "drawing" / f"{number:05d}-{uuid.uuid4().hex[:8]}"
 
     def __enter__(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True)
         self._lock = Lock(self._folder)
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def someone_draws(root: Path) -> bool:
-    """Whether a process that only draws is alive."""
+def attending(root: Path) -> set[int]:
+    """Numbers of the processes that only draw and are alive."""
+    found = set()
     for path in root.glob("drawing/*/lock.json"):
         holder = read_lock(path)
         if holder is not None and not is_stale(path, holder):
-            return True
-    return False
+            found.add(int(path.parent.name.split("-")[0]))
+    return found
 
 
 def learner_file(pool: Path, name: str) -> Path:
@@ -444,7 +473,7 @@ def extra_of(
     return extra | {"chosen": hashlib.sha256(indices.tobytes()).hexdigest()}
 
 
-def labels_of(indices: np.ndarray, classes: int) -> np.ndarray:
+def labels_in_turn(indices: np.ndarray, classes: int) -> np.ndarray:
     """Classes in turn, (n,) int64, so that every whole round is balanced."""
     return np.asarray(indices, np.int64) % classes
 
@@ -452,9 +481,3 @@ def labels_of(indices: np.ndarray, classes: int) -> np.ndarray:
 def passes(cost: Mapping[str, float]) -> float:
     """What drawing took in evaluations of the denoiser, a backward pass counting as two."""
     return cost.get("evaluations", 0.0) + 2.0 * cost.get("gradients", 0.0)
-
-
-def total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Costs added up by name."""
-    names = dict.fromkeys(name for cost in costs for name in cost)
-    return {name: sum(cost.get(name, 0.0) for cost in costs) for name in names}

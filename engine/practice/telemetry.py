@@ -1,4 +1,4 @@
-"""What a round did, as numbers and a picture; called by rounds.py once a round is whole.
+"""What a round did, as numbers and a picture; called by course.py once a round is whole.
 
 A round's report answers: did guidance raise the entropy (against the same indices drawn without
 it), does the learner still agree with the labels asked for and how many labels are wrong by now

@@ -1,6 +1,6 @@
 """When a practising learner asks for more pictures, and how fast it learns meanwhile.
 
-Called by rounds.py. The rule is Algorithm 1 of "Improving the Scaling Laws of Synthetic Data with
+Called by course.py. The rule is Algorithm 1 of "Improving the Scaling Laws of Synthetic Data with
 Deliberate Practice" (arXiv 2502.15588): every tau steps the monitor accuracy is measured; a strict
 improvement sets the waiting count T to zero, anything else adds one; T >= Tmax asks for a round,
 and adding it sets T to zero, while the best accuracy stays. The learning rate is
@@ -9,7 +9,7 @@ cosine fall. Rounds are added before the fall begins and never after.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from etude.core.config import Config, option
@@ -117,7 +117,3 @@ class Plateau:
         self.waited = 0
         if config.reset_best:
             self.best = -1.0
-
-    def to_dict(self) -> dict:
-        """For the saved state; `Plateau(**d)` reads it."""
-        return asdict(self)

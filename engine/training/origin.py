@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from etude.convert.checkpoint import SUFFIXES, read_denoiser, read_file, weights_file
 from etude.core.checkpoint import latest_checkpoint, read_weights, verify_checkpoint
 from etude.core.errors import UserError
-from etude.core.files import write_json_atomic
+from etude.core.files import file_sha256, write_json_atomic
 from etude.core.log import Log
 from etude.core.recipe import Recipe
 from etude.core.run import Run, load_run
-from etude.data.index import file_sha256
 from etude.published import STATED, described, dit_config, is_published, network
 from etude.transfer import Report, StartConfig, positioned, transfer
 

@@ -97,7 +97,7 @@ def test_erasing_hits_its_share_with_the_stated_rectangles() -> None:
     assert 0.28 < shape.min() < 0.36 and 2.8 < shape.max() < 3.6
     assert (boxes.top + boxes.height <= 100).all() and (boxes.left + boxes.width <= 100).all()
     x = torch.rand(COUNT, 2, 100, 100)[:40] + 1
-    found = erased(x, boxes.rows(slice(0, 40)))
+    found = erased(x, erase_boxes(POSITIONS[:40], 1, (100, 100), 0.25))
     for i in range(40):
         expected = x[i].clone()
         top, left, height, width = (int(v[i]) for v in vars(boxes).values())

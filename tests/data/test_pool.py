@@ -1,5 +1,6 @@
 """A pool only grows, keeps every pixel, and a part exists wholly or not at all."""
 
+import gc
 import json
 import os
 import shutil
@@ -88,7 +89,7 @@ def test_a_crash_at_any_step_leaves_the_old_pool(
     pool = Pool(tmp_path / "pool")
     first = _round(pool, 0)
     calls = 0
-    real = {name: getattr(os, name) for name in ("replace", "fsync")}
+    real = {name: getattr(os, name) for name in ("replace", "fsync", "rename")}
 
     def crashing(name):
         def call(*arguments):
@@ -236,3 +237,17 @@ def test_damaged_columns_are_named(tmp_path: Path) -> None:
     columns.write_bytes(columns.read_bytes()[:-30])
     with pytest.raises(UserError, match="columns.npz is missing or damaged"):
         Pool(tmp_path)
+
+
+def test_a_pool_of_many_parts_holds_few_files_open(tmp_path: Path) -> None:
+    for number in range(150):
+        _write(tmp_path, _key(2 * number, 2), number)
+    keys = [_key(2 * number, 2) for number in range(150)]
+    Pool(tmp_path).publish(keys, round_number=0, visible_from=0)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    pool = Pool(tmp_path, cache_bytes=0)
+    pool.images(np.arange(300))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 64 + 10
+    assert pool.images(np.arange(300))[:, 0, 0, 0].tolist() == [n for n in range(150) for _ in "ab"]

@@ -1,17 +1,21 @@
 """What guidance raises, where it stops, what it needs, and that it reads nothing back."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from etude.core.distributed import World
 from etude.core.errors import UserError
 from etude.diffusion.criteria import criterion, entropy
 from etude.diffusion.guidance import EntropyGuidance, GuidanceConfig
 from etude.diffusion.objectives import Objective, ObjectiveConfig
 from etude.diffusion.samplers import SamplerConfig, sample
+from etude.practice.learner import Learner, LearnerConfig
 
 FLOW = Objective(ObjectiveConfig())
 STEPS = SamplerConfig(steps=3, guidance_scale=1.5, guidance_convention="lambda")
@@ -94,6 +98,18 @@ def test_keep_label_pulls_back_what_was_flipped(criterion: str) -> None:
     assert held(rows, [3, 1, 3], criterion=criterion, keep_label=True) == [True, False, True]
 
 
+@pytest.mark.parametrize("criterion", ["entropy", "loss", "margin", "entropy_label"])
+def test_keep_label_pulls_back_from_above_the_ceiling_too(criterion: str) -> None:
+    """All three are above the ceiling; the last row has no class, and so no loss to lower."""
+    rows, labels = [[0.45, 0.5, 0.05], [0.46, 0.44, 0.1], [0.45, 0.5, 0.05]], [0, 0, 3]
+    fields = {"criterion": criterion, "ceiling": 0.6}
+    assert held(rows[:2], labels[:2], **fields) == [True, True]
+    found, left = pull(rows, labels, keep_label=True, **fields)
+    assert left == [False, True, True]
+    back = torch.tensor([1 - 0.45, -0.5, -0.05], dtype=torch.float64)
+    torch.testing.assert_close(found[0], back)
+
+
 @pytest.mark.parametrize("criterion", ["loss", "entropy_label"])
 def test_a_row_without_a_class_has_no_loss_to_raise(criterion: str) -> None:
     assert held([[0.5, 0.3, 0.2]] * 2, [1, 3], criterion=criterion) == [False, True]
@@ -148,3 +164,51 @@ def test_a_push_reads_nothing_back(criterion: str) -> None:
         with reads:
             float(z.sum())
         assert len(reads.found) == 1
+
+
+class FromHost(TorchDispatchMode):
+    """Counts operators that take or make a tensor of the CPU: constants, and copies of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, made))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
+            self.found.append(str(function))
+        return made
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "loss", "margin", "entropy_label"])
+@pytest.mark.parametrize("path", ["full", "stop_denoiser"])
+def test_a_push_takes_nothing_from_the_host(criterion: str, path: str, monkeypatch) -> None:
+    """On a device of its own without values, which also refuses every read: `meta`."""
+    config = LearnerConfig(
+        model={"in_channels": 3, "channels": [8, 16], "groups": 4, "num_classes": 4},
+        input_size=16,
+        mean=[0.5, 0.4, 0.3],
+        std=[0.2, 0.3, 0.2],
+    )
+    learner = Learner(config, 5, World(0, 1, 0, torch.device("cpu"))).frozen("ema").to("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no `meta`
+    x, t = torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, device="meta")
+    condition = {"labels": torch.zeros(4, dtype=torch.int64, device="meta")}
+    table = Objective(ObjectiveConfig(prediction="eps", schedule="linear"))
+    table.schedule.coefficients(t)  # stays there from the first use on
+    for objective, fields in ((FLOW, {}), (table, {"mode": "score", "blend": True})):
+        fields |= {"decode_rows": 3}
+        fields |= {"criterion": criterion, "ceiling": 0.9, "keep_label": True, "path": path}
+        guide = EntropyGuidance(GuidanceConfig(**fields), learner, torch.tanh)
+        guide.start(len(x), x.device, condition)
+        leaf = x.detach().requires_grad_(guide.traces)
+        output = denoiser(leaf, t, condition)
+        with FromHost() as host:
+            pushed = guide.push(objective, leaf, output, t, condition)
+        assert host.found == [] and pushed.x.device.type == "meta"
+        with host:
+            pushed.x + torch.tensor([1.0, 2.0, 3.0])[:, None, None].to("meta")
+        assert host.found[0] == "aten.lift_fresh.default" and "aten._to_copy.default" in host.found
+        with pytest.raises(RuntimeError, match="meta"):
+            float(pushed.x.sum())

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from etude.diffusion.criteria import entropy
@@ -421,7 +422,7 @@ def test_the_cheap_decoder_pushes_and_the_real_one_judges() -> None:
         return decode
 
     def run(cheap) -> tuple[torch.Tensor, EntropyGuidance]:
-        config = GuidanceConfig(mode="score", omega=1.0)
+        config = GuidanceConfig(mode="score", omega=1.0, decoder="taesd" if cheap else "")
         guide = EntropyGuidance(config, bayes, decoder("real", 1.0), cheap_decode=cheap)
         toy = gaussian_classes(FLOW)
         return sample(toy, FLOW, steps(10), z, condition, guide=guide), guide
@@ -432,21 +433,28 @@ def test_the_cheap_decoder_pushes_and_the_real_one_judges() -> None:
     expected = entropy(bayes(x)).float().numpy()
     np.testing.assert_allclose(guide.telemetry()["entropy"], expected, rtol=1e-6)
     assert (run(None)[0] - x).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="cheap_decode"):
-        EntropyGuidance(GuidanceConfig(decoder="taesd"), bayes, lambda x: x)
+    for named, given in (("taesd", None), ("", decoder("cheap", 3.0))):
+        with pytest.raises(ValueError, match="hand over both, or neither"):
+            EntropyGuidance(GuidanceConfig(decoder=named), bayes, torch.tanh, cheap_decode=given)
 
 
 def test_bf16_decoding_is_close_to_fp32() -> None:
-    """Autocast reaches the decoder and the learner, and nothing else."""
+    """Autocast reaches the decoder and the learner, which resizes, and nothing else."""
     toy, x, t = Toy(), draw(8, 1, 2, 3).float(), torch.linspace(0.1, 0.9, 8)
     toy.network.float()
-    learner, decoder = network(2, 6, 4).float(), nn.Conv2d(1, 1, 3, padding=1)
+    classifier, decoder = network(2, 6, 4).float(), nn.Conv2d(1, 1, 3, padding=1)
     condition, dtypes = {"labels": torch.arange(8) % 4}, []
 
     def decode(x: torch.Tensor) -> torch.Tensor:
         made = decoder(x)
         dtypes.append((x.dtype, made.dtype))
         return made
+
+    def learner(pictures: torch.Tensor) -> torch.Tensor:
+        large = F.interpolate(pictures, (4, 6), mode="bilinear", antialias=True)
+        logits = classifier(F.avg_pool2d(large, 2))
+        dtypes.append((pictures.dtype, logits.dtype))
+        return logits
 
     def denoiser(x, t, condition):
         made = toy(x, t, condition)
@@ -457,7 +465,7 @@ def test_bf16_decoding_is_close_to_fp32() -> None:
     for precision in ("fp32", "bf16"):
         guide = EntropyGuidance(GuidanceConfig(decode_precision=precision), learner, decode)
         found[precision] = gradient(guide, denoiser, FLOW, x, t, condition)
-    assert dtypes == [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
+    assert dtypes == [(torch.float32, torch.float32)] * 2 + [(torch.float32, torch.bfloat16)] * 2
     assert found["bf16"].dtype == torch.float32
     apart = (found["bf16"] - found["fp32"]).flatten(1).norm(dim=1)
     share = apart / found["fp32"].flatten(1).norm(dim=1)

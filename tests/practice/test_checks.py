@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from etude.core.errors import UserError
-from etude.practice.checks import overlap, refuse_overlap, same_classes
+from etude.practice.checks import overlap, refuse, same_classes
 from etude.practice.pictures import Stored
 from etude.practice.scores import SCORES, correctness
 
@@ -34,7 +34,7 @@ def test_overlap_is_brute_force(size: int) -> None:
         assert overlap(stored(test), stored(training), distance, batch=16) == expected
     assert [row for row, _ in overlap(stored(test), stored(training), 2.0)] == [3, 7]
     with pytest.raises(UserError, match=r"2 of 40 pictures of T .* number 3 \(there number 60"):
-        refuse_overlap(stored(test), stored(training), 2.0, "T", "G")
+        refuse(overlap(stored(test), stored(training), 2.0), len(test), "T", "G")
 
 
 def test_class_names_must_agree_by_index() -> None:

@@ -214,7 +214,7 @@ def test_what_the_network_sees_is_cropped_changed_normalised_and_then_erased() -
     learner.step(worker.fetch, 2, 1.0)
     positions = np.arange(8) + 16
     images = torch.from_numpy(worker.fetch(positions)[0]).permute(0, 3, 1, 2)
-    levels = augment(images, positions, learner.config, 3) / 255.0
+    levels = augment(images, positions, learner.config, 3, side=24) / 255.0
     mean, std = (torch.tensor(fields[name]).view(3, 1, 1) for name in ("mean", "std"))
     expected = (levels - mean) / std
     assert expected.shape == (8, 3, 24, 24)

@@ -145,16 +145,19 @@ def test_killed_anywhere_equals_straight(straight, toy, tmp_path) -> None:
             try:
                 result = toy.run(toy.recipe(), tmp_path, training=toy.splits["generators"])
                 (tmp_path / "result.json").write_text(json.dumps(toy.timeless(result)))
-            finally:
                 os._exit(0)
+            finally:
+                os._exit(1)
         deadline = time.monotonic() + (chance.uniform(0.15, 0.6) if kill < 12 else 60)
-        while os.waitpid(child, os.WNOHANG)[0] == 0:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                ended = os.waitpid(child, 0)
                 break
             time.sleep(0.01)
-        if (tmp_path / "result.json").exists():
+        status = os.waitstatus_to_exitcode(ended[1])
+        assert status in (0, -signal.SIGKILL)  # no start of it was refused
+        if status == 0:
             break
     assert kill >= 3  # it was really killed a few times
     assert json.loads((tmp_path / "result.json").read_text()) == toy.timeless(straight[0])
@@ -283,5 +286,8 @@ def test_wrong_classes_and_seen_test_pictures_are_refused(toy, tmp_path) -> None
         toy.run(toy.recipe(test=swapped), tmp_path / "one")
     with pytest.raises(UserError, match="300 of 300 pictures .* among the generator's training"):
         toy.run(toy.recipe(), tmp_path / "two", training=toy.splits["test"])
+    small = {"image_size": 4, "channels": 1, "crop": "none"}
+    with pytest.raises(UserError, match="draws pictures of 8 pixels and pictures.image_size is 4"):
+        toy.run(toy.recipe(pictures=small), tmp_path / "four")
     with pytest.raises(UserError, match="among the monitor split"):
         toy.run(toy.recipe(monitor=toy.splits["test"]), tmp_path / "three")

@@ -33,7 +33,6 @@ def test_plateau_follows_a_trace_worked_out_by_hand() -> None:
         if asks:
             plateau.add_round(config)
     assert plateau == Plateau(best=0.31, waited=0, rounds=3)
-    assert Plateau(**plateau.to_dict()) == plateau
 
 
 def test_fractional_growth_and_minimal_improvement() -> None:

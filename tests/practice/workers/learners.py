@@ -68,7 +68,7 @@ def run(name: str, strategy: str, world: World, precision: str = "fp32") -> dict
         with torch.no_grad():
             logits = frozen(torch.linspace(-1, 1, 3 * 20 * 20).view(1, 3, 20, 20))
         found[weights] = tensors | {"logits": float(logits.square().sum())}
-    wide = all(b.dtype != torch.bfloat16 for b in frozen.network.buffers())
+    wide = all(t.dtype != torch.bfloat16 for t in frozen.network.state_dict().values())
     return {"losses": losses, "wide": wide, "ranks": distributed.exchange(world, "found", found)}
 
 
