@@ -15,7 +15,7 @@ from etude.core.recipe import load_recipe
 from etude.data.pool import Pool
 from etude.jobs import run_recipe
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 RECIPE = """\
 kind: practice
@@ -59,7 +59,7 @@ def alone(folder: Path, forks) -> dict[str, Path]:
     """Both recipes in one process, to the end."""
     for name in ("now", "later"):
         process = forks.start(*command(name, name), cwd=folder)
-        out, err = process.communicate(120)
+        out, err = process.communicate(240)
         assert process.returncode == 0, out + err
     return {name: folder / "runs" / name for name in ("now", "later")}
 
@@ -89,14 +89,14 @@ def assert_equal(run: Path, other: Path) -> None:
     assert not list(run.glob("pools/*/requests/*")) and not (run / "REQUEUE").exists()
 
 
-def wait_for(done, seconds: float = 90) -> None:
+def wait_for(done, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def ended(processes, seconds: float = 120) -> list[int]:
+def ended(processes, seconds: float = 240) -> list[int]:
     return [process.communicate(seconds) and process.returncode for process in processes]
 
 
@@ -108,17 +108,36 @@ def test_one_draws_and_one_learns(folder, alone, forks, recipe) -> None:
     assert_equal(folder / "runs" / f"{recipe}-apart", alone[recipe])
 
 
-def test_two_that_do_both_share_the_work_and_learn_the_same(folder, alone, forks) -> None:
+@pytest.fixture(scope="module")
+def both(folder, forks) -> Path:
+    """Two processes that learn and draw, to the end."""
+    assert ended(forks.start_ranks(2, *command("now", "both"), cwd=folder)) == [0, 0]
+    return folder / "runs" / "both"
+
+
+def test_two_that_do_both_share_the_work_and_learn_the_same(both, alone) -> None:
     """Gradients are summed in another order, so learners, and what they guide, agree closely."""
-    processes = forks.start_ranks(2, *command("now", "both"), cwd=folder)
-    assert ended(processes) == [0, 0]
-    one, two = (Pool(root / "pools" / "practice") for root in (folder / "runs/both", alone["now"]))
+    one, two = (Pool(root / "pools" / "practice") for root in (both, alone["now"]))
     start = np.arange(100)
     assert np.array_equal(one.images(start), two.images(start))
-    ours, theirs = (figures(root)["practice"] for root in (folder / "runs/both", alone["now"]))
+    ours, theirs = (figures(root)["practice"] for root in (both, alone["now"]))
     first = theirs["added_at"][0]
     looks = [[look for look in arm["looks"] if look[0] <= first] for arm in (ours, theirs)]
     assert np.allclose(looks[0], looks[1], atol=0.02) and ours["added_at"][0] == first
+
+
+def test_two_that_do_both_are_killed_and_started_again(folder, both, forks) -> None:
+    run = folder / "runs" / "both-killed"
+    marks = ["pools/practice/claims/*/lock.json", "arms/practice/triggers/step-*"]
+    for attempt, mark in enumerate([*marks, "arms/static/checkpoints/step-*"]):
+        ranks = forks.start_ranks(2, *command("now", "both-killed"), cwd=folder)
+        wait_for(lambda mark=mark: list(run.glob(mark)))
+        for rank in ranks if attempt % 2 else ranks[::-1]:
+            rank.kill()
+        ended(ranks)
+    assert not (run / "result.json").exists()
+    assert ended(forks.start_ranks(2, *command("now", "both-killed"), cwd=folder)) == [0, 0]
+    assert_equal(run, both)
 
 
 def test_a_killed_process_that_draws_is_made_up_for_by_another(folder, alone, forks) -> None:
@@ -127,8 +146,8 @@ def test_a_killed_process_that_draws_is_made_up_for_by_another(folder, alone, fo
     learner, first, second = forks.start_ranks(3, *words, cwd=folder)
     wait_for(lambda: list(run.glob("pools/practice/claims/*/lock.json")))
     first.kill()
-    second.communicate(120)
-    learner.communicate(120)
+    second.communicate(240)
+    learner.communicate(240)
     assert (learner.returncode, second.returncode) == (0, 0)
     assert json.loads((run / "result.json").read_text())["lost"] == [1]
     assert_equal(run, alone["now"])
@@ -140,7 +159,7 @@ def test_a_learner_draws_for_itself_when_nobody_else_is_left(folder, alone, fork
     learner, drawing = forks.start_ranks(2, *words, cwd=folder)
     wait_for(lambda: len(list(run.glob("pools/practice/part-*"))) >= 5)  # in the first round
     drawing.kill()
-    learner.communicate(120)
+    learner.communicate(240)
     assert learner.returncode == 0
     assert_equal(run, alone["later"])
 
@@ -152,7 +171,7 @@ def test_kills_at_any_moment_of_either_process(folder, alone, forks) -> None:
     for attempt in range(60):
         words = command("later", "killed", "placement=separate")
         processes = forks.start_ranks(2, *words, cwd=folder)
-        seconds = chance.uniform(1.5, 4.0) if attempt < 8 else 120.0
+        seconds = chance.uniform(1.5, 4.0) if attempt < 8 else 240.0
         deadline = time.monotonic() + seconds
         while processes[0].poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
