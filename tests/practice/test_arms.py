@@ -13,11 +13,13 @@ from etude.core.log import Log
 from etude.core.run import Run
 from etude.core.signals import Stopper
 from etude.data.pool import Pool
+from etude.practice.arms import Arm
 from etude.practice.feed import Ahead, mixed_feed, pool_feed, real_feed
 from etude.practice.learner import load_frozen
 from etude.practice.pictures import load_split
 from etude.practice.rounds import practise
 from etude.practice.scores import entropy
+from etude.practice.sources import Static
 
 ARMS = [
     "practice",
@@ -149,6 +151,9 @@ def test_mixed_batches_hold_the_share_of_real_pictures(ended, toy) -> None:
     assert (is_real | (images == by[1][0]).all(axis=(1, 2, 3))).all()
     assert abs(is_real.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
     assert np.array_equal(labels, np.where(is_real, by[0][1], by[1][1]))
+    arm = Static("mixed", config, None, real, pool, count=len(pool), real_share=0.3)
+    assert np.array_equal(arm.fetch(positions)[0], images)
+    assert (arm.samples, arm.drawn) == (len(pool) + 90, len(pool))
     parts = [fetch(positions[rows])[0] for rows in (slice(0, 1500), slice(1500, 4000))]
     assert np.array_equal(np.concatenate(parts), images)
 
@@ -196,8 +201,23 @@ def test_drawing_stops_at_the_limit_of_evaluations(toy, tmp_path) -> None:
     assert toy.run(none, tmp_path / "none")["arms"]["practice"]["rounds"] == 0
 
 
+def test_looks_do_not_count_while_a_round_is_awaited(toy, tmp_path, monkeypatch) -> None:
+    """Of accuracies that never rise: two looks in vain, five steps until the pictures are there."""
+
+    def look(arm: Arm, *_: object) -> float:
+        arm.state.looks.append([arm.state.step, 0.5, 0])
+        return 0.5
+
+    monkeypatch.setattr(Arm, "look", look)
+    trigger = {"evaluate_every": 2, "patience": 2, "patience_growth": 0, "delay_steps": 5}
+    config = toy.recipe(arms=["practice"], real_train="", trigger=trigger)
+    added = toy.run(config, tmp_path)["arms"]["practice"]["added_at"]
+    # The best is set at 2; asked at 6, there at 11; the looks at 12 and 14 are in vain; and so on.
+    assert added == [6, 14, 22, 30, 38]
+
+
 def test_a_delayed_round_is_visible_when_it_was_said_to_be(toy, tmp_path) -> None:
-    trigger = {"evaluate_every": 4, "patience": 1, "patience_growth": 0.5, "delay_steps": 5}
+    trigger = {"evaluate_every": 2, "patience": 2, "patience_growth": 0, "delay_steps": 5}
     config = toy.recipe(arms=["practice", "omega0"], real_train="", trigger=trigger)
     result = toy.run(config, tmp_path)
     for name in ("practice", "omega0"):
@@ -210,7 +230,7 @@ def test_a_delayed_round_is_visible_when_it_was_said_to_be(toy, tmp_path) -> Non
         best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
         if step < due:  # the pictures that were asked for are not there yet
             waited = 0
-        elif waited >= 1 + 0.5 * len(added) and step + 5 < 48:
+        elif waited >= 2 and step + 5 < 48:
             added, waited, due = [*added, step], 0, step + 5
     assert added == result["arms"]["practice"]["added_at"]
 
