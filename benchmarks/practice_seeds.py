@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 from scipy import stats
 
@@ -124,37 +125,50 @@ def monitor_curves(folders: list[Path], x: str) -> dict[str, tuple[np.ndarray, n
     return curves
 
 
+def colours_of(kinds: dict[str, str]) -> dict[str, tuple]:
+    """A colour for each arm: its kind's, paler for each further arm of that kind."""
+    found, seen = {}, {}
+    for name, kind in kinds.items():
+        kind = "practice" if kind == "branch" else kind
+        place = 0 if kinds[name] == "branch" else seen.setdefault(kind, 0)
+        seen[kind] = place + 1
+        rgb = np.array(matplotlib.colors.to_rgb(COLOURS[kind]))
+        found[name] = tuple(1.0 - (1.0 - rgb) * 0.75**place)
+    return found
+
+
 def draw(row: dict[str, Any], folders: list[Path], file: Path) -> None:
     """Test accuracy over pictures, and monitor accuracy over steps and seconds."""
     style = {"svg.fonttype": "none", "svg.hashsalt": "etude", "font.size": 9}
     with matplotlib.rc_context(style):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        figure = Figure(figsize=(10.5, 4.0), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
+        colours = colours_of({name: arm["kind"] for name, arm in row["arms"].items()})
         for name, arm in row["arms"].items():
-            (value, half), line = arm["accuracy"], arm["kind"] in ("practice", "branch")
-            kind = "practice" if line else arm["kind"]
+            value, half = arm["accuracy"]
             left.errorbar(
                 arm["samples"], value, half, fmt="o" if arm["kind"] != "branch" else ".",
-                color=COLOURS[kind], ms=5, lw=1, label=None if arm["kind"] == "branch" else name,
+                color=colours[name], ms=5, lw=1, label=None if arm["kind"] == "branch" else name,
             )  # fmt: skip
         scaling = [a for a in row["arms"].values() if a["kind"] in ("practice", "branch")]
         scaling = sorted((arm["samples"], arm["accuracy"][0]) for arm in scaling)
         left.plot(*zip(*scaling, strict=True), color=COLOURS["practice"], lw=1)
-        left.set(xscale="log", xlabel="different pictures", ylabel="accuracy on real test pictures")
+        left.set_xscale("log", base=2)
+        left.set(xlabel="different pictures", ylabel="accuracy on real test pictures")
         for axes, x, label in ((middle, "step", "steps"), (right, "seconds", "seconds in all")):
             for name, (xs, ys) in monitor_curves(folders, x).items():
                 kind = row["arms"].get(name, {}).get("kind", "branch")
                 if kind != "branch":
-                    axes.plot(xs, ys, color=COLOURS[kind], lw=1.2)
+                    axes.plot(xs, ys, color=colours[name], lw=1.2)
             axes.set(xlabel=label, ylabel="accuracy on monitor pictures")
-            axes.set_ylim(bottom=max(0.0, row["arms"][REFERENCE]["accuracy"][0] - 0.15))
+            axes.set_ylim(max(0.0, row["arms"][REFERENCE]["accuracy"][0] - 0.15), 1.0)
         for axes in (left, middle, right):
             axes.spines[["top", "right"]].set_visible(False)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.xaxis.set_minor_formatter("")
-        left.legend(frameon=False, fontsize=7)
+        figure.legend(loc="outside lower center", ncols=7, frameon=False, fontsize=8)
         figure.savefig(file, metadata={"Date": None})
 
 
