@@ -29,7 +29,7 @@ from .paired import accuracy_interval
 from .pictures import Pictures
 from .recipe import ArmConfig, PracticeRecipe
 from .sources import Source, open_source
-from .supply import Request, Supply, passes
+from .supply import STOPPING, Request, Supply, passes
 from .telemetry import report_round
 
 
@@ -240,7 +240,7 @@ class _Course:
     def _settle(self, progress: Progress) -> bool:
         """Have a round asked for as soon as it is known, and put it into the pool when it is due;
         False when asked to stop before it is there."""
-        state, job, supply = self.arm.state, self.job, self.job.supply
+        state, supply = self.arm.state, self.job.supply
         pending = state.pending
         if pending is None:
             return True
@@ -254,7 +254,7 @@ class _Course:
         request, parts = self.posted, len(self.posted.wanted)
         there = self.source.has(pending.round) or supply.complete(
             request,
-            stopped=lambda: job.stopper.requested is not None,
+            stopped=self._stop_asked,
             advance=lambda count: progress.advance(0, drawing=f"{count}/{parts} parts"),
         )
         if not all(self._together("a round is drawn", there)):
@@ -268,12 +268,18 @@ class _Course:
         self.source.refresh()
         if self.lead and pending.learner:
             self._warn_of_nonfinite(pending)
-        if self.lead and pending.learner:
             self._report(pending, request)
         self._together("a round is reported")
         state.pending = self.posted = None
         self.arm.restart_clock()
         return True
+
+    def _stop_asked(self) -> bool:
+        """Whether some process was asked to stop, while each is at work for itself."""
+        mark = self.job.supply.root / STOPPING
+        if self.job.stopper.requested is not None:
+            mark.touch()
+        return mark.exists()
 
     def _together(self, what: str, value: Any = None) -> list[Any]:
         """Every learning process's value; ends when asked to stop though some never come."""

@@ -31,7 +31,7 @@ from .flips import Judge
 from .paired import paired_difference
 from .pictures import Pictures, load_split
 from .recipe import ArmConfig, PracticeRecipe
-from .supply import Facts, Generator, Studio, Supply
+from .supply import STOPPING, Facts, Generator, Studio, Supply
 
 _SHARED = 0.01  # of the test pictures may be in the monitor, which large data sets cannot avoid
 _OF_A_BRANCH = ("kind", "seed", "learner", "pictures", "start_samples", "round_samples")
@@ -183,7 +183,9 @@ def _open(
         apart=drawing.apart,
         origin=drawing.origin,
     )
-    exchange(world, "the splits are open", None, FOREVER_S)
+    if world.rank == 0:
+        (supply.root / STOPPING).unlink(missing_ok=True)
+    exchange(world, "the splits are open", None, FOREVER_S, stopped=lambda: stopper.requested)
     origin, practice = folder, None
     if recipe.branch_from:
         other, origin = load_run(recipe.branch_from)

@@ -32,6 +32,7 @@ from .learner import LearnerConfig, frozen_bytes, load_frozen, weights_hash
 from .pictures import chunks, to_model
 from .scores import entropy
 
+STOPPING = "stopping"  # in the folder of all pools: one of the processes was asked to stop
 CLOSED = "closed.json"  # in the folder of all pools: nothing more will be asked for
 ORIGIN = "origin.json"  # in a pool: the generator, and how it and its learners are opened
 CANDIDATES = ".candidates"  # behind an arm's name: the pool that its pictures are chosen from
@@ -364,11 +365,11 @@ def serve(
     waiting = [key for lead in range(size) for key in request.wanted[(rank + lead) % size :: size]]
     while waiting := request.missing(root, waiting):
         held = 0
-        for place, key in enumerate(waiting):
+        for done, key in enumerate(waiting, start=1):
             if stopped():
                 return False
             held += not _make_once(request.pool, key, studio)
-            advance(len(request.wanted) - len(waiting) + place + 1 - held)
+            advance(len(request.wanted) - len(waiting) + done - held)
         if held:
             time.sleep(_POLL_S)
     return True

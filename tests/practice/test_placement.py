@@ -140,6 +140,17 @@ def test_two_that_do_both_are_killed_and_started_again(folder, both, forks) -> N
     assert_equal(run, both)
 
 
+def test_a_stop_of_one_of_two_while_they_draw_is_a_stop_of_both(folder, both, forks) -> None:
+    run = folder / "runs" / "both-stopped"
+    words = command("now", "both-stopped")
+    ranks = forks.start_ranks(2, *words, cwd=folder)
+    wait_for(lambda: list(run.glob("pools/practice/claims/*/lock.json")))
+    ranks[1].send_signal(15)
+    assert ended(ranks) == [85, 85] and not (run / "result.json").exists()
+    assert ended(forks.start_ranks(2, *words, cwd=folder)) == [0, 0]
+    assert_equal(run, both)
+
+
 def test_a_killed_process_that_draws_is_made_up_for_by_another(folder, alone, forks) -> None:
     run = folder / "runs" / "killed-one"
     words = command("now", "killed-one", "placement=separate", "generators=2")
