@@ -8,6 +8,7 @@ of steps. The monitor split decides when the practice arm adds; the test splits 
 at the end of each arm.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from .supply import STOPPING, Facts, Generator, Studio, Supply
 _SHARED = 0.01  # of the test pictures may be in the monitor, which large data sets cannot avoid
 _OF_A_BRANCH = ("kind", "seed", "learner", "pictures", "start_samples", "round_samples")
 _OF_A_BRANCH += ("newest_weight", "sampler")
+_SHOW_S = 20.0  # between two writings of the page
 _REAL_FIRST = ("real", "mixed")
 
 
@@ -78,7 +80,7 @@ def practise(
         generator: draws the pictures (`supply.Generator`), or says who does.
         world: the processes that learn, which all call this together; by default this one alone.
         judge: pictures (B, C, S, S) in [-1, 1] -> logits, trained on real pictures.
-        show: called after every round and at the end of every arm, for example to write a page.
+        show: called now and then after rounds and arms, and at the end, to write a page perhaps.
 
     Returns:
         `{"arms": {name: figures}, "differences": {"practice - static": interval, ...}}`, or
@@ -91,7 +93,24 @@ def practise(
     if world is None:
         device = torch.device("cpu") if drawing is generator else generator.device
         world = World(0, 1, 0, device)
-    return _run_arms(_open(recipe, run.folder, drawing, log, stopper, world, judge, show))
+    seldom = _seldom(show)
+    result = _run_arms(_open(recipe, run.folder, drawing, log, stopper, world, judge, seldom))
+    if world.rank == 0:
+        show()
+    return result
+
+
+def _seldom(show: Callable[[], None]) -> Callable[[], None]:
+    """The same at most every so many seconds: a page takes one, and small rounds come fast."""
+    shown = 0.0
+
+    def show_or_not() -> None:
+        nonlocal shown
+        if time.monotonic() - shown > _SHOW_S:
+            show()
+            shown = time.monotonic()
+
+    return show_or_not
 
 
 def _run_arms(job: Job) -> dict:
