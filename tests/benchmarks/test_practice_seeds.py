@@ -72,8 +72,10 @@ def test_a_study_becomes_a_row_a_figure_and_a_table(tiny, tmp_path, monkeypatch)
     for name, values in correct.items():
         assert row["arms"][name]["accuracy"][0] == pytest.approx(values.mean(), abs=1e-5)
     for name, gap in compare_all(correct, "practice").items():
-        if name in ("real", "omega0") and len(row["difference"]) == 2:
-            assert row["difference"][f"practice - {name}"]["value"] == pytest.approx(gap.value)
+        found = row["difference"][f"practice - {name}"]
+        assert found["value"] == pytest.approx(gap.value)
+        assert found["adjusted_p_value"] == pytest.approx(gap.adjusted_p_value)
+    assert len(row["difference"]) == 2  # branches are the scaling curve, not a comparison
     assert practice_seeds.newest()["seeds"] == row
     shown = (tmp_path / "page.md").read_text()
     assert "\n".join(practice_seeds.table(row)) in shown and "| real |" in shown

@@ -93,6 +93,23 @@ def write_split(folder: Path, count: int, seed: int, classes: list[str] = CLASSE
     return str(folder)
 
 
+class Around:
+    """The toy's generator with something done around its drawing.
+
+    Args:
+        draw: (inner generator's draw, indices, labels, **more) -> what `draw` returns.
+    """
+
+    def __init__(self, draw) -> None:
+        self._inner, self._draw = toy_generator(), draw
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def draw(self, indices: np.ndarray, labels: np.ndarray, **more):
+        return self._draw(self._inner.draw, indices, labels, **more)
+
+
 @dataclass(frozen=True)
 class Toy:
     """The mixture's splits, and everything that a practice run needs beside them.
@@ -106,6 +123,7 @@ class Toy:
     alone: ClassVar[World] = World(0, 1, 0, torch.device("cpu"))
     mixture: ClassVar[type] = Mixture
     generator: ClassVar = staticmethod(toy_generator)
+    around: ClassVar[type] = Around
     write_split: ClassVar = staticmethod(write_split)
 
     def recipe(self, **changes) -> PracticeRecipe:

@@ -315,22 +315,15 @@ def test_placement_needs_processes_that_learn_and_its_fields_an_effect(toy) -> N
 def test_guidance_that_is_not_finite_is_counted_and_told(toy, tmp_path) -> None:
     """A generator whose guided blocks report two bad steps a picture, beside real pictures."""
 
-    class Reporting:
-        def __init__(self) -> None:
-            self.inner = toy.generator()
-
-        def __getattr__(self, name: str):
-            return getattr(self.inner, name)
-
-        def draw(self, indices, labels, **more):
-            images, telemetry = self.inner.draw(indices, labels, **more)
-            if more["learner"] is not None:
-                telemetry = telemetry | {"nonfinite": np.full(len(indices), 2.0, np.float32)}
-            return images, telemetry
+    def draw(inner, indices, labels, **more):
+        images, telemetry = inner(indices, labels, **more)
+        if more["learner"] is not None:
+            telemetry = telemetry | {"nonfinite": np.full(len(indices), 2.0, np.float32)}
+        return images, telemetry
 
     config = toy.recipe(arms=["practice"], real_train="", max_rounds=1)
     with Run.open(config, root=tmp_path, name="toy") as run:
-        practise(config, run, Reporting(), Log(run.folder, quiet=True), Stopper())
+        practise(config, run, toy.around(draw), Log(run.folder, quiet=True), Stopper())
     words = (tmp_path / "toy" / "log.txt").read_text()
     assert "practice, round 1: 60 guided steps of a picture had a gradient" in words
 

@@ -42,22 +42,15 @@ def test_seeds_and_learners_alone_give_the_same_pool(pools, toy, tmp_path, name)
 
 
 def test_differences_are_counted_picture_by_picture(pools, toy, tmp_path) -> None:
-    """A generator that adds two levels to every picture of one class, and says nothing of it."""
+    """A generator that darkens two pixels of every picture of one class, and says nothing."""
 
-    class Shifted:
-        def __init__(self) -> None:
-            self.inner = toy.generator()
+    def draw(inner, indices, labels, **more):
+        images, telemetry = inner(indices, labels, **more)
+        images = images.copy()
+        images[labels == 1, 0, :2] = images[labels == 1, 0, :2] // 2 + 60
+        return images, telemetry
 
-        def __getattr__(self, name: str):
-            return getattr(self.inner, name)
-
-        def draw(self, indices, labels, **more):
-            images, telemetry = self.inner.draw(indices, labels, **more)
-            images = images.copy()
-            images[labels == 1, 0, :2] = images[labels == 1, 0, :2] // 2 + 60
-            return images, telemetry
-
-    found = rebuild(pools / "practice", tmp_path / "to", Shifted, CPU, QUIET)
+    found = rebuild(pools / "practice", tmp_path / "to", lambda: toy.around(draw), CPU, QUIET)
     old, new = (Pool(folder) for folder in (pools / "practice", tmp_path / "to"))
     rows = np.arange(len(old))
     gap = np.abs(old.images(rows).astype(int) - new.images(rows))
@@ -69,16 +62,12 @@ def test_differences_are_counted_picture_by_picture(pools, toy, tmp_path) -> Non
 def test_an_interrupted_rebuild_goes_on(pools, toy, tmp_path) -> None:
     drawn = []
 
-    class Counted:
-        def __init__(self) -> None:
-            self.inner = toy.generator()
+    def draw(inner, indices, labels, **more):
+        drawn.append(int(indices[0]))
+        return inner(indices, labels, **more)
 
-        def __getattr__(self, name: str):
-            return getattr(self.inner, name)
-
-        def draw(self, indices, labels, **more):
-            drawn.append(int(indices[0]))
-            return self.inner.draw(indices, labels, **more)
+    def counted():
+        return toy.around(draw)
 
     class After(Stopper):
         left = 3
@@ -91,9 +80,9 @@ def test_an_interrupted_rebuild_goes_on(pools, toy, tmp_path) -> None:
     log = Log(None, quiet=True)
     log.on_advance = After().check
     with pytest.raises(StopRequested):
-        rebuild(pools / "practice", tmp_path / "to", Counted, CPU, log)
+        rebuild(pools / "practice", tmp_path / "to", counted, CPU, log)
     assert len(Pool(tmp_path / "to")) == 0
-    found = rebuild(pools / "practice", tmp_path / "to", Counted, CPU, QUIET)
+    found = rebuild(pools / "practice", tmp_path / "to", counted, CPU, QUIET)
     assert found.identical == found.pictures == len(Pool(tmp_path / "to"))
     assert len(drawn) == len(set(drawn)) == len(Pool(pools / "practice").parts)
 
