@@ -1,0 +1,109 @@
+"""Data sets of evaluation: real pictures, prompts with groups, or both; one file a data set.
+
+Real pictures and prompts need not belong together picture by picture. A new data set is one file in
+this folder, or anywhere, with a class under `@data_set("name")`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from etude.core.registry import Registry
+
+from ..sets import PictureSet
+
+
+@dataclass(frozen=True)
+class Question:
+    """A yes-or-no question about a picture; it counts only where every parent was answered yes.
+
+    Attributes:
+        id: unique among the questions of a prompt.
+        parents: ids of questions that this one presupposes.
+    """
+
+    id: str
+    text: str
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one picture, or several, are asked by.
+
+    Attributes:
+        id: unique in its data set and stable: seeds of pictures are made from it.
+        text: the prompt; "" where a class alone is asked for.
+        label: class index, -1 without.
+        group: the group that its pictures count towards, "" without.
+        questions: for DSG and TIFA; empty without.
+    """
+
+    id: str
+    text: str
+    label: int = -1
+    group: str = ""
+    questions: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a data set in their order."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    classes: tuple[str, ...] = ()
+    fingerprint: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        ids = [prompt.id for prompt in self.prompts]
+        if len(set(ids)) != len(ids):
+            twice = next(one for one in ids if ids.count(one) > 1)
+            raise ValueError(f"{self.name}: the prompt id {twice!r} is there twice")
+        parts = [
+            [p.id, p.text, p.label, p.group, [[q.id, q.text, q.parents] for q in p.questions]]
+            for p in self.prompts
+        ]
+        text = json.dumps([parts, self.classes], sort_keys=True)
+        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class DataSet(Protocol):
+    """One data set of evaluation.
+
+    Attributes:
+        name: as it is registered.
+    """
+
+    name: str
+
+    def pictures(
+        self, *, size: int = 0, fit: str = "crop", channels: int = 3, limit: int = 0
+    ) -> PictureSet | None:
+        """Its real pictures, the first `limit` of them (0: all); None for prompts alone."""
+        ...
+
+    def prompts(self, *, limit: int = 0) -> Prompts | None:
+        """Its prompts, the first `limit` (0: all); None for pictures alone."""
+        ...
+
+
+DATA_SETS: Registry[Callable[..., DataSet]] = Registry(
+    "data set", "etude.evaluation.datasets", "etude.data_sets"
+)
+data_set = DATA_SETS.named
+
+
+def open_data_set(name: str, folder: str | Path = "", **options: Any) -> DataSet:
+    """The data set `name` in `folder`, where its official files lie.
+
+    Raises:
+        UserError: there is no such data set, or its files are missing or wrong.
+    """
+    return DATA_SETS.get(name)(Path(folder), **options)

@@ -1,0 +1,106 @@
+"""What a metric of two sets of features is, and the metrics by name.
+
+A metric gives, for R pairs of subsets of the rows at once, the values of its figures. The figure at
+full size is the one subset that keeps all rows; the others make its interval (estimates.py). A new
+metric is one file in this folder, or anywhere, with a function under `@metric(...)`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from etude.core.config import Config
+from etude.core.errors import UserError
+from etude.core.registry import Registry
+
+Values = dict[str, np.ndarray]
+
+
+class NoOptions(Config):
+    """Options of a metric that has none."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Real features (N, D) and generated features (M, D) of one kind, and the metric's options.
+
+    With labels (N,) and (M,) int64 the class shares of both sides count as given, not as drawn.
+
+    Attributes:
+        features: what they are, "inception" or "dinov2/cls": the extractor, and the tap where it
+            is not the extractor's first.
+        options: the metric's own `Options`.
+    """
+
+    real: torch.Tensor
+    generated: torch.Tensor
+    features: str
+    options: Config = field(default_factory=NoOptions)
+    real_labels: torch.Tensor | None = None
+    generated_labels: torch.Tensor | None = None
+
+    def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The one subset that keeps all rows: (1, N) and (1, M) bool."""
+        return tuple(
+            torch.ones(1, len(side), dtype=torch.bool) for side in (self.real, self.generated)
+        )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Figures that are computed together.
+
+    Attributes:
+        values: (pair, share, kept real (R, N), kept generated (R, M)) -> figure -> (R,) float64;
+            `share` is the share of rows that every subset keeps.
+        features: the features it takes where nobody says which.
+        better: "lower" or "higher", by figure where they differ.
+        kind: "smooth" for functions of moments and of all pairs of rows, "local" for nearest
+            neighbours; decides how intervals are made.
+        at_least: the smallest value that the figures can have.
+        needs_real: False for what looks at generated pictures alone (its real side may be empty).
+        options: the section of a recipe that holds its options.
+    """
+
+    name: str
+    values: Callable[[Pair, float, torch.Tensor, torch.Tensor], Values]
+    features: str
+    better: Literal["lower", "higher"] | Mapping[str, Literal["lower", "higher"]]
+    kind: Literal["smooth", "local"] = "smooth"
+    at_least: float = -math.inf
+    needs_real: bool = True
+    options: type[Config] = NoOptions
+
+    def better_of(self, figure: str) -> Literal["lower", "higher"]:
+        """Which side of a figure is the good one."""
+        return self.better if isinstance(self.better, str) else self.better[figure]
+
+
+METRICS: Registry[Metric] = Registry("metric", "etude.metrics", "etude.metrics")
+
+
+def metric(name: str, **about: Any) -> Callable:
+    """The decorator of a metric's function; `about` are the fields of `Metric`."""
+
+    def register(values: Callable) -> Callable:
+        METRICS.add(name, Metric(name, values, **about))
+        return values
+
+    return register
+
+
+def open_metric(spec: str) -> tuple[Metric, str]:
+    """A metric and its features from "frechet" or "frechet@dinov2".
+
+    Raises:
+        UserError: there is no such metric, or nothing follows the @.
+    """
+    name, at, features = spec.partition("@")
+    if at and not features:
+        raise UserError(f"{spec!r} names no features: write {name}@EXTRACTOR, or {name} alone")
+    found = METRICS.get(name)
+    return found, features or found.features
