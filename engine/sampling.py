@@ -163,6 +163,7 @@ class Generator:
         learner: nn.Module | None = None,
         guidance: GuidanceConfig | None = None,
         captions: Sequence[str] | None = None,
+        positions: np.ndarray | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Pictures of `indices` (n,) int64 and `labels` (n,) int64, in any order.
@@ -173,6 +174,8 @@ class Generator:
                 the reverse process is pushed toward what it finds hard.
             captions: n texts, for a model asked by text, which ignores the labels; its `prompts`
                 in turn where there are none.
+            positions: (n,) int64 in [0, 2^39), where each picture's noise lies in its stream; by
+                default its index. What is asked for then keeps its noise wherever it stands.
             advance: called with the number of pictures after each block.
 
         Returns:
@@ -182,6 +185,7 @@ class Generator:
             UserError: no index, captions for a model asked by class, or none for one asked by text.
         """
         indices, labels = np.asarray(indices, np.int64), np.asarray(labels, np.int64)
+        places = indices if positions is None else np.asarray(positions, np.int64)
         texts = self._captions(indices, captions)
         images: np.ndarray | None = None
         telemetry: dict[str, np.ndarray] = {}
@@ -190,6 +194,8 @@ class Generator:
             lanes = indices[rows] % BLOCK
             block_labels = np.full(BLOCK, self.null_label, np.int64)
             block_labels[lanes] = labels[rows]
+            block_places = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64)
+            block_places[lanes] = places[rows]
             block_texts = [texts[rows[0]]] * BLOCK if texts else []
             if texts:
                 for row, lane in zip(rows, lanes, strict=True):
@@ -203,7 +209,7 @@ class Generator:
                     cheap_decode=self.cheap_decoder(guidance),
                     most_rows=self.decode_rows,
                 )
-            pictures = to_uint8(self._block(int(block), block_labels, block_texts, seed, guide))
+            pictures = to_uint8(self._block(block_places, block_labels, block_texts, seed, guide))
             if images is None:
                 images = np.empty((len(indices), *pictures.shape[1:]), np.uint8)
             images[rows] = pictures[lanes]
@@ -234,14 +240,12 @@ class Generator:
 
     def _block(
         self,
-        block: int,
+        positions: np.ndarray,
         labels: np.ndarray,
         captions: Sequence[str],
         seed: int,
         guide: EntropyGuidance | None,
     ) -> Tensor:
-        positions = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64)
-
         def field_of(stream: int, step: int) -> Tensor:
             # A position has 2^24 sampler steps of its own, so steps never share a counter.
             where = positions * (1 << 24) + step
@@ -285,6 +289,7 @@ def open_generator(
     device: torch.device | str = "cpu",
     classes: Sequence[str] = (),
     prompt: str = PROMPT,
+    at: int | None = None,
 ) -> Generator:
     """The generator of a latent-diffusion run, or of a published checkpoint's folder.
 
@@ -296,8 +301,14 @@ def open_generator(
         sampler: replaces the sampler that the run's recipe names.
         classes, prompt: of a Stable Diffusion the names of classes in index order, and how a name
             becomes a prompt; everything else has classes of its own.
+        at: images seen of the checkpoint to take, of a run.
+
+    Raises:
+        UserError: there is no such run, checkpoint or profile, or an option has no effect on it.
     """
     diffusion = is_stable_diffusion(run)
+    if at is not None and (diffusion or is_published(run)):
+        raise UserError(f"{run} is one set of weights without checkpoints: leave out at={at}")
     if not diffusion and (classes or prompt != PROMPT):
         raise UserError(
             f"classes and prompt have no effect on {run}, which is no Stable Diffusion folder:"
@@ -318,11 +329,7 @@ def open_generator(
     recipe, folder = load_run(run)
     if recipe.kind != "ldm":
         raise UserError(f"{folder} is a run of kind {recipe.kind!r}: name one of kind 'ldm'")
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        raise UserError(
-            f"{folder} has no complete checkpoint yet: type the command that trains it again"
-        )
+    checkpoint = _checkpoint(folder, at)
     with verify_checkpoint(checkpoint, hashes=False) as opened:
         extra, images_seen = opened.manifest["extra"], opened.images_seen
     weights = weights or recipe.default_weights()
@@ -362,6 +369,33 @@ def open_generator(
         prompts=_prompts(recipe) if features else [],
         captured=CapturedSteps(model),
     )
+
+
+def checkpoints_of(run: str | Path) -> list[int]:
+    """Images seen of the complete checkpoints that a run keeps, ascending."""
+    found = {}
+    for path in (load_run(run)[1] / "checkpoints").glob("step-*"):
+        try:
+            found[verify_checkpoint(path, hashes=False).images_seen] = path
+        except UserError:  # being written, or broken: it is not there yet
+            continue
+    return sorted(found)
+
+
+def _checkpoint(folder: Path, at: int | None) -> Path:
+    """The newest complete checkpoint of a run, or the one after `at` images."""
+    if at is None:
+        newest = latest_checkpoint(folder / "checkpoints")
+        if newest is None:
+            raise UserError(
+                f"{folder} has no complete checkpoint yet: type the command that trains it again"
+            )
+        return newest
+    path = folder / "checkpoints" / f"step-{at:012d}"
+    if not path.is_dir():
+        kept = ", ".join(str(seen) for seen in checkpoints_of(folder)) or "none"
+        raise UserError(f"{folder} keeps no checkpoint at {at} images; it keeps {kept}")
+    return path
 
 
 def _prompts(recipe: Any) -> list[str]:

@@ -183,13 +183,10 @@ def stable_diffusion_parts(
             f" they compute in, one of {', '.join(PRECISIONS)}"
         )
     kind, prompts = _kind(folder), _prompts(folder, classes, template)
-    encoders = [
-        TextEncoder.from_folder(folder / name, kind="clip", device=device)
-        for name in TEXT_ENCODERS[kind]
-    ]
+    encoders, zeros = text_encoders(folder, device)
     config, weights = _network(folder, encoders)
     objective, spacing = _scheduler(folder)
-    text, pooled = encoded(encoders, prompts, zeros=kind.endswith("XLPipeline") and _zeros(folder))
+    text, pooled = encoded(encoders, prompts, zeros=zeros)
     model = PromptedUNet(
         _unet(config, weights), text, pooled if config.conditioning.pooled_width else None
     )
@@ -223,6 +220,16 @@ def stable_diffusion_parts(
         "profile": precision,
         "device": device,
     }
+
+
+def text_encoders(folder: str | Path, device: torch.device) -> tuple[list[TextEncoder], bool]:
+    """A folder's text encoders for `encoded`, and whether no prompt is zeros for it."""
+    folder, kind = Path(folder), _kind(Path(folder))
+    encoders = [
+        TextEncoder.from_folder(folder / name, kind="clip", device=device)
+        for name in TEXT_ENCODERS[kind]
+    ]
+    return encoders, kind.endswith("XLPipeline") and _zeros(folder)
 
 
 @torch.no_grad()

@@ -4,12 +4,15 @@ A folder per entry, named by the sha256 of everything that fixes its numbers: th
 set of pictures, the extractor's name, version and weights, its preprocessing, dtype and the number
 of pictures. Shards are safetensors files written beside and renamed; `manifest.json` is written
 last, after every shard has been counted and every sample key has been seen exactly once. Two jobs
-that write the same entry write equal files, so either may win. evaluation/extract.py fills it.
+that write the same entry write equal files, so either may win, and stores that were filled apart
+merge file by file. Moments of a set or of a group of it are kept beside its features once somebody
+asked for them. evaluation/extract.py fills it.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from etude.core.errors import UserError
-from etude.core.files import file_sha256, write_bytes_atomic, write_json_atomic
+from etude.core.files import file_sha256, read_json, write_bytes_atomic, write_json_atomic
+
+from .moments import Moments
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,67 @@ class FeatureStore:
             UserError: the entry is missing, incomplete or damaged.
         """
         digest = key if isinstance(key, str) else key.digest()
+        parts = list(self._shards(digest))
+        return FeatureSet(
+            digest,
+            torch.cat([part[0] for part in parts]),
+            [key for part in parts for key in part[2]["keys"]],
+            torch.cat([part[1] for part in parts]),
+            [group for part in parts for group in part[2]["groups"]],
+        )
+
+    def moments(self, key: FeatureKey | str, group: str | None = None) -> Moments:
+        """Moments of a complete entry's rows, of one group of them where it is named.
+
+        Computed a shard at a time at the first call, then kept beside the features.
+
+        Raises:
+            UserError: as `load`; or no row is of that group.
+        """
+        digest = key if isinstance(key, str) else key.digest()
+        # A group's name may hold anything; a file's may not.
+        name = "all" if group is None else hashlib.sha256(group.encode()).hexdigest()[:32]
+        path = self._entry(digest) / f"moments-{name}.safetensors"
+        if path.exists():
+            with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
+                return _read_moments(path)
+        total: Moments | None = None
+        for features, _, note in self._shards(digest):
+            if group is not None:
+                features = features[torch.tensor([one == group for one in note["groups"]])]
+            part = Moments.of(features)
+            total = part if total is None else total.merge(part)
+        if total is None or not total.count:
+            raise UserError(f"the set of features {digest[:12]} has no group {group!r}")
+        tensors = {"mean": total.mean.cpu(), "scatter": total.scatter.cpu()}
+        write_bytes_atomic(path, save(tensors, {"count": str(total.count)}))
+        return total
+
+    def merge(self, other: "FeatureStore") -> int:
+        """Take over every shard of another store that this one lacks, then count entries anew.
+
+        Returns:
+            The number of entries that are complete afterwards and were not before.
+
+        Raises:
+            UserError: a shard that is taken over is damaged, or an entry counts wrong.
+        """
+        completed = 0
+        for begun in sorted(other.folder.glob("*/*/key.json")):
+            key = FeatureKey(**read_json(begun))
+            if self.has(key):
+                continue
+            for shard in sorted(begun.parent.glob("*.safetensors")):
+                size = shard.stem.partition("-")[2]
+                if not size.isdigit():  # moments; they are computed again
+                    continue
+                mine = self.writer(key, int(size))
+                mine.adopt(shard)
+            completed += self.writer(key, _shard_size(self._entry(key.digest()))).finish_if_whole()
+        return completed
+
+    def _shards(self, digest: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
+        """Every shard of a complete entry, checked, in order."""
         entry = self._entry(digest)
         try:
             manifest = json.loads((entry / "manifest.json").read_text())
@@ -92,14 +158,8 @@ class FeatureStore:
                 f"the feature store {self.folder} has no complete entry {digest[:12]}; "
                 f"run the extract or evaluate command that makes it"
             ) from None
-        parts = [self._checked(entry / s["file"], s["sha256"]) for s in manifest["shards"]]
-        return FeatureSet(
-            digest,
-            torch.cat([part[0] for part in parts]),
-            [key for part in parts for key in part[2]["keys"]],
-            torch.cat([part[1] for part in parts]),
-            [group for part in parts for group in part[2]["groups"]],
-        )
+        for shard in manifest["shards"]:
+            yield self._checked(entry / shard["file"], shard["sha256"])
 
     def _entry(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest
@@ -120,7 +180,8 @@ class EntryWriter:
 
     def __init__(self, folder: Path, key: FeatureKey, shard_size: int) -> None:
         self.folder, self.key, self.shard_size = folder, key, shard_size
-        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "key.json").exists():
+            write_json_atomic(folder / "key.json", asdict(key))
 
     def missing(self) -> list[tuple[int, int]]:
         """Ranges [start, stop) of pictures that no whole shard covers yet."""
@@ -149,6 +210,26 @@ class EntryWriter:
         text = {"keys": list(keys), "groups": list(groups)}
         note = {"samples": json.dumps(text), "sha256": _tensor_sha256(tensors)}
         write_bytes_atomic(self._shard(start), save(tensors, note))
+
+    def adopt(self, shard: Path) -> None:
+        """Copy a shard that another store's writer wrote, unless it is here already."""
+        target = self.folder / shard.name
+        if target.exists():
+            return
+        data = shard.read_bytes()
+        write_bytes_atomic(target, data)
+        try:
+            _read_shard(target)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            target.unlink()
+            raise UserError(f"features {shard} are damaged; extract them again") from None
+
+    def finish_if_whole(self) -> bool:
+        """Finish the entry if no shard is missing; whether it did."""
+        if self.missing():
+            return False
+        self.finish()
+        return True
 
     def finish(self) -> None:
         """Count the shards and keys, then write the manifest that makes the entry complete."""
@@ -191,6 +272,18 @@ def _read_shard(path: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:
     if _tensor_sha256(tensors) != note["sha256"]:
         raise ValueError(f"{path} is damaged")
     return tensors["features"], tensors["labels"], json.loads(note["samples"])
+
+
+def _shard_size(entry: Path) -> int:
+    """The size that an entry's shards were cut to."""
+    sizes = (path.stem.partition("-")[2] for path in sorted(entry.glob("*.safetensors")))
+    return next((int(size) for size in sizes if size.isdigit()), 1024)
+
+
+def _read_moments(path: Path) -> Moments:
+    with safe_open(path, "pt") as file:
+        count = int(file.metadata()["count"])
+        return Moments(count, file.get_tensor("mean"), file.get_tensor("scatter"))
 
 
 def _tensor_sha256(tensors: dict[str, torch.Tensor]) -> str:

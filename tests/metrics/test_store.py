@@ -111,3 +111,49 @@ def test_two_writers_of_one_entry_agree(tmp_path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
     manifest = json.loads(next(tmp_path.rglob("manifest.json")).read_text())
     assert [shard["count"] for shard in manifest["shards"]] == [4, 4, 2]
+
+
+def test_moments_of_a_group_are_those_of_its_rows(tmp_path) -> None:
+    store, writer = FeatureStore(tmp_path), FeatureStore(tmp_path).writer(KEY, 4)
+    groups = ["a", "b", "a/..", "a", "b", "b", "a", "a", "b", "a"]
+    for start, stop in writer.missing():
+        keys = [f"k{i}" for i in range(start, stop)]
+        writer.write(start, ROWS[start:stop], keys, torch.zeros(stop - start), groups[start:stop])
+    writer.finish()
+    for group in ("a", "b", None, "a"):  # the last from the file that the first wrote
+        rows = ROWS.double()[[group in (None, one) for one in groups]].numpy()
+        found = store.moments(KEY, group)
+        assert found.count == len(rows)
+        np.testing.assert_allclose(found.mean, rows.mean(0), atol=1e-12)
+        np.testing.assert_allclose(found.covariance(), np.cov(rows.T), atol=1e-12)
+    with pytest.raises(UserError, match="has no group 'c'"):
+        store.moments(KEY, "c")
+    (kept,) = {p for p in tmp_path.rglob("moments-*") if "all" in p.name}
+    kept.write_bytes(kept.read_bytes()[:-8])  # damaged: computed again
+    np.testing.assert_allclose(store.moments(KEY).mean, ROWS.double().mean(0), atol=1e-12)
+
+
+def test_stores_filled_apart_merge_to_the_whole(tmp_path) -> None:
+    first, second, whole = (FeatureStore(tmp_path / name) for name in ("a", "b", "c"))
+    fill(whole)
+    fill(first, only=0)
+    for start in (4, 8):
+        fill(second, only=start)
+    assert first.merge(second) == 1 and first.has(KEY) and not second.has(KEY)
+    names = sorted(path.name for path in (tmp_path / "c").rglob("*") if path.is_file())
+    for name in names:  # byte for byte what one job would have written
+        (one,), (other,) = (tmp_path / "a").rglob(name), (tmp_path / "c").rglob(name)
+        assert one.read_bytes() == other.read_bytes()
+    assert first.merge(second) == 0
+
+
+def test_a_damaged_shard_is_not_merged(tmp_path) -> None:
+    first, second = FeatureStore(tmp_path / "a"), FeatureStore(tmp_path / "b")
+    fill(second, only=4)
+    (shard,) = (tmp_path / "b").rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="are damaged; extract them again"):
+        first.merge(second)
+    assert not list((tmp_path / "a").rglob("*.safetensors"))

@@ -1,0 +1,90 @@
+"""Who draws in a plan: every model, checkpoint and guidance scale; called by running.py."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from etude.core.errors import UserError
+
+from ..generators import GENERATORS, DrawsPictures, Wanted
+from .recipe import ModelConfig, PlanRecipe
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model at one checkpoint and one guidance scale.
+
+    Attributes:
+        model: its name in the plan, or the model that it counts as.
+        run: its name in the plan.
+        checkpoint: images seen; None where the source has one set of weights.
+        guidance: None leaves the generator's own, or is a folder of pictures.
+    """
+
+    model: str
+    run: str
+    config: ModelConfig
+    checkpoint: int | None
+    guidance: float | None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of pictures that somebody drew."""
+        return self.config.kind == "pictures"
+
+    @property
+    def title(self) -> str:
+        """As tables and pictures name it."""
+        parts = [self.run]
+        if self.checkpoint is not None:
+            parts.append(f"at {self.checkpoint:,} images")
+        if self.guidance is not None:
+            parts.append(f"guidance {self.guidance:g}")
+        return ", ".join(parts)
+
+    def open(self, prompts: tuple[str, ...], device: torch.device | str) -> DrawsPictures:
+        """Its generator; `prompts` are all that it will be asked for."""
+        wanted = Wanted(
+            self.config.source,
+            self.checkpoint,
+            self.guidance,
+            self.config.weights,
+            prompts,
+            device,
+            tuple(sorted(self.config.options.items())),
+        )
+        return GENERATORS.get(self.config.kind).open(wanted)
+
+
+def candidates(recipe: PlanRecipe) -> list[Candidate]:
+    """Every candidate of a plan, in its order; checkpoints ascending, then guidance.
+
+    Raises:
+        UserError: a model keeps none of the checkpoints that the plan asks for.
+    """
+    found = []
+    for name, config in recipe.models.items():
+        one = Candidate(config.counts_as or name, name, config, None, None)
+        if one.is_folder:
+            found.append(one)
+            continue
+        for checkpoint in _checkpoints(name, config):
+            scales = recipe.guidance or (None,)
+            found += [replace(one, checkpoint=checkpoint, guidance=scale) for scale in scales]
+    return found
+
+
+def _checkpoints(name: str, config: ModelConfig) -> list[int | None]:
+    kept = GENERATORS.get(config.kind).checkpoints(config.source)
+    if config.checkpoints == "last":
+        return [kept[-1]] if kept else [None]
+    if config.checkpoints == "all":
+        return list(kept) or [None]
+    missing = [seen for seen in config.checkpoints if seen not in kept]
+    if missing:
+        listed = ", ".join(map(str, kept)) or "none"
+        raise UserError(
+            f"models.{name}: {config.source} keeps no checkpoint at {missing[0]} images;"
+            f" it keeps {listed}"
+        )
+    return sorted(config.checkpoints)
