@@ -85,24 +85,83 @@ def train(
 
 @app.command()
 def extract(
-    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe; or with --extractors shards, a folder, or an .npz.")
+    ],
+    overrides: Overrides = None,
+    extractors: Annotated[
+        str, typer.Option(help="Extractors of a source, with taps: inception,clip,inception/64.")
+    ] = "",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="An extractor's weights, NAME=PATH; repeatable.")
+    ] = None,
+    store: Annotated[Path, typer.Option(help="The feature store's folder.")] = Path(
+        "runs/features"
+    ),
+    dtype: Annotated[
+        str, typer.Option(help="float32, tf32, bfloat16 or float16: the networks' arithmetic.")
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward.")] = 64,
+    run: RunName = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Extract metric features of picture sets once, into a store.
+    """Extract metric features of pictures once, into a store that everything else reads.
 
+    The same command goes on with an interrupted one, and on several processes shares the work.
+
+    Example: etude extract data/cifar10/test --extractors inception
     Example: etude extract evaluate/features extractor.weights=JUDGE_RUN
     """
+    if extractors:
+        from etude.extracting import extract_source
+
+        extract_source(
+            recipe,
+            extractors.split(","),
+            weights or [],
+            store=store,
+            dtype=dtype,
+            batch_size=batch_size,
+            options=overrides or [],
+        )
+        return
     run_command(recipe, overrides, run, ("extract",), dry_run)
 
 
 @app.command()
 def evaluate(
-    recipe: RecipeName, overrides: Overrides = None, run: RunName = None, dry_run: DryRun = False
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe; or with --exercise the table that a plan wrote.")
+    ],
+    overrides: Overrides = None,
+    exercise: Annotated[
+        str | None,
+        typer.Option(help="trade-offs, groups, ranking or prompt-types: ask it of a table."),
+    ] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(help="Of a plan: go on with new checkpoints until none came for so long."),
+    ] = None,
+    run: RunName = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Compare generated with real pictures: values with intervals and the protocol behind them.
 
+    A plan compares many models, checkpoints and guidance scales on many data sets at once; an
+    exercise asks its table one question, and answers in words, pictures and a page.
+
     Example: etude evaluate evaluate/default generator=RUN extractor.weights=JUDGE_RUN
+    Example: etude evaluate PLAN.yaml --watch 60
+    Example: etude evaluate --exercise trade-offs RUN metrics=[FID,recall]
     """
-    run_command(recipe, overrides, run, ("evaluate",), dry_run)
+    if exercise is not None:
+        from etude.exercising import run_exercise
+
+        say(f"page {run_exercise(exercise, recipe, overrides or [])}")
+        return
+    if watch is not None:
+        overrides = [*(overrides or []), f"watch_minutes={watch:g}"]
+    run_command(recipe, overrides, run, ("evaluate", "plan"), dry_run)
 
 
 @app.command()

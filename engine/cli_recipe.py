@@ -32,7 +32,7 @@ DryRun = Annotated[
 
 # What to type for a recipe of a kind.
 VERBS = dict.fromkeys(("autoencoder", "ldm", "judge", "study"), "train")
-VERBS |= {"theory": "practice"}
+VERBS |= {"theory": "practice", "plan": "evaluate"}
 VERBS |= {kind: kind for kind in ("practice", "extract", "evaluate")}
 
 

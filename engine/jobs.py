@@ -22,7 +22,7 @@ from .page import Page
 from .training import Look, train
 from .training.origin import resolved
 
-_ON_ALL_RANKS = ("autoencoder", "ldm", "practice", "study")
+_ON_ALL_RANKS = ("autoencoder", "ldm", "plan", "practice", "study")
 PLACES_PER_JOB = 10  # sections that each job of a study has for itself on the shared page
 
 
@@ -217,6 +217,13 @@ def _evaluate(recipe: Recipe, desk: Desk) -> dict:
     return {"headline": figures} | result
 
 
+def _plan(recipe: Recipe, desk: Desk) -> dict:
+    from .planning import run_plan
+
+    with _stopping_anywhere(desk):
+        return run_plan(recipe, desk.run, desk.look.log, desk.world, desk.look)
+
+
 @contextlib.contextmanager
 def _stopping_anywhere(desk: Desk) -> Iterator[None]:
     """For jobs whose work may end at any point: every progress looks whether to stop."""
@@ -262,5 +269,6 @@ _RUNNERS: dict[str, Callable[[Recipe, Desk], dict]] = {
     "theory": _theory,
     "extract": _evaluate,
     "evaluate": _evaluate,
+    "plan": _plan,
     "study": _study,
 }

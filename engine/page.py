@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import page_vote
 from .page_style import SCRIPT, STYLE
 from .pictures import picture_grid, png, side_by_side, terminal_picture
 from .plots import bar_chart, line_chart, map_chart, number
@@ -205,6 +206,29 @@ class Page:
         body = {"columns": list(columns), "rows": cells, "note": note}
         self._section(id, "table", title, body, order)
 
+    def vote(
+        self,
+        id: str,
+        title: str,
+        prompts: Sequence[str],
+        pictures: dict[str, np.ndarray],
+        order: float | None = None,
+    ) -> None:
+        """A blind vote between makers of pictures; pictures (prompts, H, W, 3) uint8 by maker."""
+        files = []
+        for place, images in enumerate(pictures.values()):
+            files.append([f"{id}.{place:02d}-{number:02d}.png" for number in range(len(images))])
+            for name, image in zip(files[-1], images, strict=True):
+                self._publish(self.parts / name, png(image))
+        body = {"prompts": list(prompts), "makers": list(pictures), "files": files}
+        self._section(id, "vote", title, body, order)
+
+    def drawing(
+        self, id: str, title: str, svg: str, note: str = "", order: float | None = None
+    ) -> None:
+        """A finished drawing: SVG text of one of our own plots, which is embedded as it is."""
+        self._section(id, "drawing", title, {"svg": svg, "note": note}, order)
+
     def note(self, id: str, text: str, title: str = "", order: float | None = None) -> None:
         """A paragraph of plain text; a blank line starts another. Markup is shown, not obeyed."""
         self._section(id, "note", title, {"text": text}, order)
@@ -226,11 +250,12 @@ class Page:
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"{refresh}<title>{_escape(head['title'])}</title><style>{STYLE}</style></head>\n<body>"
+            f"{refresh}<title>{_escape(head['title'])}</title>"
+            f"<style>{STYLE}{page_vote.STYLE}</style></head>\n<body>"
             f"<header><h1>{_escape(head['title'])}</h1>"
             f'<p class="subtitle">{_escape(head["subtitle"])}</p>{_state_line(head["state"])}'
             f"{f'<nav>{links}</nav>' if links else ''}</header>\n<main>\n{body}\n</main>\n"
-            f"<footer>Etude</footer><script>{SCRIPT}</script></body></html>\n"
+            f"<footer>Etude</footer><script>{SCRIPT}{page_vote.SCRIPT}</script></body></html>\n"
         )
 
     def _section(self, id: str, kind: str, title: str, body: dict, order: float | None) -> None:
@@ -338,6 +363,16 @@ class Page:
         )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f'<div class="scroll">{table}</div>{_paragraphs(section["note"])}'
+
+    def _render_vote(self, section: dict) -> str:
+        return page_vote.vote_html(
+            section["id"], section["prompts"], section["makers"], section["files"], self._uri
+        )
+
+    def _render_drawing(self, section: dict) -> str:
+        # HTML needs no namespaces, and the page asks nobody for anything.
+        svg = re.sub(r' xmlns="[^"]+"', "", section["svg"], count=1)
+        return svg + _paragraphs(section["note"])
 
     def _render_note(self, section: dict) -> str:
         return _paragraphs(section["text"])

@@ -415,3 +415,12 @@ def test_fetched_weights_open() -> None:
     assert vgg["VGG16_0.Conv_0.kernel"].shape == (64, 3, 3, 3)
     minilm = load_file(fetched("minilm") / "model.safetensors")
     assert sum(t.numel() for t in minilm.values()) == 22_713_728
+
+
+def test_pip_finds_its_requirements_from_inside_a_relative_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = Path("data/.lpips.stage")
+    stage.mkdir(parents=True)
+    command = fetching.client_command(SOURCES["lpips"].archives[0], stage)
+    wanted = stage / command[command.index("-r") + 1]  # as pip sees it, run in the stage
+    assert SOURCES["lpips"].archives[0].sha256 in wanted.read_text()

@@ -27,6 +27,7 @@ KINDS: dict[str, "str | type[Recipe]"] = {
     "theory": "etude.practice.theory_report:TheoryRecipe",
     "extract": "etude.evaluation.plan:ExtractRecipe",
     "evaluate": "etude.evaluation.plan:EvaluateRecipe",
+    "plan": "etude.evaluation.planned.recipe:PlanRecipe",
     "study": "etude.study:StudyRecipe",
 }
 ABSENT = "(absent)"  # stands in `differences` for a field that only the other recipe has

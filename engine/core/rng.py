@@ -46,6 +46,11 @@ class Stream(IntEnum):
     DROPOUT = 25  # what a learner's network of the user's own draws in a step
     PRUNE = 28  # ties and random choices among candidate pictures
     PRUNE_CLASS = 29  # which classes keep one picture more where a count does not divide
+    DIRECTION = 34  # directions that features are projected on
+    PART = 35  # which rows make a part that a figure is averaged or fitted over
+    PROBE = 36  # vectors that matrix factorisations are checked with
+    VOTE = 37  # the rounds of a blind vote
+    DRAW_OF_INTERVAL = 40  # values that a figure with an interval could have had
 
 
 def bits(seed: int, stream: int, positions: np.ndarray, count: int) -> np.ndarray:

@@ -1,105 +1,184 @@
-"""Set x extractors -> store: each picture decoded or drawn once, one forward per extractor.
+"""Set x extractors -> store: each picture decoded once, one forward per extractor and picture.
 
-Called by plan.py; usable alone with a set, a list of extractors and a `FeatureStore`. Shards that a
-stopped job left are kept and only missing ones are made. A network sees blocks of one fixed size,
-the last one padded, because the rounding of a matrix product depends on its batch.
+Called by plan.py, planned/ and the command line; usable alone with a set, a list of extractors and
+a `FeatureStore`. Shards that a stopped job left are kept and only missing ones are made; several
+processes take turns at the missing ones, so no picture is padded in or counted twice, and the
+store counts them in the end. A network sees blocks of one fixed size, the last one padded, because
+the rounding of a matrix product depends on its batch. While a block is in the network the next one
+is being read.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from etude.core.distributed import FOREVER_S, World, barrier, exchange
 from etude.core.log import Log
 from etude.metrics.extractors import Extractor, preprocessing
 from etude.metrics.store import EntryWriter, FeatureKey, FeatureStore
 
-from .sets import Pictures, PictureSet, Stages
+from .sets import GeneratedPictures, Pictures, PictureSet, Stages
 
 
-def feature_key(pictures: PictureSet, extractor: Extractor) -> FeatureKey:
-    """The address of a set's features."""
+def feature_key(pictures: PictureSet, extractor: Extractor, features: str = "") -> FeatureKey:
+    """The address of a set's features; of the extractor's first tap where no name is given."""
     return FeatureKey(
         pictures.fingerprint,
-        extractor.name,
+        features or extractor.name,
         extractor.version,
         extractor.weights_sha256,
         preprocessing(extractor),
-        "float32",
+        extractor.arithmetic,
         len(pictures),
     )
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of the store that lacks shards: whose, under which name, and where it is written."""
+
+    extractor: Extractor
+    features: str
+    writer: EntryWriter
+
+
 def extract_set(
     pictures: PictureSet,
-    extractors: list[Extractor],
+    extractors: Sequence[Extractor],
     store: FeatureStore,
     *,
     batch_size: int = 64,
     shard_size: int = 1024,
-    device: torch.device | str = "cpu",
     log: Log | None = None,
+    world: World | None = None,
 ) -> dict[str, float]:
-    """Fill the store with the features of a set by every extractor that lacks them.
+    """Fill the store with the features of a set by every extractor and tap that lacks them.
 
     Args:
         batch_size: pictures per forward; all blocks have exactly this size.
         shard_size: pictures per file of the store.
+        world: processes that share the work, all of which call this; None: this one alone.
 
     Returns:
-        Images per second by stage ("read", "decode", "draw", "forward", "store"); empty when
-        nothing was missing.
+        Images per second by stage ("read", "decode", "draw", "resize", "forward", "statistics")
+        and "all" of them together, over all processes; empty when nothing was missing.
     """
     log = log or Log(None, quiet=True)
-    writers = {}
-    for extractor in extractors:
-        key = feature_key(pictures, extractor)
-        if not store.has(key):
-            writers[key.digest()] = (extractor, store.writer(key, shard_size))
-    missing = {digest: set(writer.missing()) for digest, (_, writer) in writers.items()}
-    ranges = sorted(set().union(*missing.values()))
-    count, stages = sum(stop - start for start, stop in ranges), Stages()
-    names = ", ".join(extractor.name for extractor, _ in writers.values())
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    entries = [
+        _Entry(extractor, name, store.writer(key, shard_size))
+        for extractor in extractors
+        for name in extractor.dims
+        if not store.has(key := feature_key(pictures, extractor, name))
+    ]
+    missing = [set(entry.writer.missing()) for entry in entries]
+    ranges = sorted(set().union(*missing))
+    if world is not None:  # nobody writes before everybody has looked
+        barrier(world, "features that are missing")
+    mine = ranges[rank::size]
+    stages, began = Stages(), time.perf_counter()
+    count, names = sum(stop - start for start, stop in mine), ", ".join(e.features for e in entries)
     with log.progress(f"features of {pictures.name} ({names})", count) as progress:
-        for start, stop in ranges:
-            wanted = [writers[digest] for digest in writers if (start, stop) in missing[digest]]
-            for done in _shard(pictures, wanted, start, stop, batch_size, device, stages):
+        for bounds in mine:
+            lacking = [e for e, of in zip(entries, missing, strict=True) if bounds in of]
+            for done in _shard(pictures, lacking, *bounds, batch_size, stages):
                 progress.advance(done)
-    for _, writer in writers.values():
-        writer.finish()
-    return {stage: round(count / seconds, 2) for stage, seconds in stages.seconds.items() if count}
+    seconds = stages.seconds | {"all": time.perf_counter() - began}
+    if world is not None:
+        barrier(world, "every shard of the features", FOREVER_S)
+    if rank == 0:
+        for entry in entries:
+            entry.writer.finish()
+    if world is not None:
+        told = exchange(world, "features are counted", {"count": count, "seconds": seconds})
+        return _rates([(one["count"], one["seconds"]) for one in told])
+    return _rates([(count, seconds)])
+
+
+def _rates(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Images per second by stage: what every process did in its own time, added up."""
+    total: dict[str, float] = {}
+    for count, seconds in parts:
+        for stage, spent in seconds.items():
+            if count and spent:
+                total[stage] = total.get(stage, 0.0) + count / spent
+    return {stage: round(rate, 2) for stage, rate in total.items()}
 
 
 def _shard(
     pictures: PictureSet,
-    wanted: list[tuple[Extractor, EntryWriter]],
+    entries: Sequence[_Entry],
     start: int,
     stop: int,
     batch_size: int,
-    device: torch.device | str,
     stages: Stages,
 ) -> Iterator[int]:
     """Read one shard's pictures and write their features; yields pictures done as they are."""
-    features: list[list[torch.Tensor]] = [[] for _ in wanted]
-    blocks: list[Pictures] = []
-    for first in range(start, stop, batch_size):
-        block = pictures.read(first, min(first + batch_size, stop), stages)
-        with stages("forward"):
-            images = torch.from_numpy(_padded(block.images, batch_size)).to(device)
-            for into, (extractor, _) in zip(features, wanted, strict=True):
-                into.append(extractor(images)[: len(block.keys)].cpu())
-        blocks.append(block)
+    found: dict[tuple[int, str], list[torch.Tensor]] = {
+        (id(entry.extractor), entry.features): [] for entry in entries
+    }
+    extractors = list({id(e.extractor): e.extractor for e in entries}.values())
+    keys, groups, labels = [], [], []
+    for block in _ahead(pictures, start, stop, batch_size, stages):
+        for extractor in extractors:
+            for name, features in _forward(extractor, block.images, batch_size, stages).items():
+                if (id(extractor), name) in found:
+                    found[id(extractor), name].append(features)
+        keys += block.keys
+        groups += block.groups
+        labels.append(block.labels)
         yield len(block.keys)
-    keys = [key for block in blocks for key in block.keys]
-    groups = [group for block in blocks for group in block.groups]
-    labels = torch.from_numpy(np.concatenate([block.labels for block in blocks]))
-    with stages("store"):
-        for into, (_, writer) in zip(features, wanted, strict=True):
-            writer.write(start, torch.cat(into), keys, labels, groups)
+    of_all = torch.from_numpy(np.concatenate(labels))
+    with stages("statistics"):
+        for entry in entries:
+            features = torch.cat(found[id(entry.extractor), entry.features])
+            entry.writer.write(start, features, keys, of_all, groups)
 
 
-def _padded(images: np.ndarray, size: int) -> np.ndarray:
-    """The pictures with the first one repeated up to `size`."""
-    if len(images) == size:
-        return np.ascontiguousarray(images)
-    return np.concatenate([images, np.repeat(images[:1], size - len(images), axis=0)])
+def _ahead(
+    pictures: PictureSet, start: int, stop: int, batch_size: int, stages: Stages
+) -> Iterator[Pictures]:
+    """Blocks of a shard, each read in a thread of its own while its caller has the one before.
+
+    Drawing is not reading: it has the device for itself.
+    """
+    if isinstance(pictures, GeneratedPictures):
+        for first in range(start, stop, batch_size):
+            yield pictures.read(first, min(first + batch_size, stop), stages)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        coming: Any = None
+        for first in range(start, stop, batch_size):
+            last = min(first + batch_size, stop)
+            following = pool.submit(pictures.read, first, last, stages)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        yield coming.result()
+
+
+def _forward(
+    extractor: Extractor, images: np.ndarray | Sequence[np.ndarray], size: int, stages: Stages
+) -> dict[str, torch.Tensor]:
+    """Features of a block on the CPU, by name; the first picture pads the block to `size`."""
+    count = len(images)
+    with stages("resize"):
+        prepared = extractor.prepare(images)
+        if count < size:
+            padding = prepared[:1].expand(size - count, *prepared.shape[1:])
+            prepared = torch.cat([prepared, padding])
+        _finish(prepared)
+    with stages("forward"):
+        found = extractor.infer(prepared)
+        return {name: features[:count].cpu() for name, features in found.items()}
+
+
+def _finish(x: torch.Tensor) -> None:
+    """Wait for the device, so that a stage's time is its own; once a block."""
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()

@@ -1,10 +1,4 @@
-"""The table of results: one row a figure, with everything that says what it is worth.
-
-planned.py appends rows while a plan runs, several jobs to one table; the exercises, the page and
-people read it. `results.csv` is the table, `results.parquet` the same where pyarrow is installed,
-`estimates/` holds what intervals and comparisons are made from (metrics/estimates.py), a file a
-row, and `protocols/` what fixes the figures.
-"""
+"""A row of results and a set of rows: what plans write (table.py) and exercises read."""
 
 from dataclasses import dataclass, field
 

@@ -6,7 +6,7 @@ import torch
 
 from etude.evaluation.extract import extract_set, feature_key
 from etude.evaluation.sets import Pictures, Stages
-from etude.metrics.extractors.pixels import PixelExtractor
+from etude.metrics.extractors import Extractor
 from etude.metrics.store import FeatureStore
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 1), dtype=np.uint8)
@@ -31,23 +31,23 @@ class Counted:
         return Pictures(IMAGES[start:stop], keys, np.arange(start, stop), [""] * len(keys))
 
 
-class Watched(PixelExtractor):
+class Watched(Extractor):
     """Pixels that note the size of every block."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(6)
-        self.name, self.blocks = name, []
+        super().__init__("pixels", input_size=6)
+        self.name, self.dims, self.blocks = name, {name: 36}, []
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.blocks.append(len(images))
-        return super().__call__(images)
+    def infer(self, prepared: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.blocks.append(len(prepared))
+        return {self.name: super().infer(prepared)["pixels"]}
 
 
 def test_two_extractors_read_each_picture_once(tmp_path) -> None:
     store, pictures, pair = FeatureStore(tmp_path), Counted(), [Watched("a"), Watched("b")]
     rates = extract_set(pictures, pair, store, batch_size=8, shard_size=20)
     assert pictures.read_count.tolist() == [1] * 50
-    assert set(rates) == {"forward", "store"}
+    assert set(rates) == {"resize", "forward", "statistics", "all"}
     for extractor in pair:
         assert set(extractor.blocks) == {8}
         found = store.load(feature_key(pictures, extractor))

@@ -21,10 +21,12 @@ from etude.core.files import write_bytes_atomic, write_json_atomic
 from etude.core.log import Log
 from etude.core.signals import StopRequested
 
-from ..datasets import Prompts
+from ..datasets import Prompt, Prompts
+from ..decoding import Form
 from ..generators import DrawsPictures
-from ..sets import Pictures, Stages
+from ..picture_set import Pictures, Stages, digest, stacked
 
+AS_DRAWN = Form(channels=0)
 BLOCK = 64  # pictures of a file; the sampler's own block
 PLACES = 1 << 39  # positions that the sampler has room for
 
@@ -35,6 +37,7 @@ class DrawnPictures:
     Args:
         prompts: what is asked for; a generator asked by class takes their labels.
         folder: where blocks lie; one folder holds the pictures of many generators.
+        form: what brings pictures to the size of the real ones; by default they stay as drawn.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class DrawnPictures:
         *,
         seed: int,
         folder: Path,
+        form: Form = AS_DRAWN,
     ) -> None:
         if not generator.asked_by_text and any(p.label < 0 for p in prompts.prompts):
             raise UserError(
@@ -65,7 +69,9 @@ class DrawnPictures:
         }
         identity = json.dumps([generator.fingerprint, self.protocol], sort_keys=True)
         self.drawing = hashlib.sha256(identity.encode()).hexdigest()
-        self.fingerprint = hashlib.sha256(f"{self.drawing} {count}".encode()).hexdigest()
+        self._form = form
+        self.protocol |= form.protocol
+        self.fingerprint = digest(["drawn", self.drawing, count, form.parts])
         self.folder = Path(folder) / self.drawing[:16]
 
     def __len__(self) -> int:
@@ -117,14 +123,18 @@ class DrawnPictures:
             for first in range(start // BLOCK * BLOCK, stop, BLOCK):
                 block = np.load(self._block(first), mmap_mode="r")
                 parts.append(block[max(start - first, 0) : stop - first])
-            images = np.concatenate(parts)
-        asked = [self.prompts.prompts[index % len(self.prompts)] for index in range(start, stop)]
+            images = stacked([self._form.array(image) for image in np.concatenate(parts)])
+        asked = self.asked(start, stop)
         labels = np.array([prompt.label for prompt in asked], np.int64)
         keys = [
             f"{self.seed}/{prompt.id}/{index // len(self.prompts)}"
             for index, prompt in zip(range(start, stop), asked, strict=True)
         ]
         return Pictures(images, keys, labels, [prompt.group for prompt in asked])
+
+    def asked(self, start: int, stop: int) -> list[Prompt]:
+        """The prompts of pictures start to stop."""
+        return [self.prompts.prompts[index % len(self.prompts)] for index in range(start, stop)]
 
     def _size(self, start: int) -> int:
         return min(BLOCK, self._count - start)
@@ -170,8 +180,6 @@ def noise_position(prompt_id: str, repetition: int) -> int:
 
 def class_prompts(name: str, classes: list[str]) -> Prompts:
     """Prompts of a data set that has classes and no prompts: one a class, asked by its name."""
-    from ..datasets import Prompt
-
     return Prompts(
         name,
         tuple(Prompt(f"class {n}", text, label=n) for n, text in enumerate(classes)),

@@ -105,6 +105,13 @@ class PlanRecipe(Recipe):
     shown: int = option(
         8, "prompts whose pictures stand side by side", affects_result=False, ge=0, le=64
     )
+    watch_minutes: float | None = option(
+        None,
+        "go on with checkpoints that appear, until none did for so long; null: not",
+        unit="minutes",
+        affects_result=False,
+        gt=0,
+    )
     files: tuple[str, ...] = option((), "Python files that register things of your own")
     store: str = option("runs/features", "folder of the feature store", affects_result=False)
     table: str = option(

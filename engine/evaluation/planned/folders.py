@@ -1,0 +1,92 @@
+"""A folder of pictures that somebody drew of a data set's prompts, as a plan's candidate.
+
+Called by running.py. Which prompt a picture is of is read from the folder's `metadata.csv`
+(`prompt_id`, or `caption`, or `label`), as `etude sample --format png` and others write it.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from etude.core.errors import UserError
+
+from ..datasets import Prompt, Prompts
+from ..decoding import Form
+from ..picture_set import Pictures, Stages, digest
+from ..sets import FolderPictures
+
+
+class PromptedFolder:
+    """The first `count` pictures of a folder and their prompts; a `PictureSet`.
+
+    Args:
+        form: what brings pictures to the size and channels of the real ones.
+    """
+
+    def __init__(self, folder: str | Path, prompts: Prompts, count: int, form: Form) -> None:
+        fitted = {"size": form.size, "fit": form.fit, "channels": form.channels}
+        self._folder = FolderPictures(
+            folder, **fitted, limit=count, classes=list(prompts.classes) or None
+        )
+        if len(self._folder) < count:
+            raise UserError(
+                f"{folder} holds {len(self._folder)} pictures and the plan asks for {count}; set"
+                f" samples={len(self._folder)}, or draw more"
+            )
+        self.name, self.classes = str(folder), list(prompts.classes)
+        self.protocol = self._folder.protocol
+        self.fingerprint = digest(["prompted", self._folder.fingerprint, prompts.fingerprint])
+        self._asked = _asked(Path(folder), prompts)
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def read(self, start: int, stop: int, stages: Stages) -> Pictures:
+        """Pictures start to stop, with groups and classes of their prompts where known."""
+        found = self._folder.read(start, stop, stages)
+        if not self._asked:
+            return found
+        asked = self.asked(start, stop)
+        labels = np.array([prompt.label for prompt in asked], np.int64)
+        return Pictures(found.images, found.keys, labels, [prompt.group for prompt in asked])
+
+    def asked(self, start: int, stop: int) -> list[Prompt]:
+        """The prompts of pictures start to stop.
+
+        Raises:
+            UserError: the folder says of no picture what it was drawn of.
+        """
+        if not self._asked:
+            raise UserError(
+                f"{self.name}/metadata.csv does not say what each picture was drawn of: give it the"
+                " columns file_name and prompt_id, or caption"
+            )
+        return [self._asked[file] for file in self._folder.files[start:stop]]
+
+
+def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
+    """Picture's key -> its prompt; empty where the folder does not say."""
+    path = folder / "metadata.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
+    by_id = {prompt.id: prompt for prompt in prompts.prompts}
+    by_text = {prompt.text: prompt for prompt in prompts.prompts}
+    found = {}
+    for row in rows:
+        name = row["file_name"]
+        if row.get("prompt_id"):
+            prompt = by_id.get(row["prompt_id"])
+        else:
+            prompt = by_text.get(row.get("caption") or row.get("label") or "")
+        if prompt is None:
+            if row.get("prompt_id") or row.get("caption"):
+                said = row.get("prompt_id") or row.get("caption")
+                raise UserError(
+                    f"{path}: {name} was drawn of {said!r}, which is none of {prompts.name}"
+                )
+            return {}
+        found[Path(name).as_posix()] = prompt
+    return found

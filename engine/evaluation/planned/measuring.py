@@ -1,0 +1,219 @@
+"""From features in the store to rows of the table, for one candidate on one data set.
+
+Called by running.py. A figure has one row for all pictures and one for each group that has enough
+of them on both sides. What fixes it beside the model is its protocol, whose fingerprint the row
+carries: figures of different protocols are never compared.
+"""
+
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from etude.core.config import Config
+from etude.core.environment import revision
+from etude.metrics.estimates import Estimate
+from etude.metrics.extractors import Extractor, preprocessing
+from etude.metrics.figures import measure
+from etude.metrics.intervals import Interval, IntervalConfig
+from etude.metrics.registry import Metric, Pair
+from etude.metrics.store import FeatureSet, FeatureStore
+
+from ..extract import feature_key
+from ..results import Row
+from ..sets import PictureSet
+from .candidates import Candidate
+
+Found = tuple[Row, Estimate, dict[str, Any]]
+FEWEST = 10  # pictures of a group on either side, below which it has no figures
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One metric of a plan with the features it takes."""
+
+    metric: Metric
+    features: str
+    options: Config
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The real and the drawn pictures of one candidate on one data set.
+
+    Attributes:
+        real: None where no metric looks at real pictures.
+        prompts: fingerprint of what was asked for.
+    """
+
+    data_set: str
+    real: PictureSet | None
+    drawn: PictureSet
+    prompts: str
+
+
+class Features:
+    """Features from the store, each set read once while it is in use."""
+
+    def __init__(self, store: FeatureStore, extractors: Sequence[Extractor]) -> None:
+        self.store = store
+        self._owner = {name: one for one in extractors for name in one.dims}
+        self._read: dict[tuple[str, str], FeatureSet] = {}
+
+    def of(self, pictures: PictureSet, features: str) -> FeatureSet:
+        """The features `features` of a set."""
+        key = pictures.fingerprint, features
+        if key not in self._read:
+            at = feature_key(pictures, self._owner[features], features)
+            self._read[key] = self.store.load(at)
+        return self._read[key]
+
+    def forget(self, pictures: PictureSet) -> None:
+        """Give a set's memory back."""
+        self._read = {k: v for k, v in self._read.items() if k[0] != pictures.fingerprint}
+
+    def stated(self, features: str) -> dict[str, Any]:
+        """What fixes the numbers of these features."""
+        one = self._owner[features]
+        return {
+            "name": features,
+            "version": one.version,
+            "weights_sha256": one.weights_sha256,
+            "arithmetic": one.arithmetic,
+            "preprocessing": preprocessing(one),
+        }
+
+
+@functools.cache
+def _revision() -> str:
+    return revision() or ""
+
+
+def template(candidate: Candidate, sides: Sides, seed: int, selected: bool) -> Row:
+    """A row of this candidate without a figure."""
+    return Row(
+        model=candidate.model,
+        data_set=sides.data_set,
+        metric="",
+        value=float("nan"),
+        better="lower",
+        checkpoint="" if candidate.checkpoint is None else str(candidate.checkpoint),
+        images_seen=candidate.checkpoint,
+        guidance=candidate.guidance,
+        seed=seed,
+        training_seed=candidate.config.training_seed,
+        selected=selected,
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        revision=_revision(),
+    )
+
+
+def measured(
+    wanted: Wanted,
+    sides: Sides,
+    features: Features,
+    row: Row,
+    config: IntervalConfig,
+    *,
+    by_group: bool,
+    seed: int,
+    known: Callable[[Row], bool],
+) -> Iterator[list[Found]]:
+    """Every figure of a metric with its estimate and protocol: of all pictures, then by group.
+
+    Args:
+        row: what the figures are of, from `template`.
+        known: whether figures of a row's model, features, group and protocol are in the table.
+    """
+    drawn = features.of(sides.drawn, wanted.features)
+    looks_at_real = wanted.metric.needs_real
+    real = features.of(sides.real, wanted.features) if looks_at_real else None
+    for group in ["", *(_groups(real, drawn) if by_group else ())]:
+        one, other = (_rows(side, group) if side is not None else None for side in (real, drawn))
+        if group and min(len(side) for side in (one, other) if side is not None) < FEWEST:
+            continue
+        protocol = _protocol(wanted, sides, features.stated(wanted.features), group, one, other)
+        fingerprint = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+        begun = replace(
+            row,
+            group=group,
+            features=wanted.features,
+            level=config.level,
+            n_real=len(one) if one is not None else 0,
+            n_generated=len(other),
+            protocol=fingerprint[:16],
+        )
+        if known(begun):
+            continue
+        pair = Pair(
+            one.features if one is not None else other.features[:0],
+            other.features,
+            wanted.features,
+            wanted.options,
+            _labels(one),
+            _labels(other),
+        )
+        yield [
+            (_filled(begun, name, wanted.metric, estimate.interval(config)), estimate, protocol)
+            for name, estimate in measure(pair, wanted.metric, config, seed).items()
+        ]
+
+
+def _filled(row: Row, name: str, metric: Metric, found: Interval) -> Row:
+    return replace(
+        row,
+        metric=name,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        standard_error=found.standard_error,
+        better=metric.better_of(name),
+    )
+
+
+def _groups(real: FeatureSet | None, drawn: FeatureSet) -> list[str]:
+    """Groups that both sides have, sorted; none where there is one group only."""
+    found = set(drawn.groups) if real is None else set(real.groups) & set(drawn.groups)
+    return sorted(found - {""}) if len(found - {""}) > 1 else []
+
+
+def _rows(side: FeatureSet, group: str) -> FeatureSet:
+    if not group:
+        return side
+    return side.rows(torch.tensor([i for i, one in enumerate(side.groups) if one == group]))
+
+
+def _labels(side: FeatureSet | None) -> torch.Tensor | None:
+    """Labels that fix how many pictures of each kind there are; None where nobody fixed them."""
+    if side is None or bool((side.labels < 0).any()):
+        return None
+    return side.labels
+
+
+def _protocol(
+    wanted: Wanted,
+    sides: Sides,
+    features: dict[str, Any],
+    group: str,
+    real: FeatureSet | None,
+    drawn: FeatureSet,
+) -> dict[str, Any]:
+    stated = sides.drawn.protocol
+    return {
+        "metric": wanted.metric.name,
+        "options": wanted.options.model_dump(mode="json"),
+        "features": features,
+        "data_set": sides.data_set,
+        "reference": sides.real.fingerprint if real is not None else "",
+        "real_pictures": dict(sides.real.protocol) if real is not None else {},
+        "prompts": sides.prompts,
+        "group": group,
+        "n_real": len(real) if real is not None else 0,
+        "n_generated": len(drawn),
+        "rounding": stated.get("rounding", "not stated"),
+    }

@@ -1,0 +1,312 @@
+"""A plan from its recipe to its table: real pictures once, then candidate after candidate.
+
+Called by jobs.py on every process. In order: the data sets' real pictures go through the
+extractors; each candidate draws its pictures, which go through the extractors once for all metrics
+and groups; every figure becomes a row of the table with its estimate. With a screen, all candidates
+first draw few pictures under a seed of their own, and only the best go on. Whatever is in the
+table, the store or the folder of drawn pictures already is not made again, so the same command goes
+on anywhere.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from etude.core.distributed import FOREVER_S, World, barrier, exchange
+from etude.core.errors import UserError
+from etude.core.log import Log
+from etude.core.registry import load_file
+from etude.core.run import Run
+from etude.metrics.extractors import Extractor
+from etude.metrics.store import FeatureStore
+
+from ..datasets import DataSet, Prompts, open_data_set
+from ..decoding import Form
+from ..extract import extract_set
+from ..picture_set import PictureSet, Stages
+from ..results import Row
+from ..table import ResultsTable
+from .candidates import Candidate, candidates
+from .drawing import DrawnPictures, class_prompts
+from .folders import PromptedFolder
+from .measuring import Features, Sides, Wanted, measured, template
+from .recipe import DataSetConfig, FeaturesConfig, PlanRecipe, opened_metrics
+from .screening import promoted
+
+LOOK_S = 30  # between two looks at the checkpoints of models that are being trained
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Pictures of one data set side by side: the first prompts, drawn by every candidate.
+
+    Attributes:
+        prompts: what was asked for.
+        pictures: candidate -> (prompts, H, W, C) uint8.
+    """
+
+    data_set: str
+    prompts: list[str]
+    pictures: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A data set of the plan, opened."""
+
+    name: str
+    opened: DataSet
+    real: PictureSet | None
+    prompts: Prompts
+
+
+class Plan:
+    """A plan that is being carried out.
+
+    Args:
+        world: the processes that share the drawing, extracting and measuring.
+    """
+
+    def __init__(self, recipe: PlanRecipe, run: Run, log: Log, world: World | None = None) -> None:
+        for path in recipe.files:
+            load_file(path)
+        self.recipe, self.log, self.world = recipe, log, world
+        self.device = _device(recipe, world)
+        self.wanted = [Wanted(*found) for found in opened_metrics(recipe)]
+        self.extractors = list(open_extractors(recipe, self.wanted, self.device))
+        self.store = FeatureStore(recipe.store)
+        self.table = ResultsTable(recipe.table or run.folder / "results")
+        self.pictures = run.folder / "pictures"
+        self.form = Form(recipe.image_size, recipe.fit, recipe.channels)
+        self.features = Features(self.store, self.extractors)
+        self.rates: dict[str, dict[str, float]] = {}
+        self.shown: dict[str, Shown] = {}
+        self.sets = [self._open(name, config) for name, config in recipe.data_sets.items()]
+
+    def run(self, changed: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Everything that is missing, and with `watch_minutes` whatever comes.
+
+        Args:
+            changed: called on rank 0 whenever the table has new rows.
+
+        Returns:
+            The table's folder, who was evaluated, images per second: plain values.
+        """
+        for one in self.sets:
+            self._extract_real(one)
+        reported: list[Candidate] = []
+        newest = time.monotonic()
+        while True:
+            found = self._agreed(candidates(self.recipe))
+            coming = [c for c in self.promoted(found) if c not in reported]
+            for candidate in coming:
+                for one in self.sets:
+                    self._evaluate(candidate, one, self.recipe.samples, self.recipe.seed)
+                reported.append(candidate)
+                if self._leads:
+                    self.table.write()
+                    changed()
+            newest = time.monotonic() if coming else newest
+            if not self._waits(newest):
+                break
+        return {
+            "table": str(self.table.folder),
+            "candidates": [candidate.title for candidate in reported],
+            "images_per_second": self.rates,
+        }
+
+    def promoted(self, found: list[Candidate]) -> list[Candidate]:
+        """The candidates that go on after the screen; all of them without one."""
+        screen = self.recipe.screen
+        if screen is None:
+            return found
+        rows: list[Row] = []
+        for candidate in found:
+            for one in self.sets:
+                rows += self._evaluate(candidate, one, screen.samples, screen.seed, selected=True)
+        kept = promoted(found, rows, screen)
+        self.log.info(
+            f"{len(kept)} of {len(found)} candidates go on after {screen.samples} pictures each: "
+            + "; ".join(candidate.title for candidate in kept)
+        )
+        return kept
+
+    def _agreed(self, found: list[Candidate]) -> list[Candidate]:
+        """The candidates that rank 0 sees: a checkpoint may appear between two looks."""
+        if self.world is None or self.world.size == 1:
+            return found
+        titles = exchange(self.world, "candidates", [one.title for one in found])[0]
+        by_title = {one.title: one for one in found}
+        return [by_title[title] for title in titles if title in by_title]
+
+    def _waits(self, newest: float) -> bool:
+        """Wait for the next look at the checkpoints; False when nothing is waited for any more."""
+        minutes = self.recipe.watch_minutes
+        late = minutes is None or time.monotonic() - newest > 60.0 * minutes
+        if self.world is not None and self.world.size > 1:  # clocks differ: rank 0's counts
+            late = exchange(self.world, "whether to go on", late, FOREVER_S)[0]
+        if late:
+            return False
+        with self.log.progress("waiting for checkpoints", LOOK_S, unit="seconds") as progress:
+            for _ in range(LOOK_S):
+                time.sleep(1.0)
+                progress.advance(1)
+        return True
+
+    @property
+    def _leads(self) -> bool:
+        return self.world is None or self.world.rank == 0
+
+    def _open(self, name: str, config: DataSetConfig) -> _Set:
+        opened = open_data_set(config.kind, config.folder, **config.options)
+        recipe = self.recipe
+        real = opened.pictures(
+            size=recipe.image_size, fit=recipe.fit, channels=recipe.channels, limit=config.real
+        )
+        if real is None and any(wanted.metric.needs_real for wanted in self.wanted):
+            first = next(w.metric.name for w in self.wanted if w.metric.needs_real)
+            raise UserError(
+                f"data_sets.{name} has prompts and no real pictures, which {first} needs; evaluate"
+                " it in a plan of its own, with metrics of drawn pictures alone"
+            )
+        prompts = opened.prompts(limit=config.prompts)
+        if prompts is None and (real is None or not real.classes):
+            raise UserError(
+                f"data_sets.{name} has neither prompts nor classes: nothing says what to draw"
+            )
+        return _Set(name, opened, real, prompts or class_prompts(name, real.classes))
+
+    def _extract_real(self, one: _Set) -> None:
+        if one.real is None:
+            return
+        names = {wanted.features for wanted in self.wanted if wanted.metric.needs_real}
+        needed = [e for e in self.extractors if names & e.dims.keys()]
+        self._extract(one.name, one.real, needed)
+
+    def _extract(self, name: str, pictures: PictureSet, needed: Sequence[Extractor]) -> None:
+        rates = extract_set(
+            pictures,
+            needed,
+            self.store,
+            batch_size=self.recipe.batch_size,
+            log=self.log,
+            world=self.world,
+        )
+        if rates:
+            self.rates[name] = rates
+
+    def _drawn(
+        self, candidate: Candidate, one: _Set, count: int, seed: int
+    ) -> DrawnPictures | PromptedFolder:
+        """A candidate's pictures of a data set; those of a generator may still have to be drawn."""
+        if candidate.is_folder:
+            return PromptedFolder(candidate.config.source, one.prompts, count, self.form)
+        generator = self._generator(candidate, one)
+        return DrawnPictures(
+            generator, one.prompts, count, seed=seed, folder=self.pictures, form=self.form
+        )
+
+    def _generator(self, candidate: Candidate, one: _Set) -> Any:
+        """The candidate's generator; the last one stays open."""
+        texts = tuple(prompt.text for prompt in one.prompts.prompts)
+        key = candidate.title, one.name
+        if getattr(self, "_opened", (None,))[0] != key:
+            self._opened = (key, candidate.open(texts, self.device))
+        return self._opened[1]
+
+    def _evaluate(
+        self, candidate: Candidate, one: _Set, count: int, seed: int, selected: bool = False
+    ) -> list[Row]:
+        """A candidate's rows on a data set; drawn, extracted and measured as far as missing."""
+        drawn = self._drawn(candidate, one, count, seed)
+        sides = Sides(one.name, one.real, drawn, one.prompts.fingerprint)
+        if isinstance(drawn, DrawnPictures):
+            drawn.draw(self.log, self.world)
+        self._extract(f"{candidate.title}, {one.name}", drawn, self.extractors)
+        if not selected:
+            self._show(candidate, one, drawn)
+        row = template(candidate, sides, seed, selected)
+        rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
+        for number, wanted in enumerate(self.wanted):
+            if number % size == rank:
+                self._measure(wanted, sides, row, selected)
+        if self.world is not None:
+            barrier(self.world, "the figures", FOREVER_S)
+        self.features.forget(drawn)
+        return [
+            r
+            for r in self.table.rows()
+            if (r.model, r.checkpoint, r.guidance, r.seed, r.data_set, r.selected)
+            == (row.model, row.checkpoint, row.guidance, row.seed, row.data_set, selected)
+        ]
+
+    def _show(self, candidate: Candidate, one: _Set, drawn: PictureSet) -> None:
+        """Remember the first pictures for the page."""
+        count = min(self.recipe.shown, len(one.prompts), len(drawn))
+        if count and isinstance(drawn, DrawnPictures):
+            images = np.asarray(drawn.read(0, count, Stages()).images)
+            texts = [prompt.text for prompt in one.prompts.prompts[:count]]
+            shown = self.shown.setdefault(one.name, Shown(one.name, texts, {}))
+            shown.pictures[candidate.title] = images
+
+    def _measure(self, wanted: Wanted, sides: Sides, row: Row, selected: bool) -> None:
+        by_group = self.recipe.by_group and not selected
+        found = measured(
+            wanted,
+            sides,
+            self.features,
+            row,
+            self.recipe.interval,
+            by_group=by_group,
+            seed=self.recipe.seed,
+            known=self.table.is_complete,
+        )
+        for figures in found:
+            for figure, estimate, protocol in figures:
+                self.table.add(figure, estimate, protocol)
+            self.table.complete(figures[0][0])
+
+
+def open_extractors(
+    recipe: PlanRecipe, wanted: Sequence[Wanted], device: torch.device | str
+) -> Iterator[Extractor]:
+    """Every extractor that the metrics need, with all the taps that they need of it.
+
+    Raises:
+        UserError: the plan configures one that no metric uses, or weights are missing.
+    """
+    taps: dict[str, list[str]] = {}
+    for one in wanted:
+        kind, _, tap = one.features.partition("/")
+        taps.setdefault(kind, []).append(tap)
+    idle = sorted(set(recipe.extractors) - set(taps))
+    if idle:
+        raise UserError(
+            f"extractors.{idle[0]} has no effect: no metric uses it; write METRIC@{idle[0]}"
+        )
+    for kind, asked in taps.items():
+        config = recipe.extractors.get(kind, FeaturesConfig())
+        try:
+            yield Extractor(
+                kind,
+                config.weights,
+                taps=asked,
+                dtype=config.dtype,
+                compile=config.compile,
+                device=device,
+                **config.options,
+            )
+        except UserError as error:
+            raise UserError(f"extractors.{kind}: {error}") from None
+
+
+def _device(recipe: PlanRecipe, world: World | None) -> torch.device:
+    if recipe.device != "auto":
+        return torch.device(recipe.device)
+    if world is not None:
+        return world.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,188 @@
+"""The table of results on the disk; plans append to it, several jobs at once, and people read it.
+
+    results.csv, results.parquet   the table (Parquet where pyarrow is installed)
+    rows/                          a file a row, named by what the row is of: the table's source
+    estimates/                     what intervals and comparisons are made from, a file a row
+    protocols/                     what fixes the figures, by fingerprint
+    complete/                      which metrics have all of their figures here
+
+A row is one file that is renamed into place, so jobs never wait for each other and nothing is lost;
+the two tables are written anew from all rows, by one job at a time under a lock. A row of the same
+model, data set, figure and protocol replaces the earlier one.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from etude.core.errors import UserError
+from etude.core.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
+from etude.core.lock import Lock
+from etude.metrics.estimates import Estimate
+
+from .results import Results, Row
+
+# What a row is of: everything but what was found and when.
+_IDENTITY = (
+    "model",
+    "checkpoint",
+    "guidance",
+    "seed",
+    "training_seed",
+    "data_set",
+    "group",
+    "metric",
+    "features",
+    "protocol",
+    "selected",
+)
+_WAIT_S = 600.0
+
+
+class ResultsTable:
+    """The table in a folder, which is made when the first row comes."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def add(self, row: Row, estimate: Estimate | None = None, protocol: dict | None = None) -> Row:
+        """Write a row with its estimate and protocol; the row as the table holds it."""
+        digest = _digest(row)
+        if estimate is not None:
+            row = Row(**(asdict(row) | {"estimate": digest}))
+            write_bytes_atomic(self.folder / "estimates" / f"{digest}.npz", estimate.to_bytes())
+        if protocol is not None:
+            path = self.folder / "protocols" / f"{row.protocol}.json"
+            if not path.exists():
+                write_json_atomic(path, protocol)
+        write_json_atomic(self.folder / "rows" / f"{digest}.json", asdict(row))
+        return row
+
+    def complete(self, row: Row) -> None:
+        """Note that every figure of a row's metric, features, group and protocol is there."""
+        write_json_atomic(self._mark(row), True)
+
+    def is_complete(self, row: Row) -> bool:
+        """Whether `complete` noted it; the row's figure and value do not matter."""
+        return self._mark(row).exists()
+
+    def _mark(self, row: Row) -> Path:
+        return self.folder / "complete" / f"{_digest(replace(row, metric=''))}.json"
+
+    def rows(self) -> list[Row]:
+        """Every row, by model, checkpoint, guidance, data set, group and figure."""
+        known = {field.name for field in fields(Row)}
+        found = []
+        for path in sorted((self.folder / "rows").glob("*.json")):
+            content = read_json(path)
+            if not isinstance(content, dict) or set(content) != known:
+                raise UserError(f"{path} is no row of this version; delete it and evaluate again")
+            found.append(Row(**content))
+        return sorted(found, key=_order)
+
+    def read(self) -> Results:
+        """Every row with its estimate.
+
+        Raises:
+            UserError: the folder holds no results.
+        """
+        rows = self.rows()
+        if not rows:
+            raise UserError(f"{self.folder} holds no results; name the table of a plan that ran")
+        estimates = {}
+        for row in rows:
+            path = self.folder / "estimates" / f"{row.estimate}.npz"
+            if row.estimate and path.exists():
+                estimates[row.estimate] = Estimate.from_bytes(path.read_bytes())
+        return Results(tuple(rows), estimates)
+
+    def write(self) -> Path:
+        """Write the tables of all rows; returns the CSV. Waits while another job does the same.
+
+        Raises:
+            UserError: another job held the lock for ten minutes.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = _held(self.folder)
+        try:
+            rows = [asdict(row) for row in self.rows()]
+            path = self.folder / "results.csv"
+            write_text_atomic(path, to_csv(rows))
+            parquet = to_parquet(rows)
+            if parquet is not None:
+                write_bytes_atomic(self.folder / "results.parquet", parquet)
+        finally:
+            lock.release()
+        return path
+
+
+def read_table(path: str | Path) -> Results:
+    """The results in a table's folder, in a plan's run, or in a CSV or Parquet file of one.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(path)
+    if path.is_file() and path.name.startswith("results."):
+        path = path.parent
+    for folder in (path, path / "results", Path("runs") / path / "results"):
+        if (folder / "rows").is_dir():
+            return ResultsTable(folder).read()
+    raise UserError(f"{path} holds no results; name the table of a plan that ran")
+
+
+def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as CSV, None as nothing, floats so that they read back equal."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    return stream.getvalue()
+
+
+def to_parquet(rows: list[dict[str, Any]]) -> bytes | None:
+    """Rows as Parquet; None where pyarrow is not installed."""
+    from etude.external import pyarrow
+
+    return pyarrow.parquet_bytes(rows, Row) if pyarrow.is_installed() else None
+
+
+def _digest(row: Row) -> str:
+    """The name of a row's files."""
+    identity = {name: getattr(row, name) for name in _IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _held(folder: Path) -> Lock:
+    """The table's lock, waited for."""
+    ends = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            return Lock(folder)
+        except UserError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.2)
+
+
+def _order(row: Row) -> tuple:
+    return (
+        row.data_set,
+        row.group,
+        row.features,
+        row.metric,
+        row.model,
+        row.training_seed or 0,
+        row.images_seen or 0,
+        row.checkpoint,
+        -1.0 if row.guidance is None else row.guidance,
+        row.selected,
+        row.seed,
+    )

@@ -1,0 +1,136 @@
+"""A plan of evaluation as a job: its models opened, its page written; called by jobs.py.
+
+The page shows the verdicts in words, every figure with its interval, what the candidates drew side
+by side from the same seeds, and a blind vote between them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from etude.core.distributed import World
+from etude.core.log import Log
+from etude.core.run import Run
+from etude.evaluation.planned.recipe import PlanRecipe
+from etude.evaluation.planned.running import Plan, Shown
+from etude.evaluation.results import Results, Row
+from etude.evaluation.verdict import verdicts
+
+from . import generators as _registers  # noqa: F401
+from .pictures import enlarge, fitting_scale
+from .training import Look
+
+
+def run_plan(
+    recipe: PlanRecipe, run: Run, log: Log, world: World, look: Look | None = None
+) -> dict[str, Any]:
+    """Carry out a plan on every process; the page grows with the table.
+
+    Returns:
+        The table's folder, who was evaluated, the verdicts and images per second.
+    """
+    plan = Plan(recipe, run, log, world)
+    changed: Callable[[], None] = lambda: None  # noqa: E731
+    if look is not None and world.rank == 0:
+        changed = lambda: show_plan(plan, look)  # noqa: E731
+    result = plan.run(changed)
+    if world.rank != 0:
+        return result
+    found = plan.table.read()
+    said = verdicts(found, recipe.interval)
+    for line in said:
+        log.info(line)
+    log.table("figures", *figures_table(_reported(found)))
+    return result | {"verdicts": said, "rows": len(found.rows)}
+
+
+def show_plan(plan: Plan, look: Look) -> None:
+    """Put what the table holds so far on the page."""
+    page, order, results = look.page, look.order, plan.table.read()
+    reported = _reported(results)
+    if reported.rows:
+        said = verdicts(results, plan.recipe.interval)
+        page.note(look.id("verdict"), "\n\n".join(said), "In words", order=order)
+    for number, name in enumerate(plan.recipe.data_sets):
+        of_set = reported.where(data_set=name)
+        place = order + 1 + 0.1 * number
+        if of_set.rows:
+            columns, rows = figures_table(of_set)
+            note = "Brackets are intervals of the figure at this number of pictures."
+            page.table(look.id(f"figures-{_word(name)}"), name, columns, rows, note, order=place)
+        if name in plan.shown:
+            _show_pictures(plan.shown[name], look, place + 0.05)
+    page.write()
+
+
+def figures_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: a candidate a row, a figure a column, all pictures together."""
+    rows = [row for row in results.rows if not row.group]
+    figures = list(dict.fromkeys(_figure(row) for row in rows))
+    candidates: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        who = row.model, _checkpoint(row), _scale(row), row.data_set
+        candidates.setdefault(who, {})[_figure(row)] = _shown_value(row)
+    columns = ["model", "checkpoint", "guidance", "data set", *figures]
+    return columns, [
+        [*who, *(values.get(figure, "") for figure in figures)]
+        for who, values in candidates.items()
+    ]
+
+
+def _reported(results: Results) -> Results:
+    return results.where(selected=False)
+
+
+def _show_pictures(shown: Shown, look: Look, order: float) -> None:
+    """Rows of prompts, columns of candidates; and the same pictures for a blind vote."""
+    titles = list(shown.pictures)
+    cells = [_enlarged(shown.pictures[title]) for title in titles]
+    grid = np.concatenate([np.concatenate(list(column), axis=0) for column in cells], axis=1)
+    caption = "Columns: " + "; ".join(titles) + ". Rows: " + "; ".join(shown.prompts)
+    name = _word(shown.data_set)
+    title = f"{shown.data_set}: the same prompts and seeds"
+    look.page.grid(look.id(f"pictures-{name}"), title, grid, caption, "side by side", order=order)
+    if len(titles) > 1:
+        look.page.vote(
+            look.id(f"vote-{name}"),
+            f"{shown.data_set}: blind vote",
+            shown.prompts,
+            dict(zip(titles, cells, strict=True)),
+            order=order + 0.01,
+        )
+
+
+def _enlarged(images: np.ndarray) -> np.ndarray:
+    """(n, H, W, C) as (n, side, side, 3), small pictures enlarged by whole pixels."""
+    rgb = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+    scale = fitting_scale(rgb.shape[2])
+    return np.stack([enlarge(image, scale) for image in rgb])
+
+
+def _figure(row: Row) -> str:
+    return f"{row.metric} ({row.better} is better)" + (f" @{row.features}" if row.features else "")
+
+
+def _checkpoint(row: Row) -> str:
+    return "" if row.images_seen is None else f"{row.images_seen:,} images"
+
+
+def _scale(row: Row) -> str:
+    return "" if row.guidance is None else f"{row.guidance:g}"
+
+
+def _shown_value(row: Row) -> str:
+    if row.low is None:
+        return f"{row.value:.4g}"
+    return f"{row.value:.4g} [{row.low:.4g}, {row.high:.4g}]"
+
+
+def _word(name: str) -> str:
+    """A name as part of a section's identifier."""
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
+    return "-".join(filter(None, plain.split("-"))) or "set"
+
+
+__all__: Sequence[str] = ("figures_table", "run_plan", "show_plan")
