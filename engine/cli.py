@@ -115,7 +115,7 @@ def extract(
     if extractors:
         from etude.extracting import extract_source
 
-        extract_source(
+        rows, rates = extract_source(
             recipe,
             extractors.split(","),
             weights or [],
@@ -124,6 +124,12 @@ def extract(
             batch_size=batch_size,
             options=overrides or [],
         )
+        if rows:
+            columns = ["features", "pictures", "address"]
+            print_table(f"{recipe} in {store}", columns, rows)
+        if rates:
+            each = ", ".join(f"{stage} {rate:,.1f}" for stage, rate in rates.items())
+            say(f"pictures/s: {each}")
         return
     run_command(recipe, overrides, run, ("extract",), dry_run)
 

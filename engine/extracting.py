@@ -8,14 +8,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from etude.cli_output import print_table, say
 from etude.core import distributed
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.signals import Stopper
 from etude.evaluation.extract import extract_set, feature_key
 from etude.evaluation.sets import open_pictures
-from etude.metrics.extractors import EXTRACTORS, Extractor
+from etude.metrics.extractors import EXTRACTORS, Extractor, taps_by_kind
 from etude.metrics.store import FeatureStore
 
 # Where fetched weights lie, by extractor.
@@ -36,8 +35,8 @@ def extract_source(
     dtype: str = "float32",
     batch_size: int = 64,
     options: Sequence[str] = (),
-) -> dict[str, str]:
-    """Features of a folder of shards or pictures, or of an `.npz`, into a store; prints where.
+) -> tuple[list[list[str]], dict[str, float]]:
+    """Features of a folder of shards or pictures, or of an `.npz`, into a store.
 
     Args:
         names: extractors, with a tap where it is not the first: "inception", "inception/64".
@@ -45,7 +44,8 @@ def extract_source(
         options: "image_size=256", "fit=squash", "channels=1": of the pictures.
 
     Returns:
-        Feature name -> address in the store.
+        Rows of (features, pictures, address in the store), and pictures per second by stage where
+        something was missing; both empty on other processes than the first.
 
     Raises:
         UserError: an unknown extractor or option, missing weights, pictures that cannot be read.
@@ -59,16 +59,14 @@ def extract_source(
     with Stopper(watch_parent=world.size > 1) as stopper:
         log.on_advance = stopper.check
         rates = extract_set(pictures, opened, features, batch_size=batch_size, log=log, world=world)
-    found = {name: feature_key(pictures, one, name).digest() for one in opened for name in one.dims}
-    if world.rank == 0:
-        rows = [[name, str(len(pictures)), digest[:16]] for name, digest in found.items()]
-        print_table(f"{pictures.name} in {store}", ["features", "pictures", "address"], rows)
-        if rates:
-            each = ", ".join(f"{stage} {rate:,.1f}" for stage, rate in rates.items())
-            say(f"pictures/s: {each}")
+    rows = [
+        [name, str(len(pictures)), feature_key(pictures, one, name).digest()]
+        for one in opened
+        for name in one.dims
+    ]
     if world.size > 1:
         distributed.stop(world)
-    return found
+    return (rows, rates) if world.rank == 0 else ([], {})
 
 
 def open_named(
@@ -83,12 +81,8 @@ def open_named(
         if name not in [each.partition("/")[0] for each in names]:
             raise UserError(f"--weights {given} has no effect: {name} is not in --extractors")
         places[name] = path
-    taps: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        kind, _, tap = name.partition("/")
-        taps.setdefault(kind, []).append(tap)
     opened = []
-    for kind, asked in taps.items():
+    for kind, asked in taps_by_kind(names).items():
         needs = EXTRACTORS.get(kind).needs_weights
         place = places.get(kind, "") if needs else ""
         if needs and not place:

@@ -6,9 +6,11 @@ drawing serves the light and the dark page, and text stays text.
 
 import io
 import math
+import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from html import escape
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 SIZE = (5.6, 3.1)  # inches; the page scales the drawing to its column
 MOST_POINTS = 400  # longer series are averaged in bins of equal count before drawing
+KEPT = 128  # drawings that a process has at hand: a study's page has this many charts
 SMOOTH_FROM = 40  # series with more points get a running mean over the faint raw line
 INK, SOFT, RULE = "#010101", "#020202", "#030303"
 SERIES = [f"#0400{place:02x}" for place in range(1, 9)]
@@ -55,6 +58,22 @@ def number(value: float) -> str:
     return f"{value:.1e}"
 
 
+def _drawn_once(draw: Callable[..., str]) -> Callable[..., str]:
+    """A page is written again and again while few of its charts change; the others are at hand."""
+
+    @lru_cache(KEPT)
+    def drawn(pickled: bytes) -> str:
+        values, named = pickle.loads(pickled)
+        return draw(*values, **named)
+
+    @wraps(draw)
+    def chart(*values: Any, **named: Any) -> str:
+        return drawn(pickle.dumps((values, named)))
+
+    return chart
+
+
+@_drawn_once
 def line_chart(
     series: dict[str, tuple[Sequence[float], Sequence[float]]],
     xlabel: str,
@@ -93,6 +112,7 @@ def line_chart(
         return _svg(axes.figure, f"{ylabel} over {xlabel}", id)
 
 
+@_drawn_once
 def bar_chart(
     labels: Sequence[str],
     series: dict[str, Sequence[float]],
@@ -136,6 +156,7 @@ def bar_chart(
         return _svg(axes.figure, f"{ylabel} by {xlabel}", id)
 
 
+@_drawn_once
 def map_chart(
     x: Sequence[float],
     y: Sequence[float],

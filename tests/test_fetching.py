@@ -23,6 +23,7 @@ from etude import fetching, unpacking
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import recipe_from_dict
+from etude.data.emoji import TONES
 from etude.data.shards import ShardSet
 from etude.fetching import fetch
 from etude.sources import SOURCES, Archive, Source
@@ -384,7 +385,7 @@ def test_fetched_emoji_have_captions_and_balanced_tones() -> None:
                 for name in (n for n in file.getnames() if n.endswith(".json")):
                     tone = json.load(file.extractfile(name))["tone"]
                     counts[tone] = counts.get(tone, 0) + 1
-    tones = [counts[name] for name in unpacking.TONES.values()]
+    tones = [counts[name] for name in TONES.values()]
     assert sum(counts.values()) == 3374 and max(tones) == min(tones) > 200
 
 

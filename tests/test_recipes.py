@@ -8,9 +8,11 @@ number of classes. What is made small (`small`): the network's width and depth, 
 pixels, or half of 32), batches, steps of the sampler, the tokens of a text; plain torch
 in float32 stands for ZeRO and bf16 (`tests/models/test_families.py` has those). Pictures are 8
 smooth ones in the layout of the recipe's data, or real digits; autoencoder and text encoders are
-folders of random weights in diffusers' and transformers' layout. Of a study every run is resolved,
-and of each job that changes its recipe and takes no other job's run, the last one of its grid takes
-a step. What evaluates ImageNet does so on digits with a judge's features in place of Inception's.
+folders of random weights in diffusers' and transformers' layout. Made small, a recipe of 256 pixels
+is that of 512 but for the shift of its noise: the latter takes the step, and the two are compared
+field by field. Of a study every run is resolved, and of each job that changes its recipe and takes
+no other job's run, the last one of its grid takes a step. What evaluates ImageNet does so on digits
+with a judge's features in place of Inception's.
 """
 
 import io
@@ -25,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from etude.core.errors import UserError
-from etude.core.recipe import Recipe, fingerprint, load_recipe, shipped
+from etude.core.recipe import Recipe, fingerprint, leaves, load_recipe, shipped
 from etude.core.recipe_tree import parse, to_plain
 from etude.data.shards import ShardSet, write_shards
 from etude.dry_run import dry_run
@@ -50,6 +52,9 @@ PUBLISHED = {
 WIDTHS = {"t5-v1_1-xxl": 48, "clip-vit-large-patch14": 16, "minilm": 16}  # of the stand-ins
 RECIPES = [name for name in shipped() if not name.startswith("studies/")]
 STUDIES = [name for name in shipped() if name.startswith("studies/")]
+# Fields that a recipe of 512 pixels, made small, does not share with that of 256.
+OWN = {("name",), ("description",), ("objective", "shift")}
+OWN |= {("loop", field) for field in ("images", "log_every", "evaluate_every")}
 
 
 def scene(seed: int, size: int) -> bytes:
@@ -233,6 +238,20 @@ def narrow(model) -> dict[str, object]:
     return sizes
 
 
+def fields_of_a_step(name: str, runs: dict[str, str]) -> dict[tuple, str]:
+    """Field -> value of the small recipe that takes a step, folders of 512 pixels as those of 256.
+
+    Nothing but `OWN` and `expects` is left out; the files that it names are there.
+    """
+    recipe = load_recipe(name, small(load_recipe(name), runs))
+    assert Path(recipe.data.shards).is_dir() and Path(recipe.held_out).is_dir()
+    return {
+        path: str(value).replace("imagenet512", "imagenet256")
+        for path, value, _ in leaves(recipe)
+        if path not in OWN and path[0] != "expects"
+    }
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_its_size_and_takes_a_step(name, world, runs, monkeypatch) -> None:
     monkeypatch.chdir(world)
@@ -249,6 +268,9 @@ def test_a_recipe_has_its_size_and_takes_a_step(name, world, runs, monkeypatch) 
         assert same <= count < 1.01 * same
     if name == "autoencoder/kl_f8":
         assert discriminator_count(recipe) > 2e6
+    if name.replace("256", "512") in set(RECIPES) - {name}:
+        assert fields_of_a_step(name, runs) == fields_of_a_step(name.replace("256", "512"), runs)
+        return
     lines: list[str] = []
     dry_run(load_recipe(name, small(recipe, runs)), print_line=lines.append)
     if recipe.kind in ("autoencoder", "ldm"):

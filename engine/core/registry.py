@@ -53,6 +53,11 @@ class Registry(Generic[T]):
         Raises:
             UserError: nothing is; the message lists the names.
         """
+        if name not in self._known and name.isidentifier():
+            # Most names are their file's: the others need not be loaded for it.
+            module = f"{self.package}.{name}"
+            if importlib.util.find_spec(module) is not None:
+                importlib.import_module(module)
         if name not in self._known:
             self._search()
         if name not in self._known:

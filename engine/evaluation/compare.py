@@ -2,36 +2,43 @@
 
 Figures with intervals that overlap may still differ significantly, because both were measured with
 the same reference and, often, the same seeds. With the store at hand the interval is that of the
-difference, with the same rows deleted on both sides (metrics/figures.py).
+difference, from the same halves of both sides (metrics/comparing.py).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from etude.core.config import Config
 from etude.core.errors import UserError
 from etude.core.log import Log
-from etude.metrics.figures import LOWER_IS_BETTER, Pair, measure_difference
+from etude.metrics.comparing import difference, with_holm
+from etude.metrics.figures import measure
 from etude.metrics.intervals import Interval, IntervalConfig
-from etude.metrics.store import FeatureStore
+from etude.metrics.registry import METRICS, Pair
+from etude.metrics.store import FeatureSet, FeatureStore
 
 from .protocol import Protocol, refuse_difference
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences b - a by figure, and whether rows were paired by seed and label."""
+    """Differences b - a by figure, and whether rows were paired by seed and label.
+
+    Every difference has its p-value, and Holm's against the other figures.
+    """
 
     a: str
     b: str
     differences: dict[str, Interval]
     paired: bool
+    lower_is_better: dict[str, bool] = field(default_factory=dict)
 
     def better(self, figure: str) -> str | None:
         """The name of the better side, or None where the interval holds zero or is missing."""
         found = self.differences[figure]
         if found.low is None or found.low <= 0.0 <= found.high:
             return None
-        lower = figure.startswith(LOWER_IS_BETTER)
+        lower = self.lower_is_better.get(figure, False)
         return self.b if (found.value < 0) == lower else self.a
 
     def table(self, log: Log) -> None:
@@ -77,14 +84,23 @@ def compare(
         for digest in (a["sets"]["real"], a["sets"]["generated"], b["sets"]["generated"])
     )
     paired = one.keys == two.keys and bool((one.labels == two.labels).all())
-    pairs = [
-        Pair(real.features, side.features, first.extractor, first.k, real.labels, side.labels)
-        for side in (one, two)
-    ]
-    metrics = [metric for metric in a["metrics"] if metric in b["metrics"]]
-    config = interval or IntervalConfig()
-    found = measure_difference(*pairs, metrics, config, paired=paired, seed=seed)
-    return Comparison(*names, found, paired)
+    config, found, lower = interval or IntervalConfig(), {}, {}
+    for name in (metric for metric in a["metrics"] if metric in b["metrics"]):
+        metric = METRICS.get(name)
+        options = metric.options(k=first.k) if name == "prdc" else metric.options()
+        estimates = [
+            measure(_pair(real, side, first.extractor, options), metric, config, seed)
+            for side in (one, two)
+        ]
+        for figure, of_a in estimates[0].items():
+            found[figure] = difference(estimates[1][figure], of_a, config)
+            lower[figure] = metric.better_of(figure) == "lower"
+    return Comparison(*names, with_holm(found), paired, lower)
+
+
+def _pair(real: FeatureSet, side: FeatureSet, features: str, options: Config) -> Pair:
+    labels = {"real_labels": real.labels, "generated_labels": side.labels}
+    return Pair(real.features, side.features, features, options, **labels)
 
 
 def _plain_differences(a: dict, b: dict) -> dict[str, Interval]:

@@ -21,8 +21,8 @@ from etude.core.log import Log
 from etude.core.recipe import Recipe
 from etude.core.rng import Stream, permute, uniform
 from etude.core.run import Run
-from etude.metrics.extractors import resize_antialiased
-from etude.metrics.extractors.classifier import ClassifierExtractor, save_classifier
+from etude.metrics.extractors import Extractor, resize_antialiased
+from etude.metrics.extractors.classifier import save_classifier
 from etude.models.classifier import Classifier, ClassifierConfig
 
 from .sets import ShardPictures, Stages
@@ -59,13 +59,13 @@ class Judge:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        self.extractor = ClassifierExtractor(Path(source)).to(device)
-        self.classes, self._device = self.extractor.classes, device
+        self.extractor = Extractor("classifier", source, device=device)
+        self.classes = self.extractor.backbone.classes
 
     def labels(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
         """Labels (N,) int64 of pictures (N, H, W, C) uint8."""
         found = [
-            self.extractor.predict(self.extractor(block.to(self._device)))
+            self.extractor.backbone.predict(self.extractor(block))
             for block in torch.from_numpy(np.ascontiguousarray(images)).split(batch_size)
         ]
         return torch.cat(found).numpy()
@@ -74,7 +74,7 @@ class Judge:
 
     def logits(self, pictures: Tensor) -> Tensor:
         """Logits (B, classes) of pictures (B, C, S, S) float32 in [-1, 1], as a learner gives."""
-        network = self.extractor
+        network = self.extractor.backbone
         levels = resize_antialiased((pictures + 1.0) * 127.5, network.input_size)
         return network.model(levels / 127.5 - 1.0)
 

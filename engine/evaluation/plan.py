@@ -5,7 +5,7 @@ same figure of real pictures against other real pictures, and the protocol that 
 the command line's `extract` and `evaluate` and by the demo, which hand in the generator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -20,17 +20,17 @@ from etude.core.rng import Stream, permute
 from etude.core.run import Run
 from etude.diffusion.samplers import SamplerConfig
 from etude.metrics.extractors import Extractor, load_extractor
-from etude.metrics.extractors.classifier import ClassifierExtractor
-from etude.metrics.extractors.pixels import PixelExtractor
-from etude.metrics.figures import FAMILIES, Pair, measure
+from etude.metrics.figures import measure
 from etude.metrics.intervals import (
     Interval,
     IntervalConfig,
+    halves,
     interval,
-    kept_rows,
     proportion,
 )
 from etude.metrics.memorisation import label_agreement, nearest_pictures
+from etude.metrics.prdc import PrdcOptions
+from etude.metrics.registry import METRICS, Pair
 from etude.metrics.store import FeatureSet, FeatureStore
 
 from .extract import extract_set, feature_key
@@ -46,6 +46,7 @@ from .sets import (
     open_pictures,
 )
 
+FAMILIES = ("frechet", "kid", "prdc")
 Metric = Literal["frechet", "kid", "prdc", "agreement", "memorisation"]
 
 
@@ -119,8 +120,8 @@ class Opened:
 
     sets: dict[str, PictureSet]
     extractor: Extractor
-    judge: ClassifierExtractor | None
-    pixels: PixelExtractor | None
+    judge: Extractor | None
+    pixels: Extractor | None
     store: FeatureStore
 
     def of(self, name: str) -> list[Extractor]:
@@ -171,9 +172,7 @@ def evaluate(
     pairs = _pairs(recipe, features, opened.extractor.name)
     _warn_few(pairs, log)
     families = [metric for metric in recipe.metrics if metric in FAMILIES]
-    measured = {
-        name: measure(pair, families, recipe.interval, recipe.seed) for name, pair in pairs.items()
-    }
+    measured = {name: _measured(pair, families, recipe) for name, pair in pairs.items()}
     figures = {
         figure: {name: of_pair[figure].as_dict() for name, of_pair in measured.items()}
         for figure in measured["generated"]
@@ -222,7 +221,7 @@ def _open(recipe: ExtractRecipe, generator: Generator | None) -> Opened:
     pixels = None
     if "memorisation" in recipe.metrics:
         side = recipe.image_size or _stored_size(sets["real"])
-        pixels = PixelExtractor(side, extractor.channels)
+        pixels = Extractor("pixels", input_size=side, channels=extractor.channels)
     return Opened(sets, extractor, judge, pixels, FeatureStore(recipe.store))
 
 
@@ -232,8 +231,7 @@ def _stored_size(pictures: PictureSet) -> int:
 
 def _extract(recipe: ExtractRecipe, opened: Opened, log: Log) -> dict[str, Any]:
     """Every set through its extractors; two extractors of one name are run one after the other."""
-    rates, digests, device = {}, {}, recipe.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    rates, digests = {}, {}
     for name, pictures in opened.sets.items():
         wanted = opened.of(name)
         if name == "train" and getattr(recipe, "real_against", "halves") == "train":
@@ -241,7 +239,7 @@ def _extract(recipe: ExtractRecipe, opened: Opened, log: Log) -> dict[str, Any]:
         if not wanted:
             continue
         rates[name] = extract_set(
-            pictures, wanted, opened.store, batch_size=recipe.batch_size, device=device, log=log
+            pictures, wanted, opened.store, batch_size=recipe.batch_size, log=log
         )
         digests[name] = feature_key(pictures, wanted[0]).digest()
     return {
@@ -268,8 +266,8 @@ def _pairs(
                 f"{min(len(real), len(other))} pictures are too few for k={recipe.k}; "
                 f"use more pictures or set k lower"
             )
-        sides = real.features, other.features, extractor, recipe.k
-        return Pair(*sides, real.labels, other.labels)
+        sides = real.features, other.features, extractor
+        return Pair(*sides, real_labels=real.labels, generated_labels=other.labels)
 
     real, drawn = features["real"], features["generated"]
     if recipe.real_against == "halves":
@@ -285,6 +283,17 @@ def _pairs(
         "matched": pair(one, drawn.rows(some)),
         "real": pair(one, two.rows(some)),
     }
+
+
+def _measured(pair: Pair, families: list[str], recipe: EvaluateRecipe) -> dict[str, Interval]:
+    """Every figure of a pair with its interval."""
+    found = {}
+    for name in families:
+        metric = METRICS.get(name)
+        options = PrdcOptions(k=recipe.k) if name == "prdc" else metric.options()
+        estimates = measure(replace(pair, options=options), metric, recipe.interval, recipe.seed)
+        found |= {figure: one.interval(recipe.interval) for figure, one in estimates.items()}
+    return found
 
 
 def _halves(real: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
@@ -343,8 +352,8 @@ def _agreement(recipe: EvaluateRecipe, opened: Opened) -> dict[str, Any]:
             f"{opened.sets['generated'].name}: pictures without a label cannot be judged; put them "
             f"in one folder per class, or leave agreement out of metrics"
         )
-    classes = opened.judge.classes
-    predicted = opened.judge.predict(found.features)
+    classes = opened.judge.backbone.classes
+    predicted = opened.judge.backbone.predict(found.features)
     share, per_class = label_agreement(predicted, found.labels, len(classes))
     as_interval = proportion(share, len(found), recipe.interval)
     asked = {n: v for n, v in zip(classes, per_class, strict=True) if v == v}
@@ -363,7 +372,7 @@ def _nearest(recipe: EvaluateRecipe, opened: Opened) -> dict[str, Any]:
 
 
 def _median_interval(distance: torch.Tensor, recipe: EvaluateRecipe) -> Interval:
-    kept = kept_rows(len(distance), 0.5, recipe.interval.replicates, recipe.seed)
-    drawn = {0.5: np.array([float(distance[rows].double().median()) for rows in kept])}
+    split = halves(len(distance), recipe.interval.replicates, recipe.seed)
+    drawn = np.array([float(distance[rows].double().median()) for rows in split])
     value = float(distance.double().median())
     return interval("median nearest distance", value, drawn, recipe.interval, kind="local")

@@ -1,179 +1,52 @@
-"""What a set of pictures is: real shards, a folder of PNGs, or a generator; read by extract.py.
+"""Sets of pictures: shards, files, arrays, or what a generator draws; read by extract.py.
 
-Whatever it comes from, a set has a fingerprint and gives uint8 pictures (B, H, W, C) with sample
-keys, labels and groups for any range of its consecutive numbers, so extraction resumes anywhere.
+`open_pictures` takes a folder of shards, a folder of picture files, or an `.npz` archive.
 """
 
 import csv
-import hashlib
+import functools
 import json
 import os
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from etude.core.errors import UserError
-from etude.core.files import file_sha256
-from etude.data.decode_torch import decode_picture
 from etude.data.picture import BadPicture
 from etude.data.shards import ShardSet
 
-FIT = "central square, antialiased bicubic"
+from .arrays import ArrayPictures, NpzPictures
+from .decoding import FIT, FITS, Form, files_sha256, pool
+from .picture_set import Generator, Pictures, PictureSet, Stages, digest, group_of, stacked
 
-
-@dataclass
-class Stages:
-    """Seconds spent per stage of a pipeline."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Count the time of the block towards `stage`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Consecutive pictures: images (B, H, W, C) uint8, keys, labels (B,) int64, groups."""
-
-    images: np.ndarray
-    keys: list[str]
-    labels: np.ndarray
-    groups: list[str]
-
-
-class PictureSet(Protocol):
-    """A numbered set of pictures of one size.
-
-    Attributes:
-        name: shown to people.
-        fingerprint: sha256 of everything that fixes the pictures.
-        classes: class names, empty without labels.
-        protocol: what the set adds to an evaluation's protocol.
-    """
-
-    name: str
-    fingerprint: str
-    classes: list[str]
-    protocol: dict[str, Any]
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int, stages: Stages) -> Pictures:
-        """Pictures start to stop (exclusive)."""
-        ...
-
-
-class Generator(Protocol):
-    """What draws pictures; `etude.sampling.Generator` is one."""
-
-    name: str
-    fingerprint: str
-
-    @property
-    def protocol(self) -> dict[str, Any]: ...
-
-    def draw(self, indices: np.ndarray, labels: np.ndarray, *, seed: int) -> Any:
-        """uint8 (B, H, W, C), alone or first in a tuple, of indices and labels (B,) int64."""
-        ...
-
-
-class _Encoded:
-    """Encoded pictures decoded by a few threads, fitted to one square size."""
-
-    def __init__(self, size: int, channels: int) -> None:
-        self.size, self.channels = size, channels
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-
-    def decode(self, data: list[bytes | memoryview], keys: list[str], where: str) -> np.ndarray:
-        images = list(self._pool.map(self._one, data, keys, [where] * len(keys)))
-        for image, key in zip(images, keys, strict=True):
-            if image.shape != images[0].shape:
-                raise UserError(
-                    f"{where}: picture {key} is {image.shape[1]} x {image.shape[0]} and "
-                    f"{keys[0]} is {images[0].shape[1]} x {images[0].shape[0]}; "
-                    f"set image_size=PIXELS to bring them to one size"
-                )
-        return np.stack(images)
-
-    def _one(self, data: bytes | memoryview, key: str, where: str) -> np.ndarray:
-        try:
-            image = decode_picture(data, self.channels)
-        except BadPicture as error:
-            raise UserError(
-                f"{where}: picture {key} cannot be used: {error}; remove it, since a figure "
-                f"over fewer pictures than stated would be wrong"
-            ) from None
-        image = _fit(image, self.size) if self.size else image
-        return np.asarray(image).reshape(image.height, image.width, self.channels)
-
-
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
+__all__ = [
+    "FIT",
+    "FITS",
+    "ArrayPictures",
+    "FolderPictures",
+    "GeneratedPictures",
+    "Generator",
+    "ListedPictures",
+    "NpzPictures",
+    "PictureSet",
+    "Pictures",
+    "ShardPictures",
+    "Stages",
+    "open_pictures",
+]
 
 
 class ShardPictures:
     """The pictures of a folder of shards, in stored order.
 
     Args:
-        size: side that every picture is brought to; 0 keeps the stored size.
-        channels: 1 or 3.
+        size, fit, channels: as in `Form`.
         limit: the first so many pictures only; 0 all.
-    """
-
-    def __init__(
-        self, folder: str | Path, *, size: int = 0, channels: int = 3, limit: int = 0
-    ) -> None:
-        self.shards = ShardSet(folder)
-        self.name, self.classes = str(folder), list(self.shards.classes)
-        self._count = min(limit or len(self.shards), len(self.shards))
-        self._encoded = _Encoded(size, channels)
-        self.fingerprint = _sha256(["shards", self.shards.fingerprint, size, channels, self._count])
-        stated = Path(folder) / "protocol.json"
-        self.protocol = json.loads(stated.read_text()) if stated.exists() else {}
-
-    def __len__(self) -> int:
-        return self._count
-
-    def read(self, start: int, stop: int, stages: Stages) -> Pictures:
-        """Pictures start to stop; `UserError` on one that cannot be decoded."""
-        with stages("read"):
-            try:
-                samples = [self.shards[i] for i in range(start, stop)]
-            except BadPicture as error:
-                raise UserError(f"{self.name}: {error}; copy the shard again") from None
-        keys = [sample.key for sample in samples]
-        with stages("decode"):
-            images = self._encoded.decode([sample.data for sample in samples], keys, self.name)
-        labels = np.array([sample.label for sample in samples], dtype=np.int64)
-        return Pictures(images, keys, labels, [_group(self.classes, n) for n in labels])
-
-
-class FolderPictures:
-    """The PNG and JPEG files of a folder, sorted; class subfolders give labels, or a table does.
-
-    Args:
-        folder: with a `metadata.csv` that has a column file_name, its rows are the set, and their
-            column label, if there is one, names the classes.
-        classes: class names of the real pictures, so that labels mean the same; by default the
-            sorted names of the subfolders or of the table.
-        size, channels: as in `ShardPictures`.
+        rows: numbers of the samples that are the set, in its order; by default all as stored.
+        groups: of each of these pictures; by default its class.
     """
 
     def __init__(
@@ -181,43 +54,176 @@ class FolderPictures:
         folder: str | Path,
         *,
         size: int = 0,
+        fit: str = "crop",
         channels: int = 3,
-        classes: list[str] | None = None,
+        limit: int = 0,
+        rows: Sequence[int] | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
-        self.folder, self.name = Path(folder), str(folder)
-        table = _table(self.folder)
-        files = table or [p.relative_to(folder) for p in sorted(self.folder.rglob("*"))]
-        self._files = [path for path in files if path.suffix.lower() in _SUFFIXES]
-        if not self._files:
-            raise UserError(f"{folder} holds no .png or .jpg pictures; name a folder that does")
-        # A file's class: its row's, or the first folder that it lies in; "" for none.
-        self._names = table or {p: p.parts[0] if len(p.parts) > 1 else "" for p in self._files}
-        found = sorted({self._names[path] for path in self._files} - {""})
-        self.classes = found if classes is None else classes
-        self._encoded = _Encoded(size, channels)
-        hashes = [[str(path), file_sha256(self.folder / path)] for path in self._files]
-        parts = ["folder", hashes, self.classes, size, channels]
-        self.fingerprint = _sha256([*parts, [*table.values()]] if table else parts)
-        stated = self.folder / "protocol.json"
-        self.protocol = json.loads(stated.read_text()) if stated.exists() else {}
+        self.shards = ShardSet(folder)
+        self.name, self.classes = str(folder), list(self.shards.classes)
+        self._rows = list(range(len(self.shards)) if rows is None else rows)[: limit or None]
+        self._groups = None if groups is None else list(groups)[: limit or None]
+        self._form = Form(size, fit, channels)
+        if self._groups is not None and len(self._groups) != len(self._rows):
+            raise ValueError(f"{len(self._groups)} groups for {len(self._rows)} pictures")
+        # A set as stored keeps the fingerprint that it had before there were rows and groups.
+        own = [] if rows is None else [self._rows]
+        own += [] if groups is None else [self._groups]
+        parts = [size, channels, len(self._rows), *self._form.parts[2:], *own]
+        self.fingerprint = digest(["shards", self.shards.fingerprint, *parts])
+        self.protocol = _stated(Path(folder)) | self._form.protocol
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._rows)
 
     def read(self, start: int, stop: int, stages: Stages) -> Pictures:
         """Pictures start to stop; `UserError` on one that cannot be decoded."""
-        files = self._files[start:stop]
         with stages("read"):
-            data = [(self.folder / path).read_bytes() for path in files]
-        keys = [path.as_posix() for path in files]
+            try:
+                samples = [self.shards[i] for i in self._rows[start:stop]]
+            except BadPicture as error:
+                raise UserError(f"{self.name}: {error}; copy the shard again") from None
+        keys = [sample.key for sample in samples]
         with stages("decode"):
-            images = self._encoded.decode(data, keys, self.name)
-        labels = np.array([self._label(path) for path in files], dtype=np.int64)
-        return Pictures(images, keys, labels, [_group(self.classes, n) for n in labels])
+            images = self._form.decode([sample.data for sample in samples], keys, self.name)
+        labels = np.array([sample.label for sample in samples], dtype=np.int64)
+        groups = [group_of(self.classes, n) for n in labels]
+        if self._groups is not None:
+            groups = self._groups[start:stop]
+        return Pictures(stacked(images), keys, labels, groups)
 
-    def _label(self, path: Path) -> int:
-        name = self._names[path]
-        return self.classes.index(name) if name in self.classes else -1
+
+class ListedPictures:
+    """Picture files (JPEG, PNG, WebP and what else Pillow reads) by name, in the order given.
+
+    Args:
+        root: the folder that `files` are relative to.
+        files: names with "/" between folders.
+        name: shown to people; by default the folder.
+        keys: of the pictures; by default their files.
+        labels: class indices, -1 for none; by default none.
+        groups: "" for none; by default the class of each.
+        size, fit, channels: as in `Form`.
+        limit: the first so many pictures only; 0 all.
+        stated: more that the set says for an evaluation's protocol.
+
+    Attributes:
+        files, keys, labels (N,) int64, groups: as given, limited.
+
+    Raises:
+        UserError: a file is not there.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        files: Sequence[str],
+        *,
+        name: str = "",
+        keys: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        groups: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        size: int = 0,
+        fit: str = "crop",
+        channels: int = 3,
+        limit: int = 0,
+        stated: dict[str, Any] | None = None,
+    ) -> None:
+        some = slice(limit or None)
+        self.root, self.name, self.classes = Path(root), name or str(root), list(classes)
+        self.files = list(files)[some]
+        self.keys = self.files if keys is None else list(keys)[some]
+        given = [-1] * len(self.files) if labels is None else list(labels)[some]
+        self.labels = np.array(given, np.int64)
+        own = [group_of(self.classes, n) for n in given] if groups is None else list(groups)[some]
+        self.groups = own
+        self._form = Form(size, fit, channels)
+        self.protocol = (stated or {}) | self._form.protocol
+        if len({len(self.files), len(self.keys), len(self.labels), len(self.groups)}) != 1:
+            raise ValueError(f"{self.name}: files, keys, labels and groups differ in number")
+        absent = first_absent(self.root, self.files)
+        if absent:
+            raise UserError(f"{self.name}: {absent} is not in {self.root}; copy the pictures again")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of names, bytes, labels, groups and form; made from the files when first asked."""
+        hashes = files_sha256([self.root / file for file in self.files])
+        about = [self.files, hashes, self.keys, self.labels.tolist(), self.groups]
+        return digest(["files", *about, self.classes, *self._form.parts])
+
+    def read(self, start: int, stop: int, stages: Stages) -> Pictures:
+        """Pictures start to stop; `UserError` on one that cannot be decoded."""
+        keys = self.keys[start:stop]
+        with stages("read"):
+            data = list(pool().map(self._bytes, self.files[start:stop]))
+        with stages("decode"):
+            images = self._form.decode(data, keys, self.name)
+        labels, groups = self.labels[start:stop].copy(), self.groups[start:stop]
+        return Pictures(stacked(images), keys, labels, groups)
+
+    def _bytes(self, file: str) -> bytes:
+        try:
+            return (self.root / file).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.root / file} cannot be read ({error.strerror})") from None
+
+
+class FolderPictures(ListedPictures):
+    """The pictures of a folder, sorted; class subfolders give labels and groups, or a table does.
+
+    Args:
+        folder: with a `metadata.csv` that has a column file_name, its rows are the set, and its
+            columns label and group, where there are any, give each picture's class and group.
+        classes: class names of the real pictures, so that labels mean the same; by default the
+            sorted names of the subfolders or of the table.
+        size, fit, channels, limit: as in `ListedPictures`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        size: int = 0,
+        fit: str = "crop",
+        channels: int = 3,
+        limit: int = 0,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        table = _table(self.folder)
+        rows = table or [
+            # A file's class: the first folder that it lies in; "" for none.
+            _Row(path.as_posix(), path.parts[0] if len(path.parts) > 1 else "")
+            for path in sorted(p.relative_to(self.folder) for p in self.folder.rglob("*"))
+        ]
+        rows = [row for row in rows if Path(row.file).suffix.lower() in SUFFIXES]
+        if not rows:
+            raise UserError(
+                f"{folder} holds no .png, .jpg or .webp pictures; name a folder that does"
+            )
+        found = sorted({row.label for row in rows} - {""})
+        names = found if classes is None else list(classes)
+        places = {name: place for place, name in enumerate(names)}
+        labels = [places.get(row.label, -1) for row in rows]
+        grouped = any(row.group for row in rows)
+        super().__init__(
+            self.folder,
+            [row.file for row in rows],
+            labels=labels,
+            groups=[row.group for row in rows] if grouped else None,
+            classes=names,
+            size=size,
+            fit=fit,
+            channels=channels,
+            limit=limit,
+            stated=_stated(self.folder),
+        )
 
 
 class GeneratedPictures:
@@ -227,18 +233,32 @@ class GeneratedPictures:
     Args:
         seed: names the sequence of pictures.
         classes: class names; empty asks for label 0 throughout.
+        size, fit, channels: as in `Form`, so that drawn pictures take the steps of the real ones;
+            by default they are kept as drawn.
     """
 
     def __init__(
-        self, generator: Generator, count: int, *, seed: int = 0, classes: list[str] = ()
+        self,
+        generator: Generator,
+        count: int,
+        *,
+        seed: int = 0,
+        classes: Sequence[str] = (),
+        size: int = 0,
+        fit: str = "crop",
+        channels: int = 0,
     ) -> None:
         self.generator, self._count, self.seed = generator, count, seed
         self.name, self.classes = generator.name, list(classes)
         self._labelled = "prompts" not in generator.protocol
+        self._form = Form(size, fit, channels)
         labels = "in turn" if self._labelled else "none"
-        self.protocol = dict(generator.protocol) | {"seed": seed, "labels": labels}
-        parts = [generator.fingerprint, self.protocol, count, self.classes]
-        self.fingerprint = _sha256(["generated", *parts])
+        drawn = dict(generator.protocol) | {"seed": seed, "labels": labels}
+        form = [self._form.parts] if size or channels else []
+        self.fingerprint = digest(
+            ["generated", generator.fingerprint, drawn, count, self.classes, *form]
+        )
+        self.protocol = drawn | self._form.protocol
 
     def __len__(self) -> int:
         return self._count
@@ -254,42 +274,81 @@ class GeneratedPictures:
         images = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(indices):
             raise ValueError(f"{self.name} drew {images.dtype} {images.shape}, not uint8 BHWC")
+        images = stacked([self._form.array(image) for image in images])
         keys = [f"{self.seed}/{index:09d}" for index in indices]
-        return Pictures(images, keys, labels, [_group(self.classes, n) for n in labels])
+        return Pictures(images, keys, labels, [group_of(self.classes, n) for n in labels])
 
 
 def open_pictures(
-    folder: str | Path, *, size: int = 0, channels: int = 3, classes: list[str] | None = None
+    source: str | Path,
+    *,
+    size: int = 0,
+    fit: str = "crop",
+    channels: int = 3,
+    limit: int = 0,
+    classes: Sequence[str] | None = None,
 ) -> PictureSet:
-    """A folder of shards or of picture files, whichever it is."""
-    path = Path(folder)
+    """A folder of shards or of picture files, or an `.npz` archive, whichever it is.
+
+    Args:
+        classes: class names that the labels of a folder of files follow; others bring their own.
+    """
+    path = Path(source)
+    form = {"size": size, "fit": fit, "channels": channels, "limit": limit}
+    if path.suffix == ".npz":
+        return NpzPictures(path, classes=classes or (), **form)
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder; name a folder of shards or of pictures")
+        raise UserError(
+            f"{path} is not a folder; name a folder of shards or of pictures, or an .npz archive"
+        )
     if any(path.glob("*.tar")):
-        return ShardPictures(path, size=size, channels=channels)
-    return FolderPictures(path, size=size, channels=channels, classes=classes)
+        return ShardPictures(path, **form)
+    return FolderPictures(path, classes=classes, **form)
 
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def _table(folder: Path) -> dict[Path, str]:
-    """File -> class, sorted, of a folder's `metadata.csv`; empty where there is none."""
+@dataclass(frozen=True)
+class _Row:
+    """One picture of a folder, with its class and group."""
+
+    file: str
+    label: str = ""
+    group: str = ""
+
+
+def first_absent(root: Path, files: Sequence[str]) -> str:
+    """The first of `files` that is not below `root`, or ""; each folder is listed once."""
+    listed: dict[str, set[str]] = {}
+    for file in files:
+        parent, _, name = file.rpartition("/")
+        if parent not in listed:
+            folder = root / parent
+            listed[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
+        if name not in listed[parent]:
+            return file
+    return ""
+
+
+def _table(folder: Path) -> list[_Row]:
+    """The rows of a folder's `metadata.csv`, sorted by file; empty where there is none."""
     path = folder / "metadata.csv"
     if not path.exists():
-        return {}
+        return []
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
-    found = {Path(row["file_name"]): row.get("label") or "" for row in rows}
+    found = {
+        Path(row["file_name"]).as_posix(): (row.get("label") or "", row.get("group") or "")
+        for row in rows
+    }
     missing = next((name for name in found if not (folder / name).is_file()), None)
     if missing is not None:
         raise UserError(f"{path} names {missing}, which is not there: copy the folder again")
-    return dict(sorted(found.items()))
+    return [_Row(file, *found[file]) for file in sorted(found, key=Path)]
 
 
-def _group(classes: list[str], label: int) -> str:
-    return classes[label] if 0 <= label < len(classes) else ""
-
-
-def _sha256(parts: list) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _stated(folder: Path) -> dict[str, Any]:
+    """What the writer of a folder says for the protocol."""
+    path = folder / "protocol.json"
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -264,7 +264,7 @@ def _read(folder: Path, name: str, **options: Any) -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            "text encoders need the transformers library: pip install 'transformers>=5.12'"
+            f"reading {folder} needs the transformers library: pip install 'transformers>=5.12'"
         ) from error
     with _READING:
         shown = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -292,7 +292,7 @@ def _weights(folder: Path) -> list[Path]:
 def _stated(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{path} does not exist: name a folder with a text encoder's config.json")
+        raise UserError(f"{path} does not exist: name a folder with a model's config.json")
     try:
         stated = json.loads(path.read_text())
     except ValueError as error:

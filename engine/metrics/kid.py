@@ -1,17 +1,25 @@
-"""The kernel Inception distance, unbiased and over all pairs; called by evaluation/plan.py.
+"""The kernel Inception distance, unbiased and over all pairs; called by evaluation/.
 
     k(x, y) = (x . y / D + 1)^3
     KID = mean over i != j of k(x_i, x_j) + mean over i != j of k(y_i, y_j) - 2 mean k(x_i, y_j)
 
-(Binkowski et al. 2018.) It is unbiased at any n and may be slightly negative. Usual tools average
-100 random subsets of 1,000; here every pair counts once, block by block, so the value has no
-subset noise. Subset replicates for an interval come from the same single pass over the blocks.
+(Binkowski et al. 2018.) It is unbiased at any n and may be slightly negative. Here every pair
+counts once, block by block, so the value has no subset noise. The usual tools average 100 random
+subsets of 1,000 instead; option `parts` does that, with subsets drawn by position, for comparison
+with numbers made so.
 """
 
 import torch
 
+from etude.core.config import Config, option
+from etude.core.errors import UserError
+from etude.core.rng import Stream, bits
 
-def kid(first: torch.Tensor, second: torch.Tensor, block: int = 2048) -> float:
+from .kernel_sums import discrepancies
+from .registry import Pair, Values, metric
+
+
+def kid(first: torch.Tensor, second: torch.Tensor, block: int = 1024) -> float:
     """The unbiased KID of features (N, D) and (M, D), multiplied by nothing."""
     keep = torch.ones(1, len(first), dtype=torch.bool), torch.ones(1, len(second), dtype=torch.bool)
     return float(kid_of_subsets(first, second, *keep, block=block)[0])
@@ -22,7 +30,7 @@ def kid_of_subsets(
     second: torch.Tensor,
     keep_first: torch.Tensor,
     keep_second: torch.Tensor,
-    block: int = 2048,
+    block: int = 1024,
 ) -> torch.Tensor:
     """The unbiased KID of R pairs of subsets, (R,) float64.
 
@@ -30,30 +38,75 @@ def kid_of_subsets(
         keep_first, keep_second: (R, N) and (R, M) bool, the rows of each subset; at least two rows
             in each.
     """
-    one, two = (side.to(torch.float64) for side in (first, second))
-    mask_1, mask_2 = (
-        keep.to(device=one.device, dtype=torch.float64) for keep in (keep_first, keep_second)
+    return discrepancies(
+        first, second, keep_first, keep_second, _cubic(first.shape[1]), name="kid", block=block
     )
-    n, m = mask_1.sum(1), mask_2.sum(1)
-    within_1 = _within(one, mask_1, block) / (n * (n - 1))
-    within_2 = _within(two, mask_2, block) / (m * (m - 1))
-    across = _sums(one, two, mask_1, mask_2, block) / (n * m)
-    return within_1 + within_2 - 2.0 * across
 
 
-def _within(x: torch.Tensor, mask: torch.Tensor, block: int) -> torch.Tensor:
-    """Sums of k over ordered pairs of different rows of each subset."""
-    diagonal = (x.square().sum(1) / x.shape[1] + 1.0) ** 3
-    return _sums(x, x, mask, mask, block) - mask @ diagonal
-
-
-def _sums(
-    x: torch.Tensor, y: torch.Tensor, mask_x: torch.Tensor, mask_y: torch.Tensor, block: int
+def kid_of_parts(
+    first: torch.Tensor, second: torch.Tensor, rows_first: torch.Tensor, rows_second: torch.Tensor
 ) -> torch.Tensor:
-    """mask_x k(x, y) mask_y^T row by row of the masks; no more than `block` rows of k at a time."""
-    total = torch.zeros(len(mask_x), dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), block):
-        rows = slice(start, start + block)
-        kernel = (x[rows] @ y.T / x.shape[1] + 1.0) ** 3
-        total += (mask_x[:, rows] * (mask_y @ kernel.T)).sum(1)
-    return total
+    """The unbiased KID of P parts, (P,) float64, as torch-fidelity, clean-fid and torchmetrics do.
+
+    Args:
+        rows_first, rows_second: (P, S) int64, the rows of features (N, D) and (M, D) in each part.
+    """
+    kernel, size = _cubic(first.shape[1]), rows_first.shape[1]
+    found = []
+    for one, two in zip(rows_first, rows_second, strict=True):
+        x, y = first[one].to(torch.float64), second[two].to(torch.float64)
+        own = [kernel(side @ side.T) for side in (x, y)]
+        within = sum(part.sum() - part.diagonal().sum() for part in own)
+        found.append(within / (size * (size - 1)) - 2.0 * kernel(x @ y.T).mean())
+    return torch.stack(found)
+
+
+class KidOptions(Config):
+    """Options of the kernel distance."""
+
+    parts: int = option(0, "random parts whose mean is taken; 0: all pairs, once", ge=0)
+    part_size: int = option(1000, "pictures of each side in a part", unit="pictures", ge=2)
+
+
+def kernel_name(features: str) -> str:
+    """KID for Inception features alone, else the features are named."""
+    return "KID" if features == "inception" else f"kernel distance ({features} features)"
+
+
+@metric("kid", features="inception", better="lower", kind="distance", options=KidOptions)
+def kernel_distance(
+    pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor
+) -> Values:
+    """KID, or the kernel distance of other features, of R pairs of subsets."""
+    options = pair.options if isinstance(pair.options, KidOptions) else KidOptions()
+    if not options.parts:
+        if options.differs("part_size"):
+            raise UserError("kid.part_size has no effect without kid.parts; set kid.parts=100 too")
+        found = kid_of_subsets(pair.real, pair.generated, real, generated)
+        return {kernel_name(pair.features): found.cpu().numpy()}
+    means = []
+    for one, two in zip(real, generated, strict=True):
+        rows = [drawn_parts(keep, options, side) for side, keep in enumerate((one, two))]
+        means.append(kid_of_parts(pair.real, pair.generated, *rows).mean())
+    return {kernel_name(pair.features): torch.stack(means).cpu().numpy()}
+
+
+def drawn_parts(keep: torch.Tensor, options: KidOptions, side: int) -> torch.Tensor:
+    """Rows (P, S) int64 of random parts of the kept rows (N,) bool, each without repetition."""
+    rows = keep.nonzero()[:, 0].cpu()
+    if len(rows) < options.part_size:
+        raise UserError(
+            f"parts of {options.part_size} pictures cannot be drawn from {len(rows)}; "
+            f"set kid.part_size={len(rows)} or less"
+        )
+    positions = [part + (side << 32) for part in range(options.parts)]
+    words = torch.from_numpy(bits(0, Stream.PART, positions, len(rows)).astype("int64"))
+    return rows[words.argsort(dim=1, stable=True)[:, : options.part_size]]
+
+
+def _cubic(dim: int):
+    def kernel(products: torch.Tensor) -> torch.Tensor:
+        products = products.div_(dim).add_(1.0)
+        return products.square().mul_(products)
+
+    return kernel

@@ -1,4 +1,4 @@
-"""Is a generator copying? Distances to the nearest training picture; called by evaluation/plan.py.
+"""Is a generator copying? Distances to the nearest training picture; called by evaluation/.
 
 Each generated picture's distance to its nearest training picture is set against the distances of
 training pictures to their nearest other training picture. A median below their 5% quantile says
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from etude.kernels import nearest_neighbours
+
+from .prdc import own_neighbours
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,16 @@ class NearestPictures:
             "share below the quantile": float((self.distance < limit).double().mean()),
         }
 
+    def gallery(self, count: int) -> list[tuple[int, int, float]]:
+        """(generated row, training row, distance) of the `count` closest pairs, closest first."""
+        order = self.distance.argsort(stable=True)[:count]
+        return [(int(i), int(self.row[i]), float(self.distance[i])) for i in order]
+
 
 def nearest_pictures(generated: torch.Tensor, train: torch.Tensor) -> NearestPictures:
     """Nearest training pictures of features (M, D) among (N, D); of equals, the first."""
     distance, row = nearest_neighbours(generated, train)
-    return NearestPictures(distance[:, 0], row[:, 0], nearest_neighbours(train)[0][:, 0])
+    return NearestPictures(distance[:, 0], row[:, 0], own_neighbours(train, 1).distance[:, 0])
 
 
 def label_agreement(

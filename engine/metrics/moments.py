@@ -50,6 +50,17 @@ class Moments:
             self.scatter + other.scatter + torch.outer(delta, delta) * weight,
         )
 
+    def without(self, other: "Moments") -> "Moments":
+        """The moments of what is left when rows that are part of these go; undoes `merge`."""
+        count = self.count - other.count
+        if count < 1:
+            raise ValueError(f"{other.count} of {self.count} rows cannot go: none would be left")
+        mean = self.mean - (other.mean - self.mean) * (other.count / count)
+        delta = other.mean - mean
+        weight = count * other.count / self.count
+        scatter = self.scatter - other.scatter - torch.outer(delta, delta) * weight
+        return Moments(count, mean, scatter)
+
     def covariance(self) -> torch.Tensor:
         """The unbiased covariance (D, D) float64; needs at least two rows."""
         if self.count < 2:

@@ -11,13 +11,13 @@ intervals at Bonferroni's level, both valid however the comparisons depend on ea
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
 
 from etude.core.errors import UserError
+from etude.metrics.comparing import holm
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,6 @@ def compare_all(
         arm: replace(found[arm], adjusted_p_value=p)
         for arm, p in zip(others, adjusted, strict=True)
     }
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given; each in [0, 1] and none below its own."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
-    return adjusted
 
 
 def _as_matrix(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

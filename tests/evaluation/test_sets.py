@@ -1,17 +1,25 @@
 """Sets of pictures: shards, folders and generators give the same kind of thing."""
 
 import io
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from etude.core.errors import UserError
 from etude.data.shards import write_shards
+from etude.evaluation import decoding
 from etude.evaluation.sets import (
+    FITS,
+    ArrayPictures,
     FolderPictures,
     GeneratedPictures,
+    ListedPictures,
+    NpzPictures,
     ShardPictures,
     Stages,
     open_pictures,
@@ -106,10 +114,14 @@ def test_pictures_are_fitted_by_their_central_square(tmp_path) -> None:
     np.testing.assert_array_equal(smaller, np.asarray(expected))
 
 
-def test_unequal_sizes_need_image_size(tmp_path) -> None:
-    found = ShardPictures(shards(tmp_path, [IMAGES[0], IMAGES[1][:8]]), channels=1)
-    with pytest.raises(UserError, match=r"s1 is 10 x 8 .* set image_size"):
-        found.read(0, 2, Stages())
+def test_unequal_sizes_are_read_as_a_list_of_what_is_stored(tmp_path) -> None:
+    found = ShardPictures(shards(tmp_path, [IMAGES[0], IMAGES[1][:8], IMAGES[2]]), channels=1)
+    images = found.read(0, 3, Stages()).images
+    assert isinstance(images, list) and images[1].shape == (8, 10, 1)
+    np.testing.assert_array_equal(images[1][..., 0], IMAGES[1][:8])
+    np.testing.assert_array_equal(images[2][..., 0], IMAGES[2])
+    alike = found.read(2, 3, Stages()).images
+    assert isinstance(alike, np.ndarray) and alike.shape == (1, 10, 10, 1)
 
 
 def test_a_broken_picture_is_named_and_never_skipped(tmp_path) -> None:
@@ -148,3 +160,226 @@ def test_a_generator_is_asked_for_classes_in_turn() -> None:
         GeneratedPictures(Ramp(), 9, seed=3, classes=["a", "b"]),
     ]
     assert len({found.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_a_squashed_picture_is_whole_and_no_square_of_it(tmp_path) -> None:
+    """Columns of one value each: the crop holds the middle ones, the squash all of them."""
+    wide = np.repeat(np.arange(0, 240, 12, dtype=np.uint8)[None], 10, axis=0)  # 10 x 20
+    folder = files(tmp_path, [wide])
+    squashed = FolderPictures(folder, size=5, fit="squash", channels=1).read(0, 1, Stages())
+    expected = Image.fromarray(wide).resize((5, 5), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(squashed.images[0, ..., 0], np.asarray(expected))
+    cropped = FolderPictures(folder, size=5, channels=1).read(0, 1, Stages()).images[0, 0, :, 0]
+    assert squashed.images[0, 0, :, 0].min() < 40 < 60 <= cropped.min()
+
+
+def test_a_fit_without_effect_is_an_error_and_the_protocol_says_which(tmp_path) -> None:
+    folder = files(tmp_path, list(IMAGES))
+    said = {fit: FolderPictures(folder, size=5, fit=fit).protocol for fit in ("crop", "squash")}
+    for fit, protocol in said.items():
+        assert protocol == {"image_size": 5, "fit": FITS[fit]}
+    stored = FolderPictures(folder, fit="as stored")
+    assert stored.protocol == {"image_size": 0, "fit": "as stored"}
+    prints = [FolderPictures(folder, size=5, fit=fit).fingerprint for fit in said]
+    assert len({*prints, stored.fingerprint}) == 3
+    for form, message in (
+        ({"fit": "squash"}, "no effect without a size"),
+        ({"fit": "as stored", "size": 5}, "contradict"),
+        ({"fit": "pad", "size": 5}, "there is no fit 'pad'; choose one of crop, squash, as stored"),
+    ):
+        with pytest.raises(UserError, match=message):
+            FolderPictures(folder, **form)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def only(folder: Path, name: str, data: bytes, channels: int = 3) -> np.ndarray:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+    return ListedPictures(folder, [name], channels=channels).read(0, 1, Stages()).images[0]
+
+
+def test_colours_of_every_kind_of_file(tmp_path) -> None:
+    """Each against the formula of its conversion."""
+    colour = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    alpha = RNG.integers(0, 256, (9, 7, 1), dtype=np.uint8)
+    plain = only(tmp_path, "plain.png", saved(Image.fromarray(colour), "PNG"))
+    np.testing.assert_array_equal(plain, colour)
+    lossless = saved(Image.fromarray(colour), "WEBP", lossless=True)
+    np.testing.assert_array_equal(only(tmp_path, "a.webp", lossless), colour)
+    clear = Image.fromarray(np.concatenate([colour, alpha], axis=2))
+    white = (colour * (alpha / 255.0) + 255.0 * (1 - alpha / 255.0)).round()
+    found = only(tmp_path, "clear.png", saved(clear, "PNG")).astype(float)
+    assert abs(found - white).max() <= 1
+    palette = Image.fromarray(colour).quantize(16)
+    found = only(tmp_path, "palette.png", saved(palette, "PNG"))
+    table = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)
+    np.testing.assert_array_equal(found, table[np.asarray(palette)])
+    wide = RNG.integers(0, 65536, (9, 7)).astype(np.uint16)
+    found = only(tmp_path, "wide.png", saved(Image.fromarray(wide), "PNG"), channels=1)
+    np.testing.assert_array_equal(found[..., 0], wide >> 8)
+    inks = RNG.integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    found = only(tmp_path, "inks.tif", saved(Image.fromarray(inks, "CMYK"), "TIFF")).astype(float)
+    light = (255.0 - inks[..., :3]) * (255.0 - inks[..., 3:]) / 255.0
+    assert abs(found - light).max() <= 1
+    grey = only(tmp_path, "plain.png", saved(Image.fromarray(colour), "PNG"), channels=1)
+    luma = (colour @ np.array([0.299, 0.587, 0.114]))[..., None]
+    assert abs(grey - luma).max() <= 0.51
+
+
+def test_a_jpeg_is_decoded_at_its_own_size_before_it_is_made_smaller(tmp_path) -> None:
+    """A decoder that starts from an eighth of the size, as a draft does, gives other pixels."""
+    big = Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((512, 512))
+    data = saved(big, "JPEG", quality=95)
+    (tmp_path / "a.jpg").write_bytes(data)
+    found = ListedPictures(tmp_path, ["a.jpg"], size=64).read(0, 1, Stages()).images[0]
+    whole = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found, np.asarray(whole))
+    draft = Image.open(io.BytesIO(data))
+    draft.draft("RGB", (64, 64))
+    assert (np.asarray(draft.resize((64, 64), Image.Resampling.BICUBIC)) != found).any()
+
+
+def test_listed_files_keep_their_order_and_their_groups(tmp_path) -> None:
+    folder = files(tmp_path, list(IMAGES))
+    names, groups = ["odd/3.png", "even/0.png", "odd/1.png"], ["north", "", "south"]
+    found = ListedPictures(folder, names, keys=list("xyz"), groups=groups, channels=1)
+    read = found.read(0, 3, Stages())
+    np.testing.assert_array_equal(read.images[..., 0], IMAGES[[3, 0, 1]])
+    assert read.keys == list("xyz") and read.groups == groups and read.labels.tolist() == [-1] * 3
+    short = ListedPictures(folder, names, keys=list("xyz"), groups=groups, channels=1, limit=2)
+    assert len(short) == 2 and short.read(1, 2, Stages()).keys == ["y"]
+    other = ListedPictures(folder, names, keys=list("xyz"), groups=["north"] * 3, channels=1)
+    assert len({found.fingerprint, short.fingerprint, other.fingerprint}) == 3
+    with pytest.raises(UserError, match="odd/4.png is not in"):
+        ListedPictures(folder, [*names, "odd/4.png", "odd/5.png"])
+
+
+def test_a_table_may_name_groups_and_shards_may_be_given_some(tmp_path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png(IMAGES[i]))
+    text = "file_name,label,group\n2.png,odd,north\n0.png,even,\n"
+    (folder / "metadata.csv").write_text(text)
+    read = FolderPictures(folder, channels=1).read(0, 2, Stages())
+    assert read.groups == ["", "north"] and read.labels.tolist() == [0, 1]
+    stored = shards(tmp_path / "shards", list(IMAGES))
+    rows, groups = [5, 0, 2], ["a", "b", ""]
+    found = ShardPictures(stored, channels=1, rows=rows, groups=groups)
+    read = found.read(0, 3, Stages())
+    np.testing.assert_array_equal(read.images[..., 0], IMAGES[rows])
+    assert read.groups == groups and read.keys == ["s5", "s0", "s2"]
+    prints = [found.fingerprint, ShardPictures(stored, channels=1, rows=rows).fingerprint]
+    prints.append(ShardPictures(stored, channels=1, limit=3).fingerprint)
+    assert len(set(prints)) == 3
+
+
+def test_pictures_in_memory(tmp_path) -> None:
+    tensors = ArrayPictures(torch.from_numpy(IMAGES), labels=[0, 1] * 3 + [-1], classes=["a", "b"])
+    arrays = ArrayPictures(IMAGES[..., None], labels=[0, 1] * 3 + [-1], classes=["a", "b"])
+    assert tensors.fingerprint != ArrayPictures(IMAGES).fingerprint
+    for found in (tensors, arrays):
+        read = found.read(5, 7, Stages())
+        np.testing.assert_array_equal(read.images[..., 0], IMAGES[5:7])
+        assert read.labels.tolist() == [1, -1] and read.groups == ["b", ""]
+        assert read.keys == ["000000005", "000000006"]
+    changed = IMAGES.copy()
+    changed[6, 9, 9] ^= 1
+    assert ArrayPictures(changed).fingerprint != ArrayPictures(IMAGES).fingerprint
+    ragged = ArrayPictures([IMAGES[0], IMAGES[1][:8]]).read(0, 2, Stages()).images
+    assert [image.shape for image in ragged] == [(10, 10, 1), (8, 10, 1)]
+    for images, message in (
+        (IMAGES / 255.0, "float64 of shape"),
+        (np.zeros((2, 4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
+        ([IMAGES[0], IMAGES[1].astype(np.int16)], "int16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ArrayPictures(images)
+    with pytest.raises(UserError, match="2 groups for 7 pictures"):
+        ArrayPictures(IMAGES, groups=["a", "b"])
+
+
+def test_an_array_takes_the_steps_of_its_file(tmp_path) -> None:
+    """The same picture as an array, an archive, a file, a shard and a drawing: equal bytes."""
+    wide = RNG.integers(0, 256, (12, 18, 3), dtype=np.uint8)
+
+    class Drawn:
+        name, fingerprint, protocol = "drawn", "f", {}
+
+        def draw(self, indices: np.ndarray, labels: np.ndarray, *, seed: int) -> np.ndarray:
+            return np.stack([wide] * len(indices))
+
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.png").write_bytes(png(wide))
+    np.savez(tmp_path / "a.npz", wide[None])
+    for form in (
+        {"size": 7, "channels": 3},
+        {"size": 7, "fit": "squash", "channels": 3},
+        {"size": 0, "channels": 1},
+        {"size": 12, "channels": 1},
+    ):
+        sets = [
+            FolderPictures(tmp_path / "f", **form),
+            ArrayPictures(wide[None], **form),
+            open_pictures(tmp_path / "a.npz", **form),
+            GeneratedPictures(Drawn(), 1, **form),
+        ]
+        first, *others = (np.asarray(one.read(0, 1, Stages()).images) for one in sets)
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+        assert len({str(one.protocol.get("fit")) for one in sets}) == 1
+
+
+@pytest.mark.parametrize("pack", [np.savez, np.savez_compressed])
+def test_archives_of_samples(tmp_path, pack) -> None:
+    images = RNG.integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
+    pack(tmp_path / "a.npz", images, np.array([1, 0, 1, 1, 0]), mu=np.zeros(3))
+    found = open_pictures(tmp_path / "a.npz", classes=["cat", "dog"])
+    assert isinstance(found, NpzPictures) and len(found) == 5
+    read = found.read(1, 4, Stages())
+    np.testing.assert_array_equal(read.images, images[1:4])
+    assert read.labels.tolist() == [0, 1, 1] and read.groups == ["cat", "dog", "dog"]
+    assert len(NpzPictures(tmp_path / "a.npz", limit=2)) == 2
+
+
+def test_archives_of_something_else(tmp_path) -> None:
+    np.savez(tmp_path / "named.npz", pictures=np.zeros((1, 2, 2, 3), np.uint8))
+    np.savez(tmp_path / "floats.npz", np.zeros((1, 2, 2, 3)))
+    np.savez(tmp_path / "objects.npz", np.array([{}], object))
+    (tmp_path / "text.npz").write_text("no archive")
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as file:
+        file.writestr("arr_0.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', ")
+    for name, message in (
+        ("named", "it has no arr_0"),
+        ("floats", "float64"),
+        ("objects", "object|[Pp]ickle"),
+        ("text", "archive of pictures"),
+        ("short", "archive of pictures"),
+        ("none", "No such file"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            NpzPictures(tmp_path / f"{name}.npz")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_hashed_once_in_a_process_and_again_when_it_changes(
+    tmp_path, monkeypatch
+) -> None:
+    folder, hashed = files(tmp_path, list(IMAGES)), []
+    plain = decoding.file_sha256
+    monkeypatch.setattr(decoding, "file_sha256", lambda path: hashed.append(path) or plain(path))
+    for path in folder.rglob("*.png"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    first = FolderPictures(folder, channels=1).fingerprint
+    assert len(hashed) == 7
+    assert FolderPictures(folder, channels=1).fingerprint == first and len(hashed) == 7
+    path = folder / "odd" / "3.png"
+    path.write_bytes(png(255 - IMAGES[3])[:-1] + b"\x82")
+    os.utime(path, (1_000_000_000, 1_000_000_000))  # the time stamp of before
+    assert FolderPictures(folder, channels=1).fingerprint != first
+    assert hashed[7:] == [path]

@@ -31,7 +31,7 @@ ROW = Row(
     low=0.25,
     protocol="abc",
 )
-DRAWN = {0.9: np.linspace(-1, 1, 50), 0.3: np.linspace(-3, 3, 50) ** 3}
+DRAWN = {0.5: np.linspace(-1, 1, 50) ** 3}
 ESTIMATE = Estimate("FID", 1.0 / 3.0, DRAWN, drawn_by="same")
 
 

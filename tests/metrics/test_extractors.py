@@ -1,27 +1,23 @@
-"""Extractors: preprocessing against independent formulas, saved classifiers, Inception weights."""
+"""Extractors: preprocessing against independent formulas, precision, saved classifiers."""
 
-import os
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from etude.core.errors import UserError
 from etude.metrics.extractors import (
+    Backbone,
     Extractor,
+    extractor,
     load_extractor,
     resize_antialiased,
     to_channels,
 )
-from etude.metrics.extractors.classifier import ClassifierExtractor, save_classifier
-from etude.metrics.extractors.inception import InceptionExtractor
-from etude.metrics.extractors.pixels import PixelExtractor
+from etude.metrics.extractors.classifier import save_classifier
 from etude.models.classifier import Classifier, ClassifierConfig
-
-INCEPTION = Path(os.environ.get("ETUDE_INCEPTION", "data/inception"))
 
 
 def pictures(rows: int, side: int, channels: int) -> torch.Tensor:
@@ -37,33 +33,86 @@ def test_antialiased_resize_is_pillows(size: int) -> None:
     np.testing.assert_allclose(found, np.asarray(pillow), atol=2e-3)
 
 
-def test_grey_is_repeated_and_colour_becomes_luma() -> None:
-    grey, colour = pictures(2, 4, 1), pictures(2, 4, 3)
+def test_grey_is_repeated_and_colour_becomes_pillows_grey() -> None:
+    grey, colour = pictures(2, 4, 1), pictures(2, 64, 3)
     repeated = to_channels(grey, 3)
-    assert repeated.shape == (2, 3, 4, 4) and torch.equal(repeated[:, 0], repeated[:, 2])
-    luma = to_channels(colour, 1)[:, 0].numpy()
-    expected = colour.numpy().astype(np.float64) @ [0.299, 0.587, 0.114]
-    np.testing.assert_allclose(luma, expected, atol=1e-3)
+    assert torch.equal(repeated, torch.cat([grey, grey, grey], 3))
+    expected = np.stack([np.asarray(Image.fromarray(x.numpy()).convert("L")) for x in colour])
+    np.testing.assert_array_equal(to_channels(colour, 1)[..., 0], expected)
 
 
 def test_pixels_are_themselves() -> None:
     x = pictures(3, 6, 1)
-    found = PixelExtractor(6)(x)
-    np.testing.assert_allclose(found, x.numpy().reshape(3, -1) / 255.0, rtol=1e-6)
-    assert isinstance(PixelExtractor(6), Extractor)
+    expected = x.numpy().reshape(3, -1) / 255.0
+    found = Extractor("pixels", input_size=6)
+    np.testing.assert_allclose(found(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(found(x.numpy()[:, ::-1])[:, :6], expected[:, 30:], rtol=1e-6)
+    colour = Extractor("pixels", input_size=6, channels=3)(x).reshape(3, 3, 36)
+    np.testing.assert_allclose(colour[:, 1], expected, rtol=1e-6)
+
+
+@extractor("of a test")
+class Sums(Backbone):
+    """Sums of pictures and of their squares, and what dtype they were made in."""
+
+    version, input_size, resize, channels = "1", 4, "none", 3
+    taps = {"sum": 3, "squares": 1}
+    needs_weights = False
+
+    def __init__(self, weights: None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def prepare(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return images.to(dtype) / 256
+
+    def forward(self, x: torch.Tensor, taps) -> dict[str, torch.Tensor]:
+        assert x.dtype == self.scale.dtype and not torch.is_grad_enabled()
+        x = x * self.scale
+        made = {"sum": lambda: x.sum((1, 2)), "squares": lambda: (x * x).sum((1, 2, 3))[:, None]}
+        return {tap: made[tap]() for tap in taps}
+
+
+def test_one_forward_gives_every_tap_by_its_feature_name() -> None:
+    both = Extractor("of a test", taps=("sum", "squares"), scale=2.0)
+    x = pictures(3, 4, 3)
+    found, sums = both.features(x), x.numpy().astype(np.float64) / 128
+    assert both.dims == {"of a test": 3, "of a test/squares": 1} and list(found) == [*both.dims]
+    np.testing.assert_allclose(found["of a test"], sums.sum((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found["of a test/squares"][:, 0], (sums**2).sum((1, 2, 3)), 1e-6)
+    alone = load_extractor("of a test/squares", scale=2.0)
+    assert (alone.name, alone.dim) == ("of a test/squares", 1)
+    assert torch.equal(alone(x), found["of a test/squares"])
+    assert not any(p.requires_grad for p in alone.backbone.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_half_precision_rounds_and_returns_float32(dtype: str, bits: int) -> None:
+    x = pictures(8, 4, 3)
+    exact = Extractor("of a test")(x)
+    found = Extractor("of a test", dtype=dtype)(x)
+    assert found.dtype == torch.float32
+    error = ((found - exact) / exact).abs().max()
+    assert 0 < error < 2.0 ** (1 - bits)
+
+
+def test_what_the_store_must_know_of_the_arithmetic() -> None:
+    said = [Extractor("of a test", dtype=d, compile=c).arithmetic
+            for d in ("float32", "bfloat16") for c in (False, True)]  # fmt: skip
+    assert said == ["float32", "float32, compiled", "bfloat16", "bfloat16, compiled"]
 
 
 def test_a_saved_classifier_gives_the_models_features_and_labels(tmp_path) -> None:
     model = Classifier(ClassifierConfig(channels=(8, 16), num_classes=4), seed=3).eval()
     save_classifier(tmp_path, model, 8, ["a", "b", "c", "d"])
-    extractor = ClassifierExtractor(tmp_path)
-    assert isinstance(extractor, Extractor) and extractor.dim == 16
+    judge = Extractor("classifier", tmp_path)
+    assert judge.dim == 16 and judge.backbone.classes == ["a", "b", "c", "d"]
     x = pictures(5, 8, 1)
     scaled = x.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         expected = model.features(scaled), model(scaled).argmax(1)
-    torch.testing.assert_close(extractor(x), expected[0])
-    assert torch.equal(extractor.predict(extractor(x)), expected[1])
+    torch.testing.assert_close(judge(x), expected[0])
+    assert torch.equal(judge.backbone.predict(judge(x)), expected[1])
 
 
 @pytest.mark.parametrize("fault", ["missing", "config", "weights"])
@@ -78,39 +127,29 @@ def test_an_unusable_classifier_is_one_sentence(tmp_path, fault: str) -> None:
         data[-1] ^= 1
         (tmp_path / "classifier.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="classifier"):
-        ClassifierExtractor(tmp_path)
+        Extractor("classifier", tmp_path)
 
 
-def test_unknown_kinds_and_wrong_files_are_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match="choose one of"):
-        load_extractor("resnet")
-    with pytest.raises(UserError, match="extractor.weights"):
-        load_extractor("inception")
-    with pytest.raises(UserError, match="etude data fetch inception"):
-        load_extractor("inception", tmp_path / "no.pt")
-    (tmp_path / "odd.pt").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="not the known Inception file"):
-        load_extractor("inception", tmp_path / "odd.pt")
+REFUSED = [
+    (("resnet",), {}, "there is no extractor 'resnet'; choose one of classifier"),
+    (("classifier",), {}, "extractor.weights"),
+    (("pixels", "file"), {"input_size": 3}, "has no weights"),
+    (("pixels",), {}, "input_size=PIXELS"),
+    (("of a test",), {"sides": 3}, "no option 'sides'; it has scale"),
+    (("of a test",), {"dtype": "float8"}, "no dtype 'float8'; choose one of float32"),
+    (("of a test",), {"dtype": "tf32"}, "tf32 is an arithmetic of CUDA devices"),
+    (("of a test/logits",), {}, "no features 'logits'; choose of sum, squares"),
+    (("of a test/",), {}, "names no features"),
+]
 
 
-@pytest.mark.fetched
-@pytest.mark.skipif(not INCEPTION.exists(), reason="type: etude data fetch inception")
-def test_our_inception_is_the_archives_own_network(tmp_path) -> None:
-    archive = torch.jit.load(INCEPTION / "default_1.pt", map_location="cpu")
-    extractor = InceptionExtractor(INCEPTION / "default_1.pt")
-    x = pictures(2, 299, 3)
-    with torch.no_grad():
-        expected = archive((x.permute(0, 3, 1, 2).float() - 128) / 128)
-    torch.testing.assert_close(extractor(x), expected, rtol=1e-4, atol=1e-4)
-    assert extractor(pictures(1, 32, 1)).shape == (1, 2048)
+@pytest.mark.parametrize(("given", "options", "message"), REFUSED)
+def test_what_cannot_be_is_refused_in_one_sentence(given, options, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_extractor(*given, **options)
 
-    state = {n: v.contiguous().clone() for n, v in extractor.network.state_dict().items()}
-    save_file(state, tmp_path / "inception.safetensors")
-    same = InceptionExtractor(tmp_path)
-    assert same.weights_sha256 == extractor.weights_sha256
-    assert torch.equal(same(x), extractor(x))
 
-    state["conv.weight"][0, 0, 0, 0] += 1
-    save_file(state, tmp_path / "inception.safetensors")
-    with pytest.raises(UserError, match="not the known Inception file"):
-        InceptionExtractor(tmp_path)
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 4, 4, 3), torch.zeros(1, 3, 4, 4).byte()])
+def test_other_pictures_than_uint8_bhwc_are_refused(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        Extractor("of a test")(wrong)

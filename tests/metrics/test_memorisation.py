@@ -36,3 +36,10 @@ def test_agreement_overall_and_per_class() -> None:
     share, per_class = label_agreement(torch.tensor([0, 1, 1, 1, 1, 0]), asked, 3)
     assert share == pytest.approx(4 / 6)
     assert per_class[:2] == [0.5, 0.75] and math.isnan(per_class[2])
+
+
+def test_the_gallery_shows_the_closest_pairs_first() -> None:
+    train = torch.tensor([[0.0], [10.0], [20.0]])
+    near = nearest_pictures(torch.tensor([[3.0], [20.5], [9.0], [30.0]]), train)
+    assert near.gallery(3) == [(1, 2, 0.5), (2, 1, 1.0), (0, 0, 3.0)]
+    assert len(near.gallery(10)) == 4

@@ -42,3 +42,14 @@ def test_a_large_mean_costs_no_digits() -> None:
 def test_one_row_has_no_covariance() -> None:
     with pytest.raises(ValueError, match="at least 2 rows"):
         Moments.of(features(1, 0)).covariance()
+
+
+def test_rows_that_go_leave_the_moments_of_the_others() -> None:
+    x = features(120, 2)
+    left = Moments.of(x).without(Moments.of(x[::3]))
+    expected = Moments.of(x[torch.arange(120) % 3 != 0])
+    assert left.count == expected.count == 80
+    torch.testing.assert_close(left.mean, expected.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(left.scatter, expected.scatter, rtol=1e-10, atol=1e-9)
+    with pytest.raises(ValueError, match="none would be left"):
+        left.without(left)

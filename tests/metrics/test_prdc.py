@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from etude.metrics.prdc import Neighbourhoods, enough, prdc
+from etude.metrics.registry import METRICS, Pair
 
 
 def cloud(rows: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -79,3 +80,31 @@ def test_enough_neighbours_are_listed(k: int, share: float) -> None:
 
     assert binom.cdf(k - 1, enough(k, share, 10_000), share) < 1e-4
     assert enough(k, 1.0, 10_000) == k
+
+
+def test_by_torch_fidelitys_convention_the_edge_is_inside() -> None:
+    real = torch.tensor([[0.0], [1.0], [10.0]])
+    generated = torch.tensor([[-1.0], [19.0], [30.0]])  # two at exactly the radii of 0 and of 10
+    found = prdc(real, generated, 1, "torch-fidelity")
+    assert found["precision"] == pytest.approx(2 / 3)
+    # Radii of the generated are 20, 11 and 11, of which 20 reaches all from -1.
+    assert found["recall"] == 1.0
+
+
+def test_subsets_by_torch_fidelitys_convention() -> None:
+    real, generated = ((2 * cloud(80, 3, seed)).round() for seed in (8, 9))
+    near = Neighbourhoods.of(real, generated, 3, kept_share=0.5, convention="torch-fidelity")
+    masks = [torch.arange(80) % 2 == side for side in (0, 1)]
+    expected = prdc(real[masks[0]], generated[masks[1]], 3, "torch-fidelity")
+    assert near.values(*masks) == expected
+    assert expected != prdc(real[masks[0]], generated[masks[1]], 3)
+
+
+def test_the_registered_figures_take_their_options() -> None:
+    real, generated = cloud(50, 3, 10), cloud(40, 3, 11)
+    metric = METRICS.get("prdc")
+    options = metric.options(k=3, convention="torch-fidelity")
+    pair = Pair(real, generated, "inception", options)
+    found = metric.values(pair, 1.0, *pair.everything())
+    expected = prdc(real, generated, 3, "torch-fidelity")
+    assert {name: float(value[0]) for name, value in found.items()} == expected

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from etude.core.errors import UserError
-from etude.metrics.extractors.classifier import ClassifierExtractor, save_classifier
+from etude.metrics.extractors import Extractor
+from etude.metrics.extractors.classifier import save_classifier
 from etude.models.classifier import Classifier, ClassifierConfig
 from etude.models.classifiers import (
     FAMILIES,
@@ -66,7 +67,7 @@ def test_folders_written_before_families_are_read(tmp_path) -> None:
     about = json.loads((tmp_path / "classifier.json").read_text())
     assert about["model"].pop("family") == "small"
     (tmp_path / "classifier.json").write_text(json.dumps(about))
-    found = ClassifierExtractor(tmp_path).model
+    found = Extractor("classifier", tmp_path).backbone.model
     assert torch.equal(found.head.weight, model.head.weight)
 
 

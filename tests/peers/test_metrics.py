@@ -1,12 +1,29 @@
-"""Metrics against other people's: scipy's matrix square root, scikit-learn, torchmetrics."""
+"""Metrics against other people's: scipy and scikit-learn here, six libraries by metrics.npz."""
+
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from etude.metrics.frechet import frechet_distance
-from etude.metrics.kid import kid
-from etude.metrics.prdc import prdc
+from etude.metrics.inception_score import inception_score
+from etude.metrics.kid import kid, kid_of_parts
+from etude.metrics.prdc import METRICS, prdc
+from etude.metrics.vendi import vendi_score
+
+
+def load_script():
+    place = Path(__file__).parent / "make_metrics.py"
+    spec = importlib.util.spec_from_file_location("make_metrics", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+made = load_script()
+FRECHET = ("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics")
 
 
 def features(rows: int, dim: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -79,3 +96,66 @@ def test_frechet_is_torchmetrics() -> None:
     metric.update(x.reshape(-1, 1, 3, 4), real=True)
     metric.update(y.reshape(-1, 1, 3, 4), real=False)
     assert frechet_distance(x, y) == pytest.approx(float(metric.compute()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> dict[str, np.ndarray]:
+    with np.load(made.FILE) as file:
+        found = dict(file)
+    assert str(found["fingerprint"]) == str(made.fingerprint()), "other features than they had"
+    return found
+
+
+def sides(size: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(made.features(size, side)) for side in (0, 1)]
+
+
+@pytest.mark.parametrize("library", FRECHET)
+def test_frechet_is_theirs_where_rows_are_many(theirs: dict, library: str) -> None:
+    expected = float(theirs[f"many frechet {library}"])
+    assert frechet_distance(*sides("many")) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("library", FRECHET)
+def test_frechet_is_theirs_where_covariances_are_singular(theirs: dict, library: str) -> None:
+    # Their square roots of a singular product are good to the root of float64's precision.
+    expected = float(theirs[f"few frechet {library}"])
+    assert frechet_distance(*sides("few"), warn=False) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kid_is_theirs_on_the_same_rows(theirs: dict) -> None:
+    rows = [torch.from_numpy(theirs[f"kernel rows {side}"]) for side in (0, 1)]
+    found = kid_of_parts(*sides("many"), *rows)
+    np.testing.assert_allclose(found, theirs["kernel torchmetrics"], rtol=1e-10)
+    assert float(found.mean()) == pytest.approx(float(theirs["kernel torch-fidelity"]), rel=1e-10)
+    rows = [torch.from_numpy(theirs[f"kernel clean rows {side}"]) for side in (0, 1)]
+    found = kid_of_parts(*sides("many"), *rows).mean()
+    assert float(found) == pytest.approx(float(theirs["kernel clean-fid"]), rel=1e-10)
+
+
+@pytest.mark.parametrize("size", made.ROWS)
+def test_neighbourhoods_are_theirs_in_both_conventions(theirs: dict, size: str) -> None:
+    real, generated = sides(size)
+    # The count of each figure: a picture for three, a pair for density.
+    per = np.array([len(generated), len(real), made.K * len(generated), len(real)])
+    found = prdc(real, generated, made.K)
+    ours = np.array([found[name] for name in METRICS])
+    assert np.abs((ours - theirs[f"{size} neighbours prdc"]) * per).max() < 0.5
+    closed = prdc(real, generated, 3, "torch-fidelity")
+    ours = np.array([closed[name] for name in METRICS[:2]])
+    assert np.abs((ours - theirs[f"{size} neighbours torch-fidelity"]) * per[:2]).max() < 0.5
+
+
+@pytest.mark.parametrize("size", made.ROWS)
+def test_vendi_is_theirs_at_every_order(theirs: dict, size: str) -> None:
+    x = sides(size)[0]
+    ours = np.array([vendi_score(x, q) for q in made.ORDERS])
+    np.testing.assert_allclose(ours[1:], theirs[f"{size} vendi gram"][1:], rtol=1e-9)
+    # Below one the rounding of eigenvalues that are zero counts in theirs, by either matrix.
+    smaller = "dual" if size == "many" else "gram"
+    assert ours[0] == pytest.approx(theirs[f"{size} vendi {smaller}"][0], rel=1e-6)
+
+
+def test_the_inception_score_is_theirs(theirs: dict) -> None:
+    found = inception_score(torch.from_numpy(made.logits()), made.SPLITS, mixed=False)
+    assert found == pytest.approx(float(theirs["many inception score"]), rel=1e-12)

@@ -1,33 +1,24 @@
 """Data sets of evaluation: real pictures, prompts with groups, or both; one file a data set.
 
 Real pictures and prompts need not belong together picture by picture. A new data set is one file in
-this folder, or anywhere, with a class under `@data_set("name")`.
+this folder, or anywhere, with a class under `@data_set("name")`. Most are lists of items
+(items.py); each states the layout of the files that its publisher gives, and refuses files of
+another number unless `whole=false` says that a part is meant.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from etude.core.errors import UserError
 from etude.core.registry import Registry
+from etude.metrics.alignment.questions import Question
 
 from ..sets import PictureSet
-
-
-@dataclass(frozen=True)
-class Question:
-    """A yes-or-no question about a picture; it counts only where every parent was answered yes.
-
-    Attributes:
-        id: unique among the questions of a prompt.
-        parents: ids of questions that this one presupposes.
-    """
-
-    id: str
-    text: str
-    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,16 @@ data_set = DATA_SETS.named
 def open_data_set(name: str, folder: str | Path = "", **options: Any) -> DataSet:
     """The data set `name` in `folder`, where its official files lie.
 
+    Args:
+        options: the data set's own, as its class says.
+
     Raises:
-        UserError: there is no such data set, or its files are missing or wrong.
+        UserError: there is no such data set or option, or its files are missing or wrong.
     """
-    return DATA_SETS.get(name)(Path(folder), **options)
+    made = DATA_SETS.get(name)
+    known = [*inspect.signature(made).parameters][1:]
+    for option in options:
+        if option not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"the data set {name} has no option {option!r}; {has}")
+    return made(Path(folder), **options)

@@ -17,17 +17,19 @@ import torch
 
 from etude.core.config import Config
 from etude.core.environment import revision
+from etude.metrics.alignment import Scorer
 from etude.metrics.estimates import Estimate
 from etude.metrics.extractors import Extractor, preprocessing
-from etude.metrics.figures import measure
+from etude.metrics.figures import mean_of_scores, measure
 from etude.metrics.intervals import Interval, IntervalConfig
 from etude.metrics.registry import Metric, Pair
 from etude.metrics.store import FeatureSet, FeatureStore
 
 from ..extract import feature_key
+from ..picture_set import PictureSet
 from ..results import Row
-from ..sets import PictureSet
 from .candidates import Candidate
+from .drawing import DrawnPictures
 
 Found = tuple[Row, Estimate, dict[str, Any]]
 FEWEST = 10  # pictures of a group on either side, below which it has no figures
@@ -137,34 +139,93 @@ def measured(
         one, other = (_rows(side, group) if side is not None else None for side in (real, drawn))
         if group and min(len(side) for side in (one, other) if side is not None) < FEWEST:
             continue
-        protocol = _protocol(wanted, sides, features.stated(wanted.features), group, one, other)
-        fingerprint = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-        begun = replace(
-            row,
-            group=group,
-            features=wanted.features,
-            level=config.level,
-            n_real=len(one) if one is not None else 0,
-            n_generated=len(other),
-            protocol=fingerprint[:16],
-        )
+        about = {
+            "metric": wanted.metric.name,
+            "options": wanted.options.model_dump(mode="json"),
+            "features": features.stated(wanted.features),
+        }
+        protocol = _protocol(about, sides, group, one, other)
+        begun = _begun(row, protocol, wanted.features, config)
         if known(begun):
             continue
+        labels = _labels(other)
         pair = Pair(
             one.features if one is not None else other.features[:0],
             other.features,
             wanted.features,
             wanted.options,
             _labels(one),
-            _labels(other),
+            labels,
+            _prompts(sides, drawn, group) if labels is None else None,
         )
         yield [
-            (_filled(begun, name, wanted.metric, estimate.interval(config)), estimate, protocol)
+            (
+                _filled(begun, name, wanted.metric.better_of(name), estimate.interval(config)),
+                estimate,
+                protocol,
+            )
             for name, estimate in measure(pair, wanted.metric, config, seed).items()
         ]
 
 
-def _filled(row: Row, name: str, metric: Metric, found: Interval) -> Row:
+def scored(
+    scorer: Scorer,
+    sides: Sides,
+    scores: FeatureSet,
+    row: Row,
+    config: IntervalConfig,
+    *,
+    by_group: bool,
+    seed: int,
+    known: Callable[[Row], bool],
+) -> Iterator[list[Found]]:
+    """As `measured`, of a scorer's figures; `scores` (M, figures) as scoring.py keeps them."""
+    features = "" if scorer.needs == "picture" else scorer.needs
+    for group in ["", *(_groups(None, scores) if by_group else ())]:
+        here = _rows(scores, group)
+        if group and len(here) < FEWEST:
+            continue
+        about = {
+            "metric": scorer.name,
+            "options": scorer.options.model_dump(mode="json"),
+            "version": scorer.version,
+            "weights_sha256": scorer.weights_sha256,
+        }
+        protocol = _protocol(about, sides, group, None, here)
+        begun = _begun(row, protocol, features, config)
+        if known(begun):
+            continue
+        prompts = _prompts(sides, scores, group)
+        yield [
+            (
+                _filled(begun, name, scorer.better, estimate.interval(config)),
+                estimate,
+                protocol,
+            )
+            for name, column in zip(scorer.figures, here.features.T, strict=True)
+            for estimate in [
+                mean_of_scores(
+                    name, column, config, prompts=prompts, at_least=scorer.at_least, seed=seed
+                )
+            ]
+        ]
+
+
+def _begun(row: Row, protocol: dict[str, Any], features: str, config: IntervalConfig) -> Row:
+    """A row with everything but its figure."""
+    fingerprint = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+    return replace(
+        row,
+        group=protocol["group"],
+        features=features,
+        level=config.level,
+        n_real=protocol["n_real"],
+        n_generated=protocol["n_generated"],
+        protocol=fingerprint[:16],
+    )
+
+
+def _filled(row: Row, name: str, better: str, found: Interval) -> Row:
     return replace(
         row,
         metric=name,
@@ -172,8 +233,20 @@ def _filled(row: Row, name: str, metric: Metric, found: Interval) -> Row:
         low=found.low,
         high=found.high,
         standard_error=found.standard_error,
-        better=metric.better_of(name),
+        better=better,
     )
+
+
+def _prompts(sides: Sides, drawn: FeatureSet, group: str) -> torch.Tensor | None:
+    """The prompt of each picture of a group, where some prompt has several pictures."""
+    if not isinstance(sides.drawn, DrawnPictures):
+        return None
+    ids = [prompt.id for prompt in sides.drawn.asked(0, len(drawn))]
+    kept = [i for i, one in zip(ids, drawn.groups, strict=True) if group in ("", one)]
+    places = {one: place for place, one in enumerate(dict.fromkeys(kept))}
+    if len(places) == len(kept):
+        return None
+    return torch.tensor([places[one] for one in kept])
 
 
 def _groups(real: FeatureSet | None, drawn: FeatureSet) -> list[str]:
@@ -196,18 +269,14 @@ def _labels(side: FeatureSet | None) -> torch.Tensor | None:
 
 
 def _protocol(
-    wanted: Wanted,
+    about: dict[str, Any],
     sides: Sides,
-    features: dict[str, Any],
     group: str,
     real: FeatureSet | None,
     drawn: FeatureSet,
 ) -> dict[str, Any]:
     stated = sides.drawn.protocol
-    return {
-        "metric": wanted.metric.name,
-        "options": wanted.options.model_dump(mode="json"),
-        "features": features,
+    return about | {
         "data_set": sides.data_set,
         "reference": sides.real.fingerprint if real is not None else "",
         "real_pictures": dict(sides.real.protocol) if real is not None else {},

@@ -11,11 +11,12 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
 from etude.core.recipe import Recipe
+from etude.metrics.alignment import SCORERS
 from etude.metrics.intervals import IntervalConfig
 from etude.metrics.registry import Metric, NoOptions, open_metric
 
@@ -49,7 +50,7 @@ class DataSetConfig(Config):
     folder: str = option("", "where its files lie")
     real: int = option(0, "real pictures taken, the first ones; 0: all", unit="images", ge=0)
     prompts: int = option(0, "prompts taken, the first ones; 0: all", ge=0)
-    options: dict[str, Any] = option({}, "of the data set, such as {balanced: true}")
+    options: dict[str, Any] = option({}, "of the data set, such as {year: 2017}")
 
 
 class FeaturesConfig(Config):
@@ -92,7 +93,6 @@ class PlanRecipe(Recipe):
     )
     metrics: tuple[str | MetricConfig, ...] = option(..., "what is measured", min_length=1)
     extractors: dict[str, FeaturesConfig] = option({}, "by name; inception, clip, ...")
-    scorers: dict[str, FeaturesConfig] = option({}, "models that judge a picture by its prompt")
     samples: int = option(1000, "pictures of each candidate and data set", unit="images", ge=2)
     image_size: int = option(
         0, "side that real pictures are brought to; 0: as stored", unit="pixels", ge=0
@@ -138,22 +138,36 @@ class PlanRecipe(Recipe):
         return self
 
 
+def asked_metrics(recipe: PlanRecipe) -> list[MetricConfig]:
+    """The plan's metrics in their order, each with its options."""
+    return [MetricConfig(metric=m) if isinstance(m, str) else m for m in recipe.metrics]
+
+
+def is_scorer(asked: MetricConfig) -> bool:
+    """Whether a metric scores each picture by its prompt, rather than sets of features."""
+    return asked.metric.partition("@")[0] in SCORERS.names()
+
+
 def opened_metrics(recipe: PlanRecipe) -> list[tuple[Metric, str, Config]]:
-    """(metric, features, options) of the plan's marginal metrics, in its order.
+    """(metric, features, options) of the plan's metrics of sets, in its order.
 
     Raises:
-        UserError: an option that a metric does not have, or a metric that is there twice.
+        UserError: there is no such metric, or an option that it does not have.
     """
     found = []
-    for given in recipe.metrics:
-        asked = MetricConfig(metric=given) if isinstance(given, str) else given
-        metric, features = open_metric(asked.metric)
+    for asked in asked_metrics(recipe):
+        if is_scorer(asked):
+            continue
+        try:
+            metric, features = open_metric(asked.metric)
+        except UserError as error:
+            raise UserError(f"{error}; or one of {', '.join(SCORERS.names())}") from None
         if asked.options and metric.options is NoOptions:
             raise UserError(f"metrics: {metric.name} has no options; leave them out")
         try:
             options = metric.options(**asked.options)
-        except ValueError as error:
-            first = error.errors()[0] if hasattr(error, "errors") else {"msg": error, "loc": ()}
+        except ValidationError as error:
+            first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"metrics: {metric.name} {where}: {first['msg']}") from None
         found.append((metric, features, options))

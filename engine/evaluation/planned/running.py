@@ -21,7 +21,8 @@ from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.registry import load_file
 from etude.core.run import Run
-from etude.metrics.extractors import Extractor
+from etude.metrics.alignment import SCORERS, Scorer, open_scorer
+from etude.metrics.extractors import Extractor, taps_by_kind
 from etude.metrics.store import FeatureStore
 
 from ..datasets import DataSet, Prompts, open_data_set
@@ -33,8 +34,16 @@ from ..table import ResultsTable
 from .candidates import Candidate, candidates
 from .drawing import DrawnPictures, class_prompts
 from .folders import PromptedFolder
-from .measuring import Features, Sides, Wanted, measured, template
-from .recipe import DataSetConfig, FeaturesConfig, PlanRecipe, opened_metrics
+from .measuring import Features, Found, Sides, Wanted, measured, scored, template
+from .recipe import (
+    DataSetConfig,
+    FeaturesConfig,
+    PlanRecipe,
+    asked_metrics,
+    is_scorer,
+    opened_metrics,
+)
+from .scoring import score_set, scores_key
 from .screening import promoted
 
 LOOK_S = 30  # between two looks at the checkpoints of models that are being trained
@@ -78,6 +87,7 @@ class Plan:
         self.device = _device(recipe, world)
         self.wanted = [Wanted(*found) for found in opened_metrics(recipe)]
         self.extractors = list(open_extractors(recipe, self.wanted, self.device))
+        self.scorers = open_scorers(recipe, self.extractors, self.device)
         self.store = FeatureStore(recipe.store)
         self.table = ResultsTable(recipe.table or run.folder / "results")
         self.pictures = run.folder / "pictures"
@@ -234,6 +244,8 @@ class Plan:
         for number, wanted in enumerate(self.wanted):
             if number % size == rank:
                 self._measure(wanted, sides, row, selected)
+        for scorer in self.scorers:
+            self._score(scorer, sides, row, by_group=not selected)
         if self.world is not None:
             barrier(self.world, "the figures", FOREVER_S)
         self.features.forget(drawn)
@@ -265,10 +277,61 @@ class Plan:
             seed=self.recipe.seed,
             known=self.table.is_complete,
         )
+        self._add(found)
+
+    def _add(self, found: Iterator[list[Found]]) -> None:
         for figures in found:
             for figure, estimate, protocol in figures:
                 self.table.add(figure, estimate, protocol)
             self.table.complete(figures[0][0])
+
+    def _score(self, scorer: Scorer, sides: Sides, row: Row, by_group: bool) -> None:
+        """A scorer's figures: every process scores, rank 0 writes."""
+        features = None
+        if scorer.needs != "picture":
+            features = self.features.of(sides.drawn, scorer.needs).features
+        score_set(
+            sides.drawn,
+            scorer,
+            self.store,
+            features,
+            batch_size=self.recipe.batch_size,
+            log=self.log,
+            world=self.world,
+        )
+        if not self._leads:
+            return
+        found = scored(
+            scorer,
+            sides,
+            self.store.load(scores_key(sides.drawn, scorer)),
+            row,
+            self.recipe.interval,
+            by_group=by_group and self.recipe.by_group,
+            seed=self.recipe.seed,
+            known=self.table.is_complete,
+        )
+        self._add(found)
+
+
+def open_scorers(
+    recipe: PlanRecipe, extractors: Sequence[Extractor], device: torch.device | str
+) -> list[Scorer]:
+    """The scorers among the plan's metrics; those that need features share the extractor's."""
+    by_name = {name: one for one in extractors for name in one.dims}
+    opened = []
+    for asked in asked_metrics(recipe):
+        if is_scorer(asked):
+            needs = SCORERS.get(asked.metric).needs
+            opened.append(
+                open_scorer(
+                    asked.metric,
+                    extractor=by_name.get(needs),
+                    device=device,
+                    options=asked.options,
+                )
+            )
+    return opened
 
 
 def open_extractors(
@@ -279,10 +342,11 @@ def open_extractors(
     Raises:
         UserError: the plan configures one that no metric uses, or weights are missing.
     """
-    taps: dict[str, list[str]] = {}
-    for one in wanted:
-        kind, _, tap = one.features.partition("/")
-        taps.setdefault(kind, []).append(tap)
+    needed = [one.features for one in wanted]
+    needed += [
+        SCORERS.get(asked.metric).needs for asked in asked_metrics(recipe) if is_scorer(asked)
+    ]
+    taps = taps_by_kind(name for name in needed if name != "picture")
     idle = sorted(set(recipe.extractors) - set(taps))
     if idle:
         raise UserError(

@@ -6,6 +6,7 @@ the picture size) beside `classifier.safetensors`. Distances of its features are
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from etude.core.errors import UserError
 from etude.core.files import write_bytes_atomic, write_json_atomic
 from etude.models.classifier import Classifier, ClassifierConfig
 
-from . import resize_antialiased, to_channels
+from .base import Backbone, extractor, resize_antialiased
 
 CONFIG, WEIGHTS = "classifier.json", "classifier.safetensors"
 
@@ -36,20 +37,25 @@ def save_classifier(folder: Path, model: Classifier, image_size: int, classes: l
     write_json_atomic(folder / CONFIG, about)
 
 
-class ClassifierExtractor:
+@extractor("classifier")
+class ClassifierBackbone(Backbone):
     """Penultimate features of a classifier saved by `save_classifier`.
 
     Args:
-        folder: the classifier's folder, or the run that trained it (then its `judge/`).
+        weights: the classifier's folder, or the run that trained it (then its `judge/`).
+
+    Attributes:
+        model: the classifier.
+        classes: names of its classes.
     """
 
-    name = "classifier"
-    version = "1"
+    version = "2"  # 1 did not round the luma of colour pictures
     resize = "bilinear, antialiased"
 
-    def __init__(self, folder: Path) -> None:
-        inside = folder / "judge"
-        folder = inside if not (folder / CONFIG).exists() and inside.is_dir() else folder
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        inside = weights / "judge"
+        folder = inside if not (weights / CONFIG).exists() and inside.is_dir() else weights
         try:
             about = json.loads((folder / CONFIG).read_text())
             data = (folder / WEIGHTS).read_bytes()
@@ -67,24 +73,21 @@ class ClassifierExtractor:
         self.weights_sha256 = hashlib.sha256(data).hexdigest()
         if self.weights_sha256 != about.get("weights_sha256"):
             raise UserError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with")
-        self.model.requires_grad_(False).eval()
         self.input_size, self.channels = int(about["image_size"]), config.in_channels
         self.classes: list[str] = list(about["classes"])
-        self.dim = config.channels[-1]
+        self.taps = {"features": config.channels[-1]}
 
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, dim) float32 of images (B, H, W, C) uint8."""
-        x = resize_antialiased(to_channels(images, self.channels), self.input_size)
-        return self.model.features(x / 127.5 - 1.0)
+    def prepare(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Pictures (B, channels, input_size, input_size) in [-1, 1]."""
+        x = resize_antialiased(images.permute(0, 3, 1, 2).float(), self.input_size)
+        return (x / 127.5 - 1.0).to(dtype)
+
+    def forward(self, x: torch.Tensor, taps: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Penultimate features (B, length)."""
+        return {"features": self.model.features(x)}
 
     @torch.no_grad()
     def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """Labels (B,) int64 of features (B, dim)."""
+        """Labels (B,) int64 of features (B, length)."""
         weight = self.model.head.weight
         return self.model.head(features.to(weight)).argmax(1).to("cpu")
-
-    def to(self, device: torch.device | str) -> "ClassifierExtractor":
-        """Move the network; returns itself."""
-        self.model.to(device)
-        return self

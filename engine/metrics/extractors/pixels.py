@@ -1,11 +1,16 @@
 """Pixels as features, for distances to the nearest training picture; no network, no weights."""
 
+from collections.abc import Sequence
+
 import torch
 
-from . import resize_antialiased, to_channels
+from etude.core.errors import UserError
+
+from .base import Backbone, extractor, resize_antialiased
 
 
-class PixelExtractor:
+@extractor("pixels")
+class Pixels(Backbone):
     """Grey or colour pixels in [0, 1], flattened; the Euclidean distance is then the usual one.
 
     Args:
@@ -13,20 +18,22 @@ class PixelExtractor:
         channels: 1 or 3.
     """
 
-    name = "pixels"
-    version = "1"
-    weights_sha256 = ""
+    version = "2"  # 1 did not round the luma of colour pictures
     resize = "bilinear, antialiased"
+    needs_weights = False
 
-    def __init__(self, input_size: int, channels: int = 1) -> None:
+    def __init__(self, weights: None, input_size: int = 0, channels: int = 1) -> None:
+        super().__init__()
+        if input_size < 1 or channels not in (1, 3):
+            raise UserError("pixels need input_size=PIXELS of at least 1, and 1 or 3 channels")
         self.input_size, self.channels = input_size, channels
-        self.dim = channels * input_size**2
+        self.taps = {"pixels": channels * input_size**2}
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, dim) float32 in [0, 1] of images (B, H, W, C) uint8."""
-        x = resize_antialiased(to_channels(images, self.channels), self.input_size)
-        return (x / 255.0).flatten(1)
+    def prepare(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Pixels (B, channels, input_size, input_size) in [0, 1]."""
+        x = resize_antialiased(images.permute(0, 3, 1, 2).float(), self.input_size)
+        return (x / 255.0).to(dtype)
 
-    def to(self, device: torch.device | str) -> "PixelExtractor":
-        """Nothing to move."""
-        return self
+    def forward(self, x: torch.Tensor, taps: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Pixels (B, channels * input_size^2), channel after channel."""
+        return {"pixels": x.flatten(1)}

@@ -1,0 +1,304 @@
+"""Ranking robustness: does the order of models hold under every figure, data set and n?
+
+A column is one figure on one data set at one number of pictures. Statements about orders come from
+pairs that tests decide (joint.py), so they hold all at once with the stated probability; shares of
+joint draws say how likely each rank and each inversion is.
+"""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from etude.core.errors import UserError
+
+from ..results import Results
+from . import Choice, Finding, Plot, Table, drawing, exercise
+from .joint import kendall_tau, rank_bounds, rank_distribution, ranks, tau_bounds
+from .orders import Column, compared, decided_orders, order_of_pairs
+from .rows import all_of, choose, joined, selected_table
+
+MOST_COLUMNS = 12  # that the drawings show; the tables have all
+
+
+@exercise(
+    "ranking",
+    about="Does the order of models hold under every figure, data set and number of pictures?",
+)
+def run(results: Results, options: Choice) -> Finding:
+    """Rankings, Kendall's tau between them, and the order of every pair of models.
+
+    Raises:
+        UserError: fewer than two models have every column, there are fewer than two columns, or
+            rows of a column do not compare.
+    """
+    chosen = choose(results, options)
+    notes = list(chosen.notes)
+    names, columns = compared(chosen, options.level, notes)
+    if len(columns) < 2:
+        raise UserError(
+            "ranking compares two figures, data sets or numbers of pictures at least and has "
+            f"{len(columns)}; leave out some of metrics, data_sets and n_generated"
+        )
+    pairs = order_of_pairs(names, columns, options.level)
+    taus = _taus(columns)
+    distribution = _ranks(names, columns)
+    tables = {
+        "ranks": _rank_table(names, columns, distribution),
+        "orders": _order_table(pairs, columns),
+        "kendall": _tau_table(taus),
+    }
+    if chosen.selected:
+        tables["selected"] = selected_table(chosen)
+    plots = {
+        "heat": _heat(names, columns),
+        "rank-intervals": _intervals(names, columns, distribution),
+    }
+    data = {
+        "models": names,
+        "columns": [column.name for column in columns],
+        "kendall": taus,
+        "pairs": pairs,
+        "ranks": distribution,
+    }
+    title = f"Rankings of {len(names)} models under {len(columns)} columns"
+    sentences = _sentences(pairs, taus, columns, options.level)
+    return Finding("ranking", title, (*sentences, *notes), data, tables, plots)
+
+
+def _taus(columns: list[Column]) -> list[dict[str, Any]]:
+    found = []
+    for one, two in combinations(columns, 2):
+        low, high = tau_bounds(one.decided, two.decided)
+        known = one.known and two.known
+        tau = kendall_tau(one.joint.values, two.joint.values)
+        found.append(
+            {
+                "columns": [one.name, two.name],
+                "tau": tau,
+                "low": low if known else None,
+                "high": high if known else None,
+            }
+        )
+    return found
+
+
+def _ranks(names: list[str], columns: list[Column]) -> list[dict[str, Any]]:
+    """Per model and column: value, rank, the ranks left open, and each rank's probability."""
+    found = []
+    for column in columns:
+        rank = ranks(column.joint.values)
+        bounds = rank_bounds(column.decided)
+        chances = rank_distribution(column.joint)
+        for place, name in enumerate(names):
+            found.append(
+                {
+                    "model": name,
+                    "column": column.name,
+                    "value": column.rows[place].value,
+                    "rank": int(rank[place]),
+                    "low": bounds[place][0] if column.known else None,
+                    "high": bounds[place][1] if column.known else None,
+                    "probabilities": chances[place].tolist() if column.known else None,
+                }
+            )
+    return found
+
+
+def _sentences(
+    pairs: list[dict], taus: list[dict], columns: list[Column], level: float
+) -> list[str]:
+    robust = decided_orders(pairs, list(range(len(columns))))
+    reversed_pairs = [p for p in pairs if p["verdict"] == "reversed"]
+    sentences = []
+    if not any(column.known for column in columns):
+        held = sum(p["same_by_value"] for p in pairs)
+        sentences.append(
+            f"{held} of {len(pairs)} pairs of models have the same order in {all_of(len(columns))} "
+            "columns by their values; the table has no intervals to say whether that is chance."
+        )
+    else:
+        where = f"in {all_of(len(columns))} columns at once (probability {level:g})"
+        some = joined(robust) if robust else "no order of two models"
+        sentences.append(f"Decided {where}: {some}.")
+        sentences += _within(pairs, columns)
+    for pair in reversed_pairs[:6]:
+        first = [c.name for c, s in zip(columns, pair["decided"], strict=True) if s > 0]
+        second = [c.name for c, s in zip(columns, pair["decided"], strict=True) if s < 0]
+        sentences.append(
+            f"The order reverses: {pair['a']} is better by {joined(first)}, {pair['b']} by "
+            f"{joined(second)}."
+        )
+    if len(reversed_pairs) > 6:
+        sentences.append(f"{len(reversed_pairs) - 6} more pairs reverse; see the table of orders.")
+    still = sum(p["verdict"] == "open" for p in pairs)
+    if still and any(column.known for column in columns):
+        sentences.append(f"{still} of {len(pairs)} pairs of models are open.")
+    numbers = [t for t in taus if np.isfinite(t["tau"])]
+    for words, tau in (
+        ("agree least", min(numbers, key=lambda t: t["tau"], default=None)),
+        ("agree most", max(numbers, key=lambda t: t["tau"], default=None)),
+    ):
+        if tau and (len(numbers) > 1 or words == "agree least"):
+            span = "" if tau["low"] is None else f" [{tau['low']:.2f}, {tau['high']:.2f}]"
+            words = words if len(numbers) > 1 else "have a Kendall tau"
+            joint_words = ": Kendall's tau " if len(numbers) > 1 else " of "
+            sentences.append(
+                f"{joined(tau['columns'])} {words}{joint_words}{tau['tau']:.2f}{span}."
+            )
+    return sentences
+
+
+def _within(pairs: list[dict], columns: list[Column]) -> list[str]:
+    """What is decided under one figure on every data set, and on one data set by every figure."""
+    found = []
+    for word, key in (("By", lambda c: c.figure.name), ("On", lambda c: c.data_set)):
+        names = list(dict.fromkeys(key(column) for column in columns))
+        for name in names:
+            which = [k for k, column in enumerate(columns) if key(column) == name]
+            orders = decided_orders(pairs, which)
+            if 1 < len(which) < len(columns) and (orders or word == "By"):
+                text = joined(orders) if orders else "no order of two models"
+                found.append(f"{word} {name}, decided in {all_of(len(which))} columns: {text}.")
+    return found
+
+
+def _rank_table(names: list[str], columns: list[Column], found: list[dict]) -> Table:
+    rows = []
+    for entry in found:
+        chances = entry["probabilities"] or [None] * len(names)
+        rows.append(
+            (
+                entry["column"],
+                entry["model"],
+                entry["value"],
+                *(entry[key] for key in ("rank", "low", "high")),
+                *chances,
+            )
+        )
+    heads = [f"P(rank {rank})" for rank in range(1, len(names) + 1)]
+    return Table(
+        "Ranks",
+        ("column", "model", "value", "rank", "best rank", "worst rank", *heads),
+        tuple(rows),
+        "Best and worst rank: what the decided pairs leave open, for all models and columns at "
+        "once. Probabilities are shares of joint draws.",
+    )
+
+
+def _order_table(pairs: list[dict], columns: list[Column]) -> Table:
+    words = {"open": "open", "reversed": "reversed"}
+    rows = [
+        (
+            p["a"],
+            p["b"],
+            words.get(p["verdict"]) or f"{p[p['verdict']]} everywhere",
+            p["inversion"],
+            *p["a_better"],
+        )
+        for p in pairs
+    ]
+    return Table(
+        "Order of every pair",
+        ("a", "b", "decided", "P(inversion)", *(f"P(a better), {c.name}" for c in columns)),
+        tuple(rows),
+        "P(inversion): that the order is not the same in every column. Close models have a high "
+        "one because nothing is known of their order.",
+    )
+
+
+def _tau_table(taus: list[dict]) -> Table:
+    rows = tuple((*t["columns"], t["tau"], t["low"], t["high"]) for t in taus)
+    return Table(
+        "Kendall's tau-b between columns",
+        ("column", "other column", "tau", "low", "high"),
+        rows,
+        "1: the same order, -1: the opposite one. The interval holds every order that the decided "
+        "pairs leave open.",
+    )
+
+
+def _heat(names: list[str], columns: list[Column]) -> Plot:
+    """Values in cells, darker for better ranks; models sorted by their mean rank."""
+    from matplotlib.patches import Rectangle
+
+    shown = columns[:MOST_COLUMNS]
+    table = np.stack([ranks(column.joint.values) for column in shown], axis=1)
+    order = np.argsort(table.mean(1), kind="stable")
+    title = "Values and ranks of every model in every column"
+    width, height = 2.2 + 1.15 * len(shown), 1.3 + 0.34 * len(names)
+    with drawing.panels(1, width=width, height=height) as (figure, axes):
+        panel = axes[0, 0]
+        for y, model in enumerate(order):
+            for x, column in enumerate(shown):
+                rank = int(table[model, x])
+                shade = drawing.HEAT[round(6 * (rank - 1) / max(len(names) - 1, 1))]
+                panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=shade))
+                text = f"{drawing.short(column.rows[model].value)}  ({rank})"
+                panel.text(x, y, text, ha="center", va="center", fontsize=8)
+        drawing.name_rows(panel, [names[model] for model in order])
+        panel.grid(False)
+        panel.set_xlim(-0.5, len(shown) - 0.5)
+        heads = [c.name.replace(" on ", "\non ").replace(", ", "\n") for c in shown]
+        arrows = [
+            f"{head}\n{c.figure.better} is better" for head, c in zip(heads, shown, strict=True)
+        ]
+        panel.set_xticks(range(len(shown)), arrows, fontsize=7)
+        panel.xaxis.tick_top()
+        panel.tick_params(axis="x", length=0, labelcolor=drawing.INK)
+        for side in panel.spines.values():
+            side.set_visible(False)
+        best = [f"{c.name}: {names[int(np.argmax(c.joint.values))]}" for c in shown]
+        alt = f"{title}. First in {'; '.join(best)}."
+        svg = drawing.finish(figure, "heat", title, alt)
+    note = "In brackets: the rank in its column, 1 for the best. Sorted by the mean rank."
+    if len(columns) > len(shown):
+        note += f" The first {len(shown)} of {len(columns)} columns; the table has all."
+    return Plot(title, svg, alt, note)
+
+
+def _intervals(names: list[str], columns: list[Column], found: list[dict]) -> Plot:
+    """A panel a column: each model's rank, the ranks left open, and their probabilities."""
+    shown = columns[:MOST_COLUMNS]
+    across = min(len(shown), 4)
+    down = -(-len(shown) // across)
+    title = "Ranks and the ranks that are left open"
+    height = 0.9 + 0.26 * len(names)
+    order = np.argsort(np.mean([ranks(c.joint.values) for c in shown], axis=0), kind="stable")
+    with drawing.panels(across, down, width=2.6, height=height, sharex=True, sharey=True) as (
+        figure,
+        axes,
+    ):
+        for place, panel in enumerate(axes.flat):
+            if place >= len(shown):
+                panel.set_visible(False)
+                continue
+            own = [e for e in found if e["column"] == shown[place].name]
+            _rank_panel(panel, [own[k] for k in order])
+            panel.set_title(drawing.cut(shown[place].name))
+            drawing.name_rows(panel, [names[k] for k in order])
+            panel.set_xlim(0.5, len(names) + 0.5)
+            panel.set_xticks(range(1, len(names) + 1) if len(names) <= 10 else [1, len(names)])
+            panel.set_xlabel("rank (1 is best)")
+        alt = f"{title}. " + "; ".join(
+            f"{e['model']} in {e['column']}: {e['rank']}"
+            + (f", {e['low']} to {e['high']}" if e["low"] else "")
+            for e in found[:24]
+        )
+        svg = drawing.finish(figure, "rank-intervals", title, alt)
+    note = "Points: ranks by value. Bars: ranks that the decided pairs leave open."
+    note += " Larger squares: more probable ranks, by joint draws."
+    return Plot(title, svg, alt, note)
+
+
+def _rank_panel(axes: Any, entries: list[dict]) -> None:
+    for y, entry in enumerate(entries):
+        for rank, chance in enumerate(entry["probabilities"] or [], start=1):
+            axes.scatter(
+                rank, y, s=90 * chance, marker="s", color=drawing.SERIES[0], alpha=0.35, zorder=1
+            )
+        if entry["low"] is not None:
+            ends = [entry["low"], entry["high"]]
+            axes.plot(ends, [y, y], color=drawing.SERIES[0], linewidth=1.4, zorder=2)
+            axes.plot(ends, [y, y], "|", color=drawing.SERIES[0], markersize=7, zorder=2)
+        axes.plot(entry["rank"], y, "o", color=drawing.INK, markersize=3.5, zorder=3)

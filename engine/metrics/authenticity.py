@@ -1,0 +1,56 @@
+"""AuthPct: the share of generated pictures that are no near copies; called by evaluation/.
+
+For the training picture x that is nearest to a generated picture y (Alaa et al. 2022, section 3.3):
+
+    y is authentic where |y - x| > |x - x'|, x' the nearest other training picture of x
+    AuthPct = 100 times the share of authentic y
+
+Higher is better. With pictures of another set than the generator was trained on it says nothing of
+copying. Neighbours that subsets need are listed as in prdc.py.
+"""
+
+import numpy as np
+import torch
+
+from etude.kernels import nearest_neighbours
+
+from .prdc import Neighbours, enough, own_neighbours
+from .registry import Pair, Values, metric
+
+
+def authentic(generated: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    """Which generated pictures (M, D) are no near copies of training pictures (N, D), (M,) bool."""
+    across, own = _listed(generated, train, 1.0)
+    return across.distance[:, 0] > own.distance[across.row[:, 0], 0]
+
+
+@metric("authenticity", features="inception", better="higher", kind="local", at_least=0.0)
+def authenticity(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
+    """AuthPct of R pairs of subsets of training and generated pictures, in percent."""
+    across, own = _listed(pair.generated, pair.real, share)
+    found = []
+    for kept_x, kept_y in zip(real.to(own.row.device), generated.to(own.row.device), strict=True):
+        nearest, radius = _first(across, kept_x), own.radius(kept_x, 1)
+        far = across.distance.gather(1, nearest[:, None])[:, 0]
+        train = across.row.gather(1, nearest[:, None])[:, 0]
+        found.append(100.0 * float((far > radius[train])[kept_y].double().mean()))
+    return {"AuthPct": np.array(found)}
+
+
+def _listed(
+    generated: torch.Tensor, train: torch.Tensor, share: float
+) -> tuple[Neighbours, Neighbours]:
+    """Training neighbours of every generated and of every training picture."""
+    if len(train) < 2:
+        raise ValueError(f"authenticity needs at least 2 training pictures, got {len(train)}")
+    listed = enough(1, share, len(train))
+    return (
+        Neighbours(*nearest_neighbours(generated, train, k=listed)),
+        own_neighbours(train, listed),
+    )
+
+
+def _first(listed: Neighbours, kept: torch.Tensor) -> torch.Tensor:
+    """Position of the first kept neighbour of every row; the last where none is kept."""
+    none_yet = kept[listed.row].cumsum(1) == 0
+    return none_yet.sum(1).clamp_max(listed.row.shape[1] - 1)

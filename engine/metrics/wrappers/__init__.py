@@ -1,0 +1,1 @@
+"""Our metrics in the shape that other libraries' users expect."""

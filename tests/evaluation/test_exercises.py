@@ -1,0 +1,353 @@
+"""The exercises on small tables with made-up figures: what they find, leave out and refuse."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from etude.core.errors import UserError
+from etude.evaluation.exercises import EXERCISES, answer
+from etude.evaluation.results import Results, Row
+
+BETTER = {"FID": "lower", "precision": "higher", "recall": "higher", "CLIPScore": "higher"}
+Z = stats.norm.ppf(0.975)
+
+
+def row(model: str, metric: str, value: float, error: float | None = None, **more: object) -> Row:
+    """A row on the data set "sets/a" with an interval of this standard error."""
+    about = {"data_set": "sets/a", "n_real": 1000, "n_generated": 1000, "protocol": "p"}
+    if error is not None:
+        about |= {"low": value - Z * error, "high": value + Z * error}
+    better = BETTER[metric.split("@")[0]]
+    return Row(model=model, metric=metric, value=value, better=better, **(about | more))
+
+
+def results(*rows: Row) -> Results:
+    return Results(tuple(rows))
+
+
+def said(finding: object) -> str:
+    return "\n".join(finding.sentences)
+
+
+def test_the_four_exercises_are_found_by_name() -> None:
+    assert {"trade-offs", "groups", "ranking", "prompt-types"} <= set(EXERCISES.names())
+
+
+# Trade-offs.
+
+
+def cloud(count: int, error: float | None = None, seed: int = 0) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        for metric in ("FID", "precision", "recall"):
+            value = float(rng.integers(0, 8))
+            rows.append(row(f"m{number}", metric, value, error))
+    return rows
+
+
+def test_fronts_of_every_pair_and_triple_are_those_of_the_definition() -> None:
+    rows = cloud(25)
+    values = {}
+    for one in rows:
+        sign = -1 if one.metric == "FID" else 1
+        values.setdefault(one.model, {})[one.metric] = sign * one.value
+    found = answer("trade-offs", results(*rows)).data["fronts"]["sets/a"]
+    assert [front["figures"] for front in found] == [
+        *map(list, combinations(("FID", "precision", "recall"), 2)),
+        ["FID", "precision", "recall"],
+    ]
+    for front in found:
+        points = [tuple(values[m][f] for f in front["figures"]) for m in front["subjects"]]
+        expected = [
+            not any(all(x >= y for x, y in zip(b, a, strict=True)) and a != b for b in points)
+            for a in points
+        ]
+        assert front["on_front"] == expected
+        assert front["front_probability"] is None  # the table has no intervals
+
+
+def test_the_probability_to_be_on_the_front_is_analytic_for_two_models() -> None:
+    table = results(
+        row("a", "FID", 20.0, 0.5),
+        row("a", "recall", 0.60, 0.02),
+        row("b", "FID", 20.6, 0.4),
+        row("b", "recall", 0.61, 0.02),
+    )
+    (front,) = answer("trade-offs", table).data["fronts"]["sets/a"]
+    a_lower = stats.norm.cdf(0.6 / math.hypot(0.5, 0.4))
+    b_higher = stats.norm.cdf(0.01 / math.hypot(0.02, 0.02))
+    dominated = (1 - a_lower) * b_higher, a_lower * (1 - b_higher)
+    expected = [1 - dominated[0], 1 - dominated[1]]
+    assert front["front_probability"] == pytest.approx(expected, abs=0.035)
+    assert front["dominance"][0][1] == pytest.approx(dominated[1], abs=0.035)
+
+
+def test_a_selected_figure_and_one_that_is_no_number_are_beside_and_left_out() -> None:
+    rows = cloud(6)
+    rows[0] = row("m0", "FID", math.nan)  # the first: positions behind it must not shift
+    best = [row("winner", m, v, selected=True) for m, v in (("FID", -9.0), ("recall", 99.0))]
+    options = {"metrics": ["FID", "recall"]}
+    without = answer("trade-offs", results(*rows), options)
+    found = answer("trade-offs", results(*best, *rows), options)
+    assert found.data == without.data
+    (front,) = found.data["fronts"]["sets/a"]
+    assert front["subjects"] == ["m1", "m2", "m3", "m4", "m5"]
+    values = {(one.model, one.metric): one.value for one in rows}
+    for name, on in zip(front["subjects"], front["on_front"], strict=True):
+        one = values[name, "FID"], values[name, "recall"]
+        others = [(values[m, "FID"], values[m, "recall"]) for m in front["subjects"]]
+        assert on == (not any(f <= one[0] and r >= one[1] and (f, r) != one for f, r in others))
+    assert "Left out: m0 on sets/a, whose FID is not a number." in found.sentences
+    assert "winner" in said(found) and "in no statement" in said(found)
+    assert [line[2:5] for line in found.tables["selected"].rows] == [
+        ("winner", "FID", -9.0),
+        ("winner", "recall", 99.0),
+    ]
+
+
+def test_settings_of_one_model_are_told_apart() -> None:
+    rows = []
+    for guidance, fid, recall in ((1.0, 30.0, 0.7), (2.0, 20.0, 0.6), (4.0, 25.0, 0.5)):
+        rows += [row("m", "FID", fid, 0.1, guidance=guidance)]
+        rows += [row("m", "recall", recall, 0.001, guidance=guidance)]
+    found = answer("trade-offs", results(*rows))
+    (front,) = found.data["fronts"]["sets/a"]
+    assert front["subjects"] == ["m (guidance 1)", "m (guidance 2)", "m (guidance 4)"]
+    assert front["on_front"] == [True, True, False]
+    assert "off it (probability 0.95 or more): m (guidance 4)" in said(found)
+    with pytest.raises(UserError, match="images_seen does not vary.*along=guidance"):
+        answer("trade-offs", results(*rows), {"along": "images_seen"})
+
+
+# What every exercise refuses.
+
+
+def test_figures_that_do_not_compare_are_refused_in_one_sentence() -> None:
+    rows = [row(m, f, v) for m, v in (("a", 1.0), ("b", 2.0)) for f in ("FID", "recall")]
+    other = [row("c", "FID", 3.0, n_generated=5000), row("c", "recall", 3.0)]
+    with pytest.raises(UserError, match=r"FID on sets/a .* a has 1,000 .* c 5,000 .*n_generated="):
+        answer("trade-offs", results(*rows, *other))
+    kept = answer("trade-offs", results(*rows, *other), {"n_generated": 1000})
+    assert kept.data["fronts"]["sets/a"][0]["subjects"] == ["a", "b"]
+    other = [row("c", "FID", 3.0, protocol="q"), row("c", "recall", 3.0)]
+    for name in ("trade-offs", "ranking"):
+        with pytest.raises(UserError, match="a has protocol p and c protocol q; evaluate both"):
+            answer(name, results(*rows, *other))
+    twice = row("a", "FID", 1.5)
+    with pytest.raises(UserError, match="two values of FID of a .*1 and 1.5"):
+        answer("trade-offs", results(*rows, twice))
+
+
+def test_what_the_table_lacks_is_named_with_what_it_has() -> None:
+    rows = [row(m, f, v) for m, v in (("a", 1.0), ("b", 2.0)) for f in ("FID", "recall")]
+    table = results(*rows)
+    for options, words in (
+        ({"metrics": ["KID"]}, "no figure 'KID' here; it has FID, recall"),
+        ({"models": ["z"]}, "no model 'z' here; it has a, b"),
+        ({"metrics": ["FID"]}, "takes two or three figures and has 1"),
+        ({"metric": ["FID"]}, "`metric` is not a field; did you mean `metrics`"),
+        ({"level": 2}, "`level` is 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            answer("trade-offs", table, options)
+    with pytest.raises(UserError, match="no exercise 'trade'; choose one of groups"):
+        answer("trade", table)
+    both = [row(m, "recall", v, features="dinov2") for m, v in (("a", 1.0), ("b", 2.0))]
+    with pytest.raises(UserError, match="write recall@ or recall@dinov2"):
+        answer("trade-offs", results(*rows, *both), {"metrics": ["FID", "recall"]})
+    found = answer("trade-offs", results(*rows, *both), {"metrics": ["FID", "recall@dinov2"]})
+    assert found.data["fronts"]["sets/a"][0]["figures"] == ["FID", "recall@dinov2"]
+
+
+# Groups.
+
+
+def by_group(values: dict[str, float], error: float | None, metric: str = "FID", **more) -> list:
+    return [row("m", metric, v, error, group=g, **more) for g, v in values.items()]
+
+
+@pytest.mark.parametrize("metric", ["FID", "recall"])
+def test_worst_group_gap_and_decisions_know_the_direction(metric: str) -> None:
+    values = {"north": 10.0, "south": 16.0, "east": 11.0, "west": 11.0}
+    found = answer("groups", results(*by_group(values, 0.3, metric)))
+    one = found.data["groups"]["sets/a"][metric]["models"]["m"]
+    worst, best = ("south", "north") if metric == "FID" else ("north", "south")
+    assert (one["worst"], one["best"], one["gap"]) == (worst, best, pytest.approx(6.0))
+    # Bonferroni over the six pairs: the largest lower end is that of north and south.
+    half = stats.norm.ppf(1 - 0.025 / 6) * 0.3 * 2**0.5
+    assert one["gap_low"] == pytest.approx(6.0 - half, abs=0.06)
+    assert one["gap_high"] == pytest.approx(6.0 + half, abs=0.06)
+    verdicts = {d["group"]: d["verdict"] for d in one["differences"]}
+    assert verdicts["south"] == ("worse" if metric == "FID" else "better")
+    assert verdicts["north"] == ("better" if metric == "FID" else "worse")
+    # A group less the mean of four: its error is sqrt(3 / 4) of a group's.
+    south = next(d for d in one["differences"] if d["group"] == "south")
+    half = stats.norm.ppf(1 - 0.025 / 4) * 0.3 * 0.75**0.5
+    assert south["difference"] == pytest.approx(4.0)
+    assert south["high"] - south["low"] == pytest.approx(2 * half, rel=0.06)
+    assert f"worst in {worst}" in said(found)
+
+
+def test_equal_groups_show_the_gap_of_the_studentized_range() -> None:
+    values = {f"g{k}": 5.0 + 0.05 * (k % 2) for k in range(6)}
+    found = answer("groups", results(*by_group(values, 0.2)))
+    one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
+    expected = 0.2 * stats.studentized_range.ppf(0.95, 6, np.inf)
+    assert one["chance_gap"] == pytest.approx(expected, rel=0.06)
+    chance = stats.studentized_range.sf(0.05 / 0.2, 6, np.inf)
+    assert one["p_equal"] == pytest.approx(chance, abs=0.03)
+    assert one["gap_low"] == 0.0 and "which equal groups can show too" in said(found)
+    # What equal groups show does not depend on how unequal these are.
+    values = {f"g{k}": 5.0 + 2.0 * k for k in range(6)}
+    found = answer("groups", results(*by_group(values, 0.2)))
+    one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
+    assert one["chance_gap"] == pytest.approx(expected, rel=0.06)
+    assert one["p_equal"] == pytest.approx(1 / 2001)
+
+
+def test_holm_decides_more_than_bonferroni_and_never_other_groups() -> None:
+    # z of the differences from the mean; Bonferroni asks for 2.39, Holm's second step for 2.24.
+    error = 1.0 / (2 / 3) ** 0.5
+    values = {"a": 2.62, "b": -2.32, "c": -0.3}
+    verdicts = {}
+    for correction in ("holm", "bonferroni"):
+        found = answer("groups", results(*by_group(values, error)), {"correction": correction})
+        one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
+        verdicts[correction] = {
+            d["group"] for d in one["differences"] if d["verdict"] != "not decided"
+        }
+    assert verdicts == {"holm": {"a", "b"}, "bonferroni": {"a"}}
+
+
+def test_groups_of_unequal_numbers_are_refused_unless_told() -> None:
+    rows = by_group({"north": 10.0, "south": 16.0}, 0.3)
+    rows += by_group({"east": 12.0}, 0.3, n_generated=500)
+    with pytest.raises(UserError, match=r"group north.* 1,000 .*group east.* 500 .*unequal_n=true"):
+        answer("groups", results(*rows))
+    found = answer("groups", results(*rows), {"unequal_n": True})
+    assert found.data["groups"]["sets/a"]["FID"]["groups"] == ["north", "south", "east"]
+    found = answer("groups", results(*rows), {"groups": ["north", "south"]})
+    assert found.data["groups"]["sets/a"]["FID"]["groups"] == ["north", "south"]
+    with pytest.raises(UserError, match="no figures of groups"):
+        answer("groups", results(row("m", "FID", 1.0)))
+
+
+def test_groups_without_intervals_are_about_values_alone() -> None:
+    found = answer("groups", results(*by_group({"north": 10.0, "south": 16.0}, None)))
+    one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
+    assert (one["gap"], one["gap_low"], one["p_equal"], one["differences"]) == (6.0, *[None] * 3)
+    assert "about the values alone" in said(found)
+
+
+# Ranking.
+
+
+def ladder(error: float | None) -> list[Row]:
+    """c, b, a under FID on two data sets; recall turns a and b around."""
+    rows = []
+    for place, model in enumerate("abc"):
+        for data_set in ("sets/a", "sets/b"):
+            rows.append(row(model, "FID", 30.0 - 2 * place, error, data_set=data_set))
+        rows.append(row(model, "recall", [0.6, 0.5, 0.9][place], error and error / 100))
+    return rows
+
+
+def test_ranking_says_what_holds_everywhere_and_what_reverses() -> None:
+    found = answer("ranking", results(*ladder(0.1)))
+    assert found.data["columns"] == ["FID on sets/a", "recall on sets/a", "FID on sets/b"]
+    verdicts = {(p["a"], p["b"]): p["verdict"] for p in found.data["pairs"]}
+    assert verdicts == {("a", "b"): "reversed", ("a", "c"): "b", ("b", "c"): "b"}
+    assert "Decided in all 3 columns at once (probability 0.95): c before a and c before b." in (
+        found.sentences
+    )
+    assert (
+        "The order reverses: a is better by recall on sets/a, b by FID on sets/a and FID on sets/b."
+        in found.sentences
+    )
+    for tau in found.data["kendall"]:
+        fid = [-30.0, -28.0, -26.0]
+        pair = [fid if "FID" in name else [0.6, 0.5, 0.9] for name in tau["columns"]]
+        assert tau["tau"] == pytest.approx(stats.kendalltau(*pair).statistic)
+        assert tau["low"] == tau["tau"] == tau["high"]  # every pair is decided
+    ranks = {
+        (e["model"], e["column"]): (e["low"], e["rank"], e["high"]) for e in found.data["ranks"]
+    }
+    assert ranks["c", "FID on sets/a"] == (1, 1, 1)
+    assert ranks["a", "recall on sets/a"] == (2, 2, 2)
+
+
+def test_the_probability_of_an_inversion_is_that_of_two_gaussian_columns() -> None:
+    table = results(
+        row("a", "FID", 20.0, 0.5),
+        row("b", "FID", 20.5, 0.5),
+        row("a", "recall", 0.60, 0.02),
+        row("b", "recall", 0.61, 0.02),
+    )
+    (pair,) = answer("ranking", table).data["pairs"]
+    first = stats.norm.cdf(0.5 / (0.5 * 2**0.5))
+    second = stats.norm.cdf(-0.01 / (0.02 * 2**0.5))
+    assert pair["a_better"] == pytest.approx([first, second], abs=0.035)
+    expected = first * (1 - second) + second * (1 - first)
+    assert pair["inversion"] == pytest.approx(expected, abs=0.035)
+    assert pair["verdict"] == "open"
+
+
+def test_numbers_of_pictures_are_columns_of_their_own() -> None:
+    rows = [row(m, "FID", v, 0.1) for m, v in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    rows += [row(m, "FID", v, 0.1, n_generated=50) for m, v in (("a", 9.0), ("b", 7.0))]
+    found = answer("ranking", results(*rows))
+    assert found.data["columns"] == ["FID, 50 pictures", "FID, 1,000 pictures"]
+    assert found.data["models"] == ["a", "b"] and found.data["pairs"][0]["verdict"] == "reversed"
+    assert "Left out: c, which has no FID, 50 pictures." in found.sentences
+
+
+def test_a_ranking_without_intervals_decides_nothing() -> None:
+    found = answer("ranking", results(*ladder(None)))
+    assert {p["verdict"] for p in found.data["pairs"]} == {"open"}
+    assert {p["inversion"] for p in found.data["pairs"]} == {None}
+    assert "2 of 3 pairs of models have the same order in all 3 columns" in said(found)
+    assert all(t["low"] is None for t in found.data["kendall"])
+
+
+# Prompt types.
+
+
+def test_prompt_types_tell_whether_the_order_changes() -> None:
+    rows = []
+    for data_set, values in (("captions", (20.0, 22.0, 25.0)), ("classes", (30.0, 28.0, 35.0))):
+        for model, value in zip("abc", values, strict=True):
+            rows.append(row(model, "FID", value, 0.1, data_set=data_set))
+            rows.append(row(model, "precision", 0.5, 0.1, data_set=data_set))
+    found = answer("prompt-types", results(*rows))
+    fid, precision = (found.data["figures"][name] for name in ("FID", "precision"))
+    assert {(p["a"], p["b"]): p["verdict"] for p in fid["pairs"]} == {
+        ("a", "b"): "reversed",
+        ("a", "c"): "a",
+        ("b", "c"): "a",
+    }
+    assert all(p["inversion"] == pytest.approx(0.5, abs=0.05) for p in precision["pairs"])
+    assert fid["kendall"][0]["tau"] == pytest.approx(
+        stats.kendalltau([20, 22, 25], [30, 28, 35]).statistic
+    )
+    assert "the order changes with the prompts: a is better on captions and b on classes" in (
+        said(found)
+    )
+    assert "open: 3 of 3 pairs" in said(found)
+
+
+def test_data_sets_of_unequal_numbers_are_refused_unless_told() -> None:
+    rows = [row(m, "FID", v, 0.1) for m, v in (("a", 1.0), ("b", 2.0))]
+    with pytest.raises(UserError, match="two data sets at least and has sets/a alone"):
+        answer("prompt-types", results(*rows))
+    rows += [
+        row(m, "FID", v, 0.1, data_set="sets/b", n_real=70) for m, v in (("a", 1.0), ("b", 2.0))
+    ]
+    with pytest.raises(UserError, match=r"1,000 real .* 70 real .*unequal_n=true"):
+        answer("prompt-types", results(*rows))
+    found = answer("prompt-types", results(*rows), {"unequal_n": True})
+    assert found.data["figures"]["FID"]["pairs"][0]["verdict"] == "a"
+    assert "do not compare between data sets" in said(found)

@@ -1,0 +1,160 @@
+"""The exercises' drawings as SVG: their colours, words and independence of anything outside."""
+
+import re
+import xml.etree.ElementTree as tree
+
+import numpy as np
+import pytest
+
+from etude.evaluation.exercises import answer, drawing
+from etude.evaluation.results import Results, Row
+from etude.page_style import STYLE
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, str]:
+    """Every kind of drawing, of models whose names are markup and mathematics."""
+    rows = []
+    for place, model in enumerate(("a <b>", "$c_1$ & d")):
+        for guidance in (1.0, 2.0):
+            for data_set in ("captions", "classes"):
+                for metric, better in (("FID", "lower"), ("precision", "higher")):
+                    value = 0.5 + 0.1 * place + 0.02 * guidance
+                    about = {"low": value - 0.02, "high": value + 0.03, "guidance": guidance}
+                    rows.append(Row(model, data_set, metric, value, better, **about))
+                    rows += [
+                        Row(
+                            model,
+                            data_set,
+                            metric,
+                            value + 0.05 * k,
+                            better,
+                            group=f"g{k}",
+                            **about,
+                        )
+                        for k in range(3)
+                    ]
+    table, found = Results(tuple(rows)), {}
+    for name in ("trade-offs", "groups", "ranking", "prompt-types"):
+        for part, plot in answer(name, table).plots.items():
+            found[f"{name}/{part}"] = plot.svg
+            assert plot.alt and plot.note and plot.title
+    return found
+
+
+def test_a_drawing_is_one_document_that_asks_nobody(drawn: dict[str, str]) -> None:
+    assert {name.split("/")[1].split("-")[0] for name in drawn} >= {
+        *("front", "radar", "forest", "heat", "rank", "prompt")
+    }
+    for name, text in drawn.items():
+        root = tree.fromstring(text)
+        assert root.tag == f"{SVG}svg" and root.get("viewBox")
+        assert text.count("http") == 1, name  # the namespace
+        assert not re.search(r"@import|url\((?!#)", text)
+        named = root.get("aria-labelledby").split()
+        texts = {e.get("id"): e.text for e in root if e.tag in (f"{SVG}title", f"{SVG}desc")}
+        assert all(texts[one] for one in named)
+
+
+def test_names_are_shown_as_they_are(drawn: dict[str, str]) -> None:
+    for name, text in drawn.items():
+        if "radar" in name or "forest" in name or "front" in name:
+            shown = "".join(tree.fromstring(text).itertext())
+            assert "a <b>" in shown and "$c_1$ & d" in shown, name
+
+
+def test_every_drawn_colour_is_of_the_palette_and_has_a_light_and_a_dark_form(
+    drawn: dict[str, str],
+) -> None:
+    for name, text in drawn.items():
+        style, body = re.search(r"<style>(.*?)</style>(.*)", text, re.S).groups()
+        assert not re.search(r"#[0-9a-f]{6}", body), name
+        used = set(re.findall(r"var\((--\w+)\)", body))
+        light, dark = style.split("@media(prefers-color-scheme:dark)")
+        assert len(used) > 3
+        for variable in used:
+            assert f"{variable}:#" in light and f"{variable}:#" in dark
+
+
+def test_the_colours_are_those_of_the_page() -> None:
+    light, dark = STYLE.split("@media(prefers-color-scheme:dark)")
+    for name, (bright, dim) in drawing.PALETTE.items():
+        if name[0] in "rh" and name[1:].isdigit():
+            continue  # ramps, which the page does not have
+        assert f"--{name}:{bright};" in light.replace("\n", "") + ";"
+        assert f"--{name}:{dim};" in dark.replace("\n", "").replace("}", ";") + ";"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2.1."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    parts = np.array([int(digits[k : k + 2], 16) for k in (0, 2, 4)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["light", "dark"])
+def test_lines_and_text_stand_out(side: int) -> None:
+    def contrast(one: str, other: str) -> float:
+        high, low = sorted((luminance(one), luminance(other)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    colours = {name: pair[side] for name, pair in drawing.PALETTE.items()}
+    for name in [f"s{k}" for k in range(1, 9)] + [f"r{k}" for k in range(1, 8)] + ["soft"]:
+        assert contrast(colours[name], colours["card"]) >= 3.0, name
+    for k in range(1, 8):
+        assert contrast(colours[f"h{k}"], colours["ink"]) >= 4.5, k
+    ramp = [luminance(colours[f"r{k}"]) for k in range(1, 8)]
+    steps = np.diff(ramp)
+    assert (steps < 0).all() or (steps > 0).all()  # ordered without hue
+
+
+def test_series_differ_without_colour() -> None:
+    looks = [drawing.series_look(k) for k in range(64)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 64
+    assert len({look["marker"] for look in looks[:8]}) == 8
+
+
+def test_the_ramp_is_ordered_as_its_values() -> None:
+    shades = drawing.ramp([4.0, 1.0, 2.0, 1.0])
+    order = [drawing.RAMP.index(shades[value]) for value in (1.0, 2.0, 4.0)]
+    assert order == [0, 3, 6]
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (-1, 1), (1, -1), (-1, -1)])
+def test_the_front_line_parts_what_is_dominated(signs: tuple[int, int]) -> None:
+    """Every corner of the line that turns inwards is a point of the front; none lies beyond it."""
+    rng = np.random.default_rng(0)
+    along = rng.random(30)
+    best = np.stack([along, 1 - along], axis=1) + 0.1 * rng.random((30, 2))
+    points = best * signs
+    on = np.array([not ((best >= b).all(1) & (best > b).any(1)).any() for b in best])
+    assert 3 < on.sum() < 30
+    with drawing.panels(1) as (_, axes):
+        panel = axes[0, 0]
+        panel.plot(*points.T, "o")
+        ends = panel.get_xlim(), panel.get_ylim()
+        drawing.front_line(panel, *points[on].T, signs)
+        line = np.array(panel.lines[-1].get_xydata())
+        assert (panel.get_xlim(), panel.get_ylim()) == ends
+    inner, corners = line * signs, {tuple(corner) for corner in line}
+    assert {tuple(point) for point in points[on]} <= corners
+    for point in best:  # a dominated or a front point is beaten or met by a corner of the line
+        assert (inner >= point - 1e-12).all(1).any()
+    for point in best[on]:  # and no corner dominates one
+        assert not ((inner >= point).all(1) & (inner > point).any(1)).any()
+
+
+def test_the_ellipse_holds_its_share_of_gaussian_points() -> None:
+    rng = np.random.default_rng(1)
+    covariance = np.array([[2.0, 0.9], [0.9, 0.8]])
+    points = rng.multivariate_normal([3.0, 1.0], covariance, 20_000)
+    with drawing.panels(1) as (_, axes):
+        drawing.ellipse(axes[0, 0], np.array([3.0, 1.0]), covariance, 0.9, drawing.INK)
+        drawn = axes[0, 0].patches[0]
+        inside = drawn.get_path().contains_points(
+            drawn.get_patch_transform().inverted().transform(points)
+        )
+    assert inside.mean() == pytest.approx(0.9, abs=0.01)

@@ -1,0 +1,223 @@
+"""A whole plan on real digits: its table, what is not done twice, screening, refusals."""
+
+import collections
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from etude.core.errors import UserError
+from etude.core.log import Log
+from etude.core.run import Run
+from etude.data.digits import write_digits
+from etude.evaluation.planned.recipe import PlanRecipe
+from etude.evaluation.planned.running import Plan
+from etude.evaluation.sets import ShardPictures, Stages
+from etude.metrics.frechet import frechet_distance
+from etude.metrics.prdc import prdc
+
+# Draws held-out digits of the asked class with noise; the source says how much.
+NOISY = """
+import numpy as np
+from etude.core.rng import normal, Stream
+from etude.evaluation.generators import generator
+from etude.evaluation.sets import ShardPictures, Stages
+
+class Noisy:
+    asked_by_text, classes = False, [str(n) for n in range(10)]
+    protocol = {"sampler": {"method": "none"}, "rounding": "down"}
+    opened = drawn = 0
+
+    def __init__(self, wanted):
+        folder, _, noise = wanted.source.partition(":")
+        self.noise = float(noise) * (wanted.guidance or 1.0) / (1 + (wanted.checkpoint or 0))
+        self.name = f"noise :{noise}"
+        self.fingerprint = wanted.source + str(self.noise)
+        shards = ShardPictures(folder, size=8, channels=1)
+        self.pictures = shards.read(0, len(shards), Stages())
+        Noisy.opened += 1
+
+    def draw(self, indices, labels, *, seed, captions, positions):
+        Noisy.drawn += len(indices)
+        assert captions is None
+        found = []
+        noise = normal(seed, Stream.SAMPLE_NOISE, positions, (8, 8, 1)).numpy() * self.noise
+        for index, label, more in zip(indices, labels, noise):
+            rows = np.flatnonzero(self.pictures.labels == label)
+            image = self.pictures.images[rows[(index // 10) % len(rows)]]
+            found.append(np.clip(image + more, 0, 255).astype(np.uint8))
+        return np.stack(found)
+
+@generator("noisy", lambda source: [0, 1] if "many" in source else [])
+def noisy(wanted):
+    return Noisy(wanted)
+"""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "noisy.py"
+    path.write_text(NOISY)
+    return path
+
+
+def recipe(digits: Path, noisy: Path, store: Path, **changes) -> PlanRecipe:
+    shards = {"kind": "shards", "folder": str(digits / "test")}
+    fields = {
+        "name": "evaluate/test",
+        "models": {
+            "clean": {"kind": "noisy", "source": f"{digits / 'monitor'}:20"},
+            "rough": {"kind": "noisy", "source": f"{digits / 'monitor'}:150"},
+        },
+        "data_sets": {"digits": shards},
+        "metrics": ["frechet@pixels", {"metric": "prdc@pixels", "options": {"k": 3}}],
+        "extractors": {"pixels": {"options": {"input_size": 8, "channels": 1}}},
+        "samples": 150,
+        "image_size": 8,
+        "channels": 1,
+        "interval": {"replicates": 20},
+        "files": [str(noisy)],
+        "store": str(store),
+    }
+    return PlanRecipe(**(fields | changes))
+
+
+def carried_out(made: PlanRecipe, root: Path) -> tuple[Plan, dict]:
+    with Run.open(made, root=root) as run:
+        plan = Plan(made, run, Log(run.folder, quiet=True))
+        return plan, plan.run()
+
+
+def test_figures_are_those_of_the_pictures(digits, noisy, tmp_path) -> None:
+    plan, result = carried_out(recipe(digits, noisy, tmp_path / "store"), tmp_path / "runs")
+    results = plan.table.read()
+    assert result["candidates"] == ["clean", "rough"]
+    real = ShardPictures(digits / "test", size=8, channels=1)
+    real = real.read(0, len(real), Stages())
+    x = torch.from_numpy(real.images).flatten(1).double() / 255.0
+    for name in ("clean", "rough"):
+        (folder,) = [
+            f
+            for f in plan.pictures.iterdir()
+            if (name == "rough") == (":150" in (f / "protocol.json").read_text())
+        ]
+        blocks = [np.load(path) for path in sorted(folder.glob("*.npy"))]
+        y = torch.from_numpy(np.concatenate(blocks)[:150]).flatten(1).double() / 255.0
+        rows = {row.metric: row for row in results.where(model=name, group="").rows}
+        expected = frechet_distance(x, y, warn=False)
+        distance = rows["Fréchet distance (pixels features)"]
+        assert distance.value == pytest.approx(expected, rel=1e-5)
+        for figure, value in prdc(x.float(), y.float(), k=3).items():
+            assert rows[figure].value == pytest.approx(value, abs=0.01)
+        assert distance.low < distance.value < distance.high
+        assert (distance.n_real, distance.n_generated) == (len(x), 150)
+    better = {row.metric: row.better for row in results.rows}
+    assert better["recall"] == "higher" and better["Fréchet distance (pixels features)"] == "lower"
+    # The prompts are the real pictures' classes; a group of fewer than ten has no figures.
+    asked = collections.Counter(real.groups[:150])
+    assert {row.group for row in results.rows} == {"", *(g for g, n in asked.items() if n >= 10)}
+    of_three = {row.metric: row for row in results.where(model="rough", group="3").rows}
+    kept = [n for n, group in enumerate(real.groups) if group == "3"]
+    drawn = [n for n in kept if n < 150]
+    expected = frechet_distance(x[kept], y[drawn], warn=False)
+    assert of_three["Fréchet distance (pixels features)"].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_is_done_twice(digits, noisy, tmp_path) -> None:
+    made = recipe(digits, noisy, tmp_path / "store", by_group=False)
+    plan, _ = carried_out(made, tmp_path / "runs")
+    (plan.table.folder.parent / "result.json").unlink(missing_ok=True)
+    made_files = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.npy")]
+    before = {p: p.stat().st_mtime_ns for p in made_files}
+    rows = {p: p.read_bytes() for p in plan.table.folder.glob("rows/*.json")}
+    again, result = carried_out(made, tmp_path / "runs")
+    assert result["images_per_second"] == {}
+    assert len(before) > 8 and {p: p.stat().st_mtime_ns for p in before} == before
+    assert {p: p.read_bytes() for p in again.table.folder.glob("rows/*.json")} == rows
+
+
+def test_a_screen_promotes_and_marks_its_rows(digits, noisy, tmp_path) -> None:
+    made = recipe(
+        digits,
+        noisy,
+        tmp_path / "store",
+        screen={"samples": 60, "metrics": ["Fréchet distance (pixels features)"], "keep": 1},
+        guidance=[1.0, 3.0],
+        metrics=["frechet@pixels"],
+        by_group=False,
+    )
+    plan, result = carried_out(made, tmp_path / "runs")
+    assert result["candidates"] == ["clean, guidance 1"]
+    rows = plan.table.rows()
+    screened, reported = ([r for r in rows if r.selected == s] for s in (True, False))
+    assert len(screened) == 4 and {row.n_generated for row in screened} == {60}
+    assert [(r.model, r.guidance, r.n_generated) for r in reported] == [("clean", 1.0, 150)]
+    assert {row.seed for row in screened}.isdisjoint({row.seed for row in reported})
+
+
+def test_checkpoints_are_candidates(digits, noisy, tmp_path) -> None:
+    (tmp_path / "many").symlink_to(digits / "monitor")  # a name of which there are checkpoints
+    many = {"kind": "noisy", "source": f"{tmp_path / 'many'}:9", "checkpoints": "all"}
+    made = recipe(
+        digits,
+        noisy,
+        tmp_path / "s",
+        models={"m": many},
+        metrics=["frechet@pixels"],
+        by_group=False,
+    )
+    plan, result = carried_out(made, tmp_path / "runs")
+    assert result["candidates"] == ["m, at 0 images", "m, at 1 images"]
+    assert [row.images_seen for row in plan.table.rows()] == [0, 1]
+    only = many | {"checkpoints": [5]}
+    with pytest.raises(UserError, match="keeps no checkpoint at 5 images; it keeps 0, 1"):
+        carried_out(recipe(digits, noisy, tmp_path / "s", models={"m": only}), tmp_path / "runs")
+
+
+def test_a_folder_of_pictures_is_a_candidate(digits, noisy, tmp_path) -> None:
+    plan, _ = carried_out(
+        recipe(digits, noisy, tmp_path / "s", metrics=["frechet@pixels"]), tmp_path / "runs"
+    )
+    (folder,) = [f for f in plan.pictures.iterdir() if ":150" in (f / "protocol.json").read_text()]
+    images = np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])[:150]
+    asked = [prompt.id for prompt in plan.sets[0].prompts.prompts]
+    files = tmp_path / "files"
+    files.mkdir()
+    lines = ["file_name,prompt_id"]
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(files / f"{number:03d}.png")
+        lines.append(f"{number:03d}.png,{asked[number]}")
+    (files / "metadata.csv").write_text("\n".join(lines))
+    models = {"files": {"kind": "pictures", "source": str(files)}}
+    other, _ = carried_out(
+        recipe(digits, noisy, tmp_path / "s", models=models, metrics=["frechet@pixels"]),
+        tmp_path / "runs",
+    )
+    drawn = {r.group: r.value for r in plan.table.rows() if r.model == "rough"}
+    read = {r.group: r.value for r in other.table.rows()}
+    assert drawn.keys() == read.keys() and len(read) > 8
+    for group, value in read.items():
+        assert value == pytest.approx(drawn[group], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metrics": ["frechet@nothing"], "extractors": {}}, "no extractor 'nothing'"),
+        ({"metrics": ["fretchet"]}, "no metric 'fretchet'.*clipscore"),
+        ({"metrics": [{"metric": "prdc@pixels", "options": {"q": 3}}]}, "prdc q: Extra inputs"),
+        ({"extractors": {"inception": {}}}, "extractors.inception has no effect"),
+        ({"samples": 10**6, "models": {"f": {"kind": "pictures", "source": "F"}}}, "F"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(digits, noisy, tmp_path, changes, said) -> None:
+    with pytest.raises(UserError, match=said) as found:
+        carried_out(recipe(digits, noisy, tmp_path / "store", **changes), tmp_path / "runs")
+    assert "\n" not in str(found.value)
