@@ -5,8 +5,9 @@ says where they are.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from etude.core import distributed
 from etude.core.errors import UserError
@@ -41,7 +42,8 @@ def extract_source(
     Args:
         names: extractors, with a tap where it is not the first: "inception", "inception/64".
         weights: "NAME=PATH" for every extractor whose weights lie elsewhere than fetched ones.
-        options: "image_size=256", "fit=squash", "channels=1": of the pictures.
+        options: of the pictures "image_size=256", "fit=squash", "channels=1"; of an extractor
+            "NAME.OPTION=VALUE".
 
     Returns:
         Rows of (features, pictures, address in the store), and pictures per second by stage where
@@ -50,11 +52,13 @@ def extract_source(
     Raises:
         UserError: an unknown extractor or option, missing weights, pictures that cannot be read.
     """
-    form = _form(options)
+    names = [name.strip() for name in names]
+    own, of_pictures = _parted(options, [*taps_by_kind(names)])
+    form = _form(of_pictures)
     pictures = open_pictures(source, **form)
     world = distributed.start()
     log = Log(None, rank=world.rank, quiet=None if world.rank == 0 else True)
-    opened = open_named(names, weights, dtype=dtype, device=world.device)
+    opened = open_named(names, weights, dtype=dtype, device=world.device, options=own)
     features = FeatureStore(store)
     with Stopper(watch_parent=world.size > 1) as stopper:
         log.on_advance = stopper.check
@@ -70,15 +74,24 @@ def extract_source(
 
 
 def open_named(
-    names: Sequence[str], weights: Sequence[str], *, dtype: str, device: object
+    names: Sequence[str],
+    weights: Sequence[str],
+    *,
+    dtype: str,
+    device: object,
+    options: Mapping[str, dict[str, Any]] = {},
 ) -> list[Extractor]:
-    """Extractors by name, one network for all the taps that are named of it."""
+    """Extractors by name, one network for all the taps that are named of it.
+
+    Args:
+        options: extractor -> its own options.
+    """
     places = dict(FETCHED)
     for given in weights:
         name, equals, path = given.partition("=")
         if not equals:
             raise UserError(f"--weights {given} names no file: write --weights {name}=PATH")
-        if name not in [each.partition("/")[0] for each in names]:
+        if name not in taps_by_kind(names):
             raise UserError(f"--weights {given} has no effect: {name} is not in --extractors")
         places[name] = path
     opened = []
@@ -87,8 +100,30 @@ def open_named(
         place = places.get(kind, "") if needs else ""
         if needs and not place:
             raise UserError(f"the {kind} extractor needs weights: add --weights {kind}=PATH")
-        opened.append(Extractor(kind, place, taps=asked, dtype=dtype, device=device))
+        more = options.get(kind, {})
+        opened.append(Extractor(kind, place, taps=asked, dtype=dtype, device=device, **more))
     return opened
+
+
+def _parted(
+    options: Sequence[str], kinds: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Options of extractors by extractor, from NAME.OPTION=VALUE; and the rest."""
+    own: dict[str, dict[str, Any]] = {}
+    rest = []
+    for option in options:
+        where, _, value = option.partition("=")
+        kind, dot, name = where.partition(".")
+        if not dot:
+            rest.append(option)
+        elif kind not in kinds:
+            raise UserError(f"{option} has no effect: {kind} is not in --extractors")
+        else:
+            try:
+                own.setdefault(kind, {})[name] = json.loads(value)
+            except ValueError:
+                own.setdefault(kind, {})[name] = value
+    return own, rest
 
 
 def _form(options: Sequence[str]) -> dict:
@@ -99,7 +134,9 @@ def _form(options: Sequence[str]) -> dict:
         name, _, value = option.partition("=")
         if name not in known:
             raise UserError(f"{option}: pictures have the options {', '.join(known)}")
-        form[known[name]] = value if name == "fit" else json.loads(value or "null")
-        if name != "fit" and not isinstance(form[known[name]], int):
-            raise UserError(f"{option}: give a number, such as {name}=3")
+        if name != "fit" and not (value.isdecimal() and int(value)):
+            raise UserError(f"{option}: give a number of at least 1, such as {name}=3")
+        if name == "channels" and value not in ("1", "3"):
+            raise UserError(f"{option}: pictures are grey, channels=1, or in colour, channels=3")
+        form[known[name]] = value if name == "fit" else int(value)
     return form

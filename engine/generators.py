@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from etude.core.errors import UserError
 from etude.diffusion.captured import CapturedSteps
 from etude.diffusion.steps import SamplerConfig
-from etude.evaluation.generators import DrawsPictures, Wanted, generator
+from etude.evaluation.generators import DrawsPictures, NoCheckpointYet, Wanted, generator
 
 from .published import is_published
 from .sampling import Generator, checkpoints_of, open_generator
@@ -21,7 +22,12 @@ from .stable_diffusion import encoded, is_stable_diffusion, text_encoders
 
 def checkpoints(source: str) -> list[int]:
     """Images seen of a run's checkpoints; none for one set of weights."""
-    return [] if is_published(source) or is_stable_diffusion(source) else checkpoints_of(source)
+    if is_published(source) or is_stable_diffusion(source):
+        return []
+    found = checkpoints_of(source)
+    if not found:
+        raise NoCheckpointYet(f"{source} has no complete checkpoint yet: train it, or add --watch")
+    return found
 
 
 @generator("run", checkpoints)
@@ -49,7 +55,13 @@ def _opened(wanted: Wanted, **named: Any) -> Generator:
         changes["guidance_scale"] = wanted.guidance
     if not changes:
         return opened
-    sampler = SamplerConfig(**(opened.sampler.model_dump() | changes))
+    try:
+        sampler = SamplerConfig(**(opened.sampler.model_dump() | changes))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the sampler"
+        said = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"options of {wanted.source}: {where}: {said}") from None
     return replace(opened, sampler=sampler, captured=CapturedSteps(opened.model))
 
 

@@ -8,17 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from etude.core.distributed import World
+from etude.core.errors import UserError
 from etude.core.log import Log
+from etude.core.registry import load_file
 from etude.core.run import Run
+from etude.evaluation.planned.candidates import candidates
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan, Shown
 from etude.evaluation.results import Results, Row
 from etude.evaluation.verdict import verdicts
+from etude.metrics.intervals import IntervalConfig
 
 from . import generators as _registers  # noqa: F401
-from .pictures import enlarge, fitting_scale
+from .pictures import as_rgb, enlarge, fitting_scale
 from .training import Look
 
 
@@ -38,11 +43,24 @@ def run_plan(
     if world.rank != 0:
         return result
     found = plan.table.read()
-    said = verdicts(found, recipe.interval)
+    said = in_words(found, recipe.interval)
     for line in said:
         log.info(line)
     log.table("figures", *figures_table(_reported(found)))
     return result | {"verdicts": said, "rows": len(found.rows)}
+
+
+def has_seen_all(recipe: PlanRecipe, finished: dict[str, Any]) -> bool:
+    """Whether a finished plan has nothing to look at: no new checkpoint, and none to wait for."""
+    if recipe.watch_minutes is not None:
+        return False
+    try:
+        for path in recipe.files:
+            load_file(path)
+        found = {candidate.title for candidate in candidates(recipe)}
+    except UserError:  # a run that is gone has nothing new
+        return True
+    return found <= set(finished.get("seen", found))
 
 
 def show_plan(plan: Plan, look: Look) -> None:
@@ -50,7 +68,7 @@ def show_plan(plan: Plan, look: Look) -> None:
     page, order, results = look.page, look.order, plan.table.read()
     reported = _reported(results)
     if reported.rows:
-        said = verdicts(results, plan.recipe.interval)
+        said = in_words(results, plan.recipe.interval)
         page.note(look.id("verdict"), "\n\n".join(said), "In words", order=order)
     for number, name in enumerate(plan.recipe.data_sets):
         of_set = reported.where(data_set=name)
@@ -64,18 +82,37 @@ def show_plan(plan: Plan, look: Look) -> None:
     page.write()
 
 
+def in_words(results: Results, config: IntervalConfig) -> list[str]:
+    """What the table says of every figure of all pictures, where two models or more have it."""
+    models: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
+    for row in results.rows:
+        if not row.group and not row.selected:
+            figure = row.data_set, row.metric, row.features
+            models.setdefault(figure, set()).add((row.model, row.checkpoint))
+    said = []
+    for (data_set, metric, features), of in models.items():
+        if len(of) < 2:
+            continue
+        try:
+            found = verdicts(results, metric, data_set=data_set, features=features, config=config)
+        except UserError as error:  # rows of two plans that share a table
+            said.append(f"{metric} on {data_set}: {error}.")
+        else:
+            said += [str(one) for one in found]
+    return said
+
+
 def figures_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: a candidate a row, a figure a column, all pictures together."""
     rows = [row for row in results.rows if not row.group]
     figures = list(dict.fromkeys(_figure(row) for row in rows))
-    candidates: dict[tuple, dict[str, str]] = {}
+    found: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        who = row.model, _checkpoint(row), _scale(row), row.data_set
-        candidates.setdefault(who, {})[_figure(row)] = _shown_value(row)
-    columns = ["model", "checkpoint", "guidance", "data set", *figures]
+        who = _model(row), _checkpoint(row), _scale(row), row.data_set, f"{row.n_generated:,}"
+        found.setdefault(who, {})[_figure(row)] = _shown_value(row)
+    columns = ["model", "checkpoint", "guidance", "data set", "pictures", *figures]
     return columns, [
-        [*who, *(values.get(figure, "") for figure in figures)]
-        for who, values in candidates.items()
+        [*who, *(values.get(figure, "") for figure in figures)] for who, values in found.items()
     ]
 
 
@@ -86,7 +123,7 @@ def _reported(results: Results) -> Results:
 def _show_pictures(shown: Shown, look: Look, order: float) -> None:
     """Rows of prompts, columns of candidates; and the same pictures for a blind vote."""
     titles = list(shown.pictures)
-    cells = [_enlarged(shown.pictures[title]) for title in titles]
+    cells = _enlarged(list(shown.pictures.values()))
     grid = np.concatenate([np.concatenate(list(column), axis=0) for column in cells], axis=1)
     caption = "Columns: " + "; ".join(titles) + ". Rows: " + "; ".join(shown.prompts)
     name = _word(shown.data_set)
@@ -102,15 +139,29 @@ def _show_pictures(shown: Shown, look: Look, order: float) -> None:
         )
 
 
-def _enlarged(images: np.ndarray) -> np.ndarray:
-    """(n, H, W, C) as (n, side, side, 3), small pictures enlarged by whole pixels."""
-    rgb = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
-    scale = fitting_scale(rgb.shape[2])
-    return np.stack([enlarge(image, scale) for image in rgb])
+def _enlarged(of_all: list[np.ndarray]) -> list[np.ndarray]:
+    """Pictures (n, H, W, C) of each candidate as (n, side, side, 3): small ones are enlarged by a
+    whole factor, then all to the size of the largest.
+    """
+    found = []
+    for images in map(as_rgb, of_all):
+        scale = fitting_scale(images.shape[2])
+        found.append(np.stack([enlarge(image, scale) for image in images]))
+    side = max(max(images.shape[1:3]) for images in found)
+    return [
+        np.stack([np.asarray(Image.fromarray(one).resize((side, side))) for one in images])
+        for images in found
+    ]
 
 
 def _figure(row: Row) -> str:
     return f"{row.metric} ({row.better} is better)" + (f" @{row.features}" if row.features else "")
+
+
+def _model(row: Row) -> str:
+    """The model, and which of its training runs."""
+    seed = row.training_seed
+    return row.model if seed is None else f"{row.model}, training seed {seed}"
 
 
 def _checkpoint(row: Row) -> str:
@@ -133,4 +184,4 @@ def _word(name: str) -> str:
     return "-".join(filter(None, plain.split("-"))) or "set"
 
 
-__all__: Sequence[str] = ("figures_table", "run_plan", "show_plan")
+__all__: Sequence[str] = ("figures_table", "has_seen_all", "run_plan", "show_plan")

@@ -3,7 +3,8 @@
 Called by plan.py, planned/ and the command line; usable alone with a set, a list of extractors and
 a `FeatureStore`. Shards that a stopped job left are kept and only missing ones are made; several
 processes take turns at the missing ones, so no picture is padded in or counted twice, and the
-store counts them in the end. A network sees blocks of one fixed size, the last one padded, because
+store counts them in the end. Another job may fill the same entries meanwhile: a shard that it has
+written is left out. A network sees blocks of one fixed size, the last one padded, because
 the rounding of a matrix product depends on its batch. While a block is in the network the next one
 is being read.
 """
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.core.distributed import FOREVER_S, World, barrier, exchange
+from etude.core.distributed import FOREVER_S, World, exchange
 from etude.core.log import Log
+from etude.core.signals import StopRequested
 from etude.metrics.extractors import Extractor, preprocessing
 from etude.metrics.store import EntryWriter, FeatureKey, FeatureStore
 
@@ -40,11 +42,18 @@ def feature_key(pictures: PictureSet, extractor: Extractor, features: str = "") 
 
 @dataclass(frozen=True)
 class _Entry:
-    """An entry of the store that lacks shards: whose, under which name, and where it is written."""
+    """An entry of the store that lacks shards: whose, under which name, where it is written, and
+    which ranges of pictures it lacked when the first process looked.
+    """
 
     extractor: Extractor
     features: str
     writer: EntryWriter
+    missing: set[tuple[int, int]]
+
+    def lacks(self, start: int, stop: int) -> bool:
+        """Whether a shard is still to be made; another job may have written it by now."""
+        return (start, stop) in self.missing and not self.writer.has(start, stop)
 
 
 def extract_set(
@@ -67,30 +76,31 @@ def extract_set(
     Returns:
         Images per second by stage ("read", "decode", "draw", "resize", "forward", "statistics")
         and "all" of them together, over all processes; empty when nothing was missing.
+
+    Raises:
+        StopRequested: one of the processes was asked to stop; whole shards are kept.
     """
     log = log or Log(None, quiet=True)
     rank, size = (world.rank, world.size) if world else (0, 1)
-    entries = [
-        _Entry(extractor, name, store.writer(key, shard_size))
-        for extractor in extractors
-        for name in extractor.dims
-        if not store.has(key := feature_key(pictures, extractor, name))
-    ]
-    missing = [set(entry.writer.missing()) for entry in entries]
-    ranges = sorted(set().union(*missing))
-    if world is not None:  # nobody writes before everybody has looked
-        barrier(world, "features that are missing")
+    entries = _entries(pictures, extractors, store, shard_size, world)
+    ranges = sorted(set().union(*(entry.missing for entry in entries)))
     mine = ranges[rank::size]
-    stages, began = Stages(), time.perf_counter()
-    count, names = sum(stop - start for start, stop in mine), ", ".join(e.features for e in entries)
-    with log.progress(f"features of {pictures.name} ({names})", count) as progress:
-        for bounds in mine:
-            lacking = [e for e, of in zip(entries, missing, strict=True) if bounds in of]
-            for done in _shard(pictures, lacking, *bounds, batch_size, stages):
-                progress.advance(done)
+    stages, began, count, stopped = Stages(), time.perf_counter(), 0, None
+    total, names = sum(stop - start for start, stop in mine), ", ".join(e.features for e in entries)
+    try:
+        with log.progress(f"features of {pictures.name} ({names})", total) as progress:
+            for start, stop in mine:
+                lacking = [entry for entry in entries if entry.lacks(start, stop)]
+                if not lacking:
+                    progress.advance(stop - start)
+                    continue
+                for done in _shard(pictures, lacking, start, stop, batch_size, stages):
+                    count += done
+                    progress.advance(done)
+    except StopRequested as reason:
+        stopped = reason
     seconds = stages.seconds | {"all": time.perf_counter() - began}
-    if world is not None:
-        barrier(world, "every shard of the features", FOREVER_S)
+    ended(world, "every shard of the features", stopped, log)
     if rank == 0:
         for entry in entries:
             entry.writer.finish()
@@ -98,6 +108,66 @@ def extract_set(
         told = exchange(world, "features are counted", {"count": count, "seconds": seconds})
         return _rates([(one["count"], one["seconds"]) for one in told])
     return _rates([(count, seconds)])
+
+
+def ended(world: World | None, what: str, stopped: StopRequested | None, log: Log) -> None:
+    """Wait until every process has done its part, or leave with all of them.
+
+    Args:
+        stopped: this process was asked to stop, and left out some of its part.
+
+    Raises:
+        StopRequested: one of the processes was.
+    """
+    if world is None or world.size == 1:
+        if stopped is not None:
+            raise stopped
+        return
+
+    def asked() -> str | None:  # a process that was killed never comes
+        try:
+            if log.on_advance is not None:
+                log.on_advance()
+        except StopRequested as reason:
+            return str(reason)
+        return None
+
+    told = exchange(world, what, stopped is not None, FOREVER_S, stopped=asked)
+    if any(told):
+        raise stopped or StopRequested("another process was asked to stop")
+
+
+def _entries(
+    pictures: PictureSet,
+    extractors: Sequence[Extractor],
+    store: FeatureStore,
+    shard_size: int,
+    world: World | None,
+) -> list[_Entry]:
+    """The entries that are not complete, with what they lack.
+
+    The first process looks for all: each by itself might see a store that another job fills
+    differently, and they would leave shards out between them.
+    """
+    found: list = []
+    if world is None or world.rank == 0:
+        found = [
+            [number, name, store.writer(key, shard_size).missing()]
+            for number, extractor in enumerate(extractors)
+            for name in extractor.dims
+            if not store.has(key := feature_key(pictures, extractor, name))
+        ]
+    if world is not None:
+        found = exchange(world, "features that are missing", found, FOREVER_S)[0]
+    return [
+        _Entry(
+            extractors[number],
+            name,
+            store.writer(feature_key(pictures, extractors[number], name), shard_size),
+            {(start, stop) for start, stop in missing},
+        )
+        for number, name, missing in found
+    ]
 
 
 def _rates(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:

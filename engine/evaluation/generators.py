@@ -11,7 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from etude.core.errors import UserError
 from etude.core.registry import Registry
+
+
+class NoCheckpointYet(UserError):
+    """A run that is being trained keeps no checkpoint yet; a plan that watches waits for one."""
 
 
 class DrawsPictures(Protocol):
@@ -81,7 +86,7 @@ class GeneratorKind:
     Attributes:
         open: opens one.
         checkpoints: images seen of the checkpoints that a source keeps, ascending; empty where it
-            has one set of weights.
+            has one set of weights. Raises `NoCheckpointYet` where there will be some.
     """
 
     open: Callable[[Wanted], DrawsPictures]

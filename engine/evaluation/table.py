@@ -4,7 +4,7 @@
     rows/                          a file a row, named by what the row is of: the table's source
     estimates/                     what intervals and comparisons are made from, a file a row
     protocols/                     what fixes the figures, by fingerprint
-    complete/                      which metrics have all of their figures here
+    complete/                      which metrics have all of their figures here, of which pictures
 
 A row is one file that is renamed into place, so jobs never wait for each other and nothing is lost;
 the two tables are written anew from all rows, by one job at a time under a lock. A row of the same
@@ -64,13 +64,22 @@ class ResultsTable:
         write_json_atomic(self.folder / "rows" / f"{digest}.json", asdict(row))
         return row
 
-    def complete(self, row: Row) -> None:
-        """Note that every figure of a row's metric, features, group and protocol is there."""
-        write_json_atomic(self._mark(row), True)
+    def complete(self, row: Row, origin: str = "") -> None:
+        """Note that every figure of a row's metric, features, group and protocol is there.
 
-    def is_complete(self, row: Row) -> bool:
-        """Whether `complete` noted it; the row's figure and value do not matter."""
-        return self._mark(row).exists()
+        Args:
+            origin: what they were made from beside the protocol: the drawn pictures, the interval.
+        """
+        write_json_atomic(self._mark(row), origin)
+
+    def is_complete(self, row: Row, origin: str = "") -> bool:
+        """Whether `complete` noted it, of the same origin; figure and value do not matter.
+
+        Another plan may have evaluated another source, or the same with other options, under the
+        model's name; its figures are then made again.
+        """
+        mark = self._mark(row)
+        return mark.exists() and read_json(mark) == origin
 
     def _mark(self, row: Row) -> Path:
         return self.folder / "complete" / f"{_digest(replace(row, metric=''))}.json"

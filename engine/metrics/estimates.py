@@ -1,49 +1,126 @@
 """A figure with what its interval and every comparison of it is made from; called by evaluation/.
 
-An `Estimate` keeps the figure's values on subsets of the rows (intervals.py says which). Subsets
-are the same for every estimate of equal numbers of pictures and one seed, so differences of two
-estimates, subset by subset, know what both have in common: the reference, and pictures that were
-drawn from the same seeds. For independent pictures the common subsets add nothing.
+An `Estimate` keeps the figure's values on random halves of the pictures (intervals.py says why).
+Halves are the same for every estimate of equal numbers of pictures and one seed, so differences of
+two estimates, halving by halving, know what both have in common: the reference, and pictures that
+were drawn from the same seeds. For independent pictures the common halves add nothing. Means of
+scores of pictures keep the error of each unit too, from which their variances are exact.
 """
 
+import io
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
-from .intervals import Interval, IntervalConfig, interval
+from .intervals import HALF, Interval, IntervalConfig, Kind, Spread, interval, quantile
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and its values (R,) float64 on R subsets per share of kept rows.
+    """A figure of a set of pictures.
 
     Attributes:
+        replicates: {0.5: (2 R,) float64}, the values on R random halves, then on their complements;
+            empty where nothing is known of the error.
         kind, at_least: as in `registry.Metric`.
         count: for a proportion, the rows that it is a share of; else 0.
-        drawn_by: what fixes the subsets (numbers of rows, labels, seed, shares) as text; estimates
-            with equal ones are compared subset by subset.
+        drawn_by: what fixes the halves of generated pictures (numbers, labels, seed) as text;
+            estimates with equal ones are compared halving by halving.
+        errors: of a mean, (G,) float64, what each of G independent units adds to its error; their
+            sum of squares, times G / (G - 1), is the variance.
     """
 
     name: str
     value: float
     replicates: dict[float, np.ndarray] = field(default_factory=dict)
-    kind: Literal["smooth", "local"] = "smooth"
+    kind: Kind = "smooth"
     count: int = 0
     at_least: float = -math.inf
     drawn_by: str = ""
+    errors: np.ndarray | None = None
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """The values on halves and on their complements, (2 R,)."""
+        return np.asarray(self.replicates.get(HALF, ()), np.float64)
+
+    @property
+    def spread(self) -> Spread:
+        """What the halvings say of its error."""
+        return Spread.of(self.value, self.drawn)
 
     def interval(self, config: IntervalConfig) -> Interval:
         """The interval for the expected value of the figure at this number of pictures."""
-        if not self.replicates:
-            return Interval(self.value, None, None, None, config.level, "none")
+        if self.errors is not None and config.replicates:
+            degrees = len(self.errors) - 1
+            error = root_of_errors(self.errors)
+            half = quantile(config.level, degrees) * error
+            low, high = max(self.value - half, self.at_least), self.value + half
+            return Interval(
+                self.value, low, high, error, config.level, "mean", degrees_of_freedom=degrees
+            )
         return interval(
             self.name,
             self.value,
-            self.replicates,
+            self.drawn,
             config,
             kind=self.kind,
             count=self.count,
             at_least=self.at_least,
         )
+
+    def standard_error(self) -> float:
+        """Standard deviation of the figure over fresh draws; nan where nothing is known of it."""
+        found = self.interval(IntervalConfig()).standard_error
+        return math.nan if found is None else found
+
+    def draws(self) -> np.ndarray:
+        """Joint draws around the value, (2 R,) float64; (0,) where nothing is known of the error.
+
+        The value plus and minus half of the differences of halves, brought to the standard error.
+        Draw r of two estimates with equal `drawn_by` comes from the same halving, so differences
+        and orders of draws count what the estimates share.
+        """
+        half = self.spread.half
+        size = float(np.mean(half**2)) ** 0.5 if len(half) else 0.0
+        if size == 0.0:
+            return np.full(2 * len(half), self.value)
+        moved = half * (self.standard_error() / size)
+        return self.value + np.concatenate([moved, -moved])
+
+    def to_bytes(self) -> bytes:
+        """An npz file of the arrays, with the rest as JSON text in `about`."""
+        about = {
+            "name": self.name,
+            "value": self.value,
+            "kind": self.kind,
+            "count": self.count,
+            "at_least": self.at_least if math.isfinite(self.at_least) else None,
+            "drawn_by": self.drawn_by,
+            "shares": list(self.replicates),
+        }
+        arrays = {f"share_{i}": drawn for i, drawn in enumerate(self.replicates.values())}
+        if self.errors is not None:
+            arrays["errors"] = self.errors
+        stream = io.BytesIO()
+        np.savez(stream, about=np.array(json.dumps(about)), **arrays)
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Estimate":
+        """What `to_bytes` wrote."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            shares = about.pop("shares")
+            replicates = {share: arrays[f"share_{i}"] for i, share in enumerate(shares)}
+            errors = arrays["errors"] if "errors" in arrays else None
+        at_least = about.pop("at_least")
+        lowest = -math.inf if at_least is None else at_least
+        return cls(**about, at_least=lowest, replicates=replicates, errors=errors)
+
+
+def root_of_errors(errors: np.ndarray) -> float:
+    """The standard error from what each of G independent units adds to the error, (G,)."""
+    return float((np.square(errors).sum() * len(errors) / (len(errors) - 1)) ** 0.5)

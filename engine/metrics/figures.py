@@ -1,157 +1,176 @@
-"""Every figure of two sets of features, of any subsets of their rows, with its interval.
+"""Every figure of two sets of features as an `Estimate`; called by evaluation/.
 
-Called by evaluation/plan.py and compare.py. A family gives, for R pairs of subsets at once, the
-values of its figures; the figure at full size is the one subset that keeps all rows. Adding a
-metric: a function of the shape of `_frechet` here, its entry in `FAMILIES`, and its name in
-plan.py's `Metric`.
+A metric (registry.py) gives the values of its figures on any subsets of the rows. Here it is asked
+for all rows, and for random halves of both sides and their complements, which make intervals and
+comparisons (intervals.py). Where halves cost too much, as the Fréchet distance of 2048 features
+does, a metric may give the influence of each row instead: then
+
+    L = mean over real rows of sign_i psi_i + the same of generated rows,
+
+with the signs of the halving, is half of the difference of both halves to first order. E L^2 counts
+the second-order part twice. Influences at one half and at the other, each centred on both, have no
+common noise of second order: the mean of their L L' is the first-order part alone, and the mean of
+both means the variance. L is shrunk to that, by no more than 2^(1/2): a standard error is at most
+1.4 times too large where the halves have fewer rows than dimensions and nothing can be shrunk.
 """
 
+import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .frechet import frechet_distance, frechet_name
-from .intervals import Interval, IntervalConfig, interval, kept_rows, shares
-from .kid import kid_of_subsets
-from .prdc import METRICS, Neighbourhoods
+from .estimates import Estimate
+from .intervals import HALF, IntervalConfig, halves
+from .registry import METRICS, Metric, Pair
 
-Values = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Real features (N, D) and generated features (M, D) of one extractor, and k.
-
-    With labels (N,) and (M,) int64 the class shares of both sides count as given, not as drawn.
-    """
-
-    real: torch.Tensor
-    generated: torch.Tensor
-    extractor: str
-    k: int = 5
-    real_labels: torch.Tensor | None = None
-    generated_labels: torch.Tensor | None = None
-
-    def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The one subset that keeps all rows: (1, N) and (1, M) bool."""
-        return tuple(
-            torch.ones(1, len(side), dtype=torch.bool) for side in (self.real, self.generated)
-        )
-
-
-@dataclass(frozen=True)
-class Family:
-    """Figures that are computed together.
-
-    Attributes:
-        kind: what `intervals.shares` needs to know.
-        values: (pair, share, kept real (R, N), kept generated (R, M)) -> name -> (R,) float64.
-        at_least: the smallest value that the figures can have.
-    """
-
-    kind: Literal["smooth", "local"]
-    values: Callable[[Pair, float, torch.Tensor, torch.Tensor], Values]
-    at_least: float = -math.inf
-
-
-def kernel_name(extractor: str) -> str:
-    """KID for Inception features alone, else the features are named."""
-    return "KID" if extractor == "inception" else f"kernel distance ({extractor} features)"
-
-
-def _frechet(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
-    found = [
-        frechet_distance(pair.real[one], pair.generated[two], warn=False)
-        for one, two in zip(real, generated, strict=True)
-    ]
-    return {frechet_name(pair.extractor): np.array(found)}
-
-
-def _kid(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
-    found = kid_of_subsets(pair.real, pair.generated, real, generated)
-    return {kernel_name(pair.extractor): found.cpu().numpy()}
-
-
-def _prdc(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
-    near = Neighbourhoods.of(pair.real, pair.generated, pair.k, kept_share=share)
-    found = [near.values(one, two) for one, two in zip(real, generated, strict=True)]
-    return {name: np.array([values[name] for values in found]) for name in METRICS}
-
-
-FAMILIES = {
-    "frechet": Family("smooth", _frechet, at_least=0.0),
-    "kid": Family("smooth", _kid),
-    "prdc": Family("local", _prdc, at_least=0.0),
-}
-LOWER_IS_BETTER = ("FID", "KID", "Fréchet", "kernel")
+_FEW_DIMENSIONS, _FEW_ROWS = 64, 256  # up to which halves are computed as they are
+_OF_REAL = ("recall", "coverage")
 
 
 def measure(
-    pair: Pair, metrics: list[str], config: IntervalConfig, seed: int = 0
-) -> dict[str, Interval]:
-    """Every figure of the named families with its interval, by the figure's name."""
-    found = {}
-    for metric in metrics:
-        family = FAMILIES[metric]
-        values = family.values(pair, 1.0, *pair.everything())
-        drawn = _replicates(pair, family, config, seed)
-        for name, value in values.items():
-            count = len(pair.real) if name in ("recall", "coverage") else len(pair.generated)
-            of_name = {share: of_share[name] for share, of_share in drawn.items()}
-            found[name] = interval(
-                name,
-                float(value[0]),
-                of_name,
-                config,
-                kind=family.kind,
-                count=count,
-                at_least=family.at_least,
-            )
-    return found
-
-
-def measure_difference(
-    a: Pair, b: Pair, metrics: list[str], config: IntervalConfig, *, paired: bool, seed: int = 0
-) -> dict[str, Interval]:
-    """Figure of b minus figure of a, with the interval of the difference, by the figure's name.
-
-    Both have the same real features and lose the same real rows in every replicate, so what the
-    choice of reference adds to both cancels.
+    pair: Pair, metric: Metric | str, config: IntervalConfig, seed: int = 0
+) -> dict[str, Estimate]:
+    """Every figure of a metric, by its name.
 
     Args:
-        paired: row i of both generated sets was drawn from the same seed and label; the same
-            generated rows are then kept, and what the seeds add to both cancels too.
+        seed: names the halvings. Estimates that will be compared need the same one.
     """
-    found = {}
-    for metric in metrics:
-        family = FAMILIES[metric]
-        values = [family.values(pair, 1.0, *pair.everything()) for pair in (a, b)]
-        drawn_a = _replicates(a, family, config, seed)
-        drawn_b = _replicates(b, family, config, seed, side=1 if paired else 2)
-        for name in values[0]:
-            difference = float(values[1][name][0] - values[0][name][0])
-            of_name = {share: drawn_b[share][name] - drawn_a[share][name] for share in drawn_a}
-            label = f"difference of {name}"  # a difference is not a proportion
-            found[name] = interval(label, difference, of_name, config, kind=family.kind)
-    return found
-
-
-def _replicates(
-    pair: Pair, family: Family, config: IntervalConfig, seed: int, side: int = 1
-) -> dict[float, Values]:
-    if not config.replicates:
-        return {}
-    fewest = min(len(pair.real), len(pair.generated))
-    found = {}
-    for share in shares(family.kind, config.method, pair.real.shape[1] / fewest):
-        common = {"share": share, "replicates": config.replicates, "seed": seed}
-        real = kept_rows(len(pair.real), **common, strata=pair.real_labels)
-        generated = kept_rows(
-            len(pair.generated), **common, side=side, strata=pair.generated_labels
+    metric = METRICS.get(metric) if isinstance(metric, str) else metric
+    values = metric.values(pair, 1.0, *pair.everything())
+    drawn: dict[str, np.ndarray] = {}
+    if config.replicates:
+        split = (
+            halves(len(pair.real), config.replicates, seed, 0, pair.real_labels),
+            halves(
+                len(pair.generated),
+                config.replicates,
+                seed,
+                1,
+                pair.generated_labels,
+                pair.generated_prompts,
+            ),
         )
-        found[share] = family.values(pair, share, real, generated)
+        if metric.influences is not None and _is_large(pair):
+            drawn = _by_influence(pair, metric, split, values)
+        else:
+            drawn = metric.values(pair, HALF, *split)
+    drawn_by = _drawn_by(pair.generated_labels, pair.generated_prompts, len(pair.generated))
+    return {
+        name: Estimate(
+            name,
+            float(value[0]),
+            {HALF: np.asarray(drawn[name], np.float64)} if drawn else {},
+            kind=metric.kind,
+            count=len(pair.real) if name in _OF_REAL else len(pair.generated),
+            at_least=metric.at_least,
+            drawn_by=f"{config.replicates} halvings of {drawn_by}, seed {seed}",
+        )
+        for name, value in values.items()
+    }
+
+
+def mean_of_scores(
+    name: str,
+    scores: np.ndarray | torch.Tensor,
+    config: IntervalConfig,
+    *,
+    prompts: Sequence[int] | torch.Tensor | None = None,
+    at_least: float = -math.inf,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of scores of pictures, such as CLIPScore.
+
+    Its variance is exact: that of independent pictures or, with several pictures of a prompt, of
+    prompts, by the linearised ratio of sums over prompts to numbers of pictures.
+
+    Args:
+        scores: (M,), one a picture.
+        prompts: (M,) integers, the prompt of each picture; without them pictures are independent.
+        at_least: the smallest value that a score can have.
+        seed: as in `measure`.
+
+    Raises:
+        ValueError: there are fewer than two pictures or prompts.
+    """
+    scores = torch.as_tensor(scores).to("cpu", torch.float64)
+    clusters = None if prompts is None else torch.as_tensor(prompts).cpu()
+    units = torch.arange(len(scores))
+    if clusters is not None:
+        _, units = torch.unique(clusters, return_inverse=True)
+    number = int(units.max()) + 1 if len(units) else 0
+    if number < 2:
+        raise ValueError(f"the error of a mean needs 2 pictures or prompts, got {number}")
+    value = float(scores.mean())
+    errors = torch.zeros(number, dtype=torch.float64).index_add_(0, units, scores - value)
+    drawn: dict[float, np.ndarray] = {}
+    if config.replicates:
+        mask = halves(len(scores), config.replicates, seed, 1, clusters=clusters).double()
+        drawn = {HALF: (mask @ scores / mask.sum(1)).numpy()}
+    drawn_by = _drawn_by(None, clusters, len(scores))
+    return Estimate(
+        name,
+        value,
+        drawn,
+        count=0,
+        at_least=at_least,
+        drawn_by=f"{config.replicates} halvings of {drawn_by}, seed {seed}",
+        errors=(errors / len(scores)).numpy(),
+    )
+
+
+def _is_large(pair: Pair) -> bool:
+    rows = max(len(pair.real), len(pair.generated))
+    return pair.generated.shape[1] > _FEW_DIMENSIONS and rows > _FEW_ROWS
+
+
+def _by_influence(
+    pair: Pair, metric: Metric, split: tuple[torch.Tensor, torch.Tensor], values: dict
+) -> dict[str, np.ndarray]:
+    """Values on halves and their complements, (2 R,), to first order and of the right spread."""
+    count = len(split[0]) // 2
+    signs = [2.0 * side[:count].double() - 1.0 for side in split]
+
+    def along(kept: tuple[torch.Tensor, torch.Tensor]) -> dict[str, np.ndarray]:
+        psi = metric.influences(pair, *kept)
+        return {
+            name: sum(
+                (sign @ _centred(one.cpu(), rows) / max(len(one), 1)).numpy()
+                for sign, one, rows in zip(signs, sides, kept, strict=True)
+            )
+            for name, sides in psi.items()
+        }
+
+    whole = along(tuple(side[0] for side in pair.everything()))
+    shrink = dict.fromkeys(whole, 1.0)
+    fewest = min(int(side[0].sum()) for side in split if side.shape[1])
+    if fewest > pair.generated.shape[1]:
+        one, other = (along((split[0][i], split[1][i])) for i in (0, count))
+        for name, half in whole.items():
+            share = float(np.mean(one[name] * other[name]) / np.mean(half**2))
+            shrink[name] = (0.5 * (1.0 + min(max(share, 0.0), 1.0))) ** 0.5
+    return {
+        name: float(values[name][0]) + np.concatenate([half, -half]) * shrink[name]
+        for name, half in whole.items()
+    }
+
+
+def _centred(psi: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Influences (N,) less their means over the kept rows and over the others."""
+    psi = psi.double().clone()
+    for rows in (kept, ~kept):
+        if bool(rows.any()):
+            psi[rows] -= psi[rows].mean()
+    return psi
+
+
+def _drawn_by(labels: torch.Tensor | None, prompts: torch.Tensor | None, count: int) -> str:
+    """What halves of generated pictures depend on beside their number and the seed."""
+    found = f"{count} pictures"
+    for what, these in (("prompts", prompts), ("labels", None if prompts is not None else labels)):
+        if these is not None:
+            _, these = torch.unique(these.cpu(), return_inverse=True)
+            digest = hashlib.sha256(these.numpy().astype(np.int64).tobytes()).hexdigest()
+            found += f" by {what} {digest[:12]}"
     return found

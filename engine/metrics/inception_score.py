@@ -70,6 +70,12 @@ def _consecutive(count: int, splits: int) -> torch.Tensor:
     return torch.searchsorted(ends, torch.arange(count), right=True)
 
 
+def enough_of_score(options: Config, dim: int) -> tuple[int, str]:
+    """Pictures for parts that hold every class several times."""
+    splits = options.splits if isinstance(options, InceptionScoreOptions) else 10
+    return splits * dim, "with fewer pictures in a part than classes the score is biased downwards"
+
+
 @metric(
     "inception_score",
     features="mobilenet/logits",
@@ -77,6 +83,7 @@ def _consecutive(count: int, splits: int) -> torch.Tensor:
     at_least=1.0,
     needs_real=False,
     options=InceptionScoreOptions,
+    enough=enough_of_score,
 )
 def score(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """The Inception score of R subsets of generated pictures."""

@@ -1,49 +1,73 @@
-"""Intervals for figures of samples; called by evaluation/plan.py and evaluation/compare.py.
+"""Intervals for figures of samples; called by estimates.py, comparing.py and evaluation/.
 
-What the interval is for: the expected value of the figure at this number of pictures, over fresh
+What an interval is for: the expected value of the figure at this number of pictures, over fresh
 draws of both sides. The figure itself is unbiased for that. Rows drawn with replacement are not
 fresh draws (copies have nearest neighbours at distance zero and covariances lose rank), so the
-naive bootstrap is wrong here by many interval widths. Rows are deleted instead (Shao and Wu 1989):
-a replicate keeps a random share q of the rows of each side. Its expectation differs from the
-figure's, since fewer rows are used, so only its spread is used, around the figure at full size.
+naive bootstrap is wrong here by many interval widths. The pictures are halved at random instead: A
+and B are the figure on disjoint random halves of both sides, T the figure of all pictures,
 
-Spread to standard error. With the Hoeffding parts of a smooth figure of variance a at first order
-and c at second, the replicates' variance times q / (1 - q) is a + c (1 + q) / q, while the figure's
-own is a + c. Near equality of two distributions a vanishes and one share would give an interval
-1.4 times too wide or more; two shares separate the parts. Nearest-neighbour figures are averages of
-local terms; there half of the rows are kept, which is close, on the wide side. Coverage is
-simulated in tests/metrics/test_intervals.py; a figure that is strongly skewed at its n, as the
-kernel distance of few widely spread features is, is covered somewhat less often than stated.
+    L = (A - B) / 2,     D = (A + B) / 2 - T,     over R random halvings.
+
+A and B have no picture in common, so E L^2 = Var(figure of n / 2 pictures) / 2 exactly, whatever
+the figure is. What follows for n pictures depends on the kind of figure.
+
+"local": averages of local terms, as those of nearest neighbours. Their variance is nearly constant
+over n, so the variance is E L^2. For a proportion it is scaled from p (1 - p) of the halves' to
+that of the whole's.
+
+"smooth": functions of moments, of all pairs. With the Hoeffding parts a of first and c of second
+order E L^2 = a + 2 c and Var D = c, so the variance a + c is E L^2 - Var D. (The difference is
+minus the covariance of A and B, for a U-statistic without bias at any order: Wang and Lindsay 2014,
+Statistica Sinica 24:1117-1141.) L^2 follows the value and D does not, so a is taken as E L^2 - 2 c,
+at least 0, and c from D alone.
+
+"distance": smooth, least where both distributions are equal and growing as a square from there.
+Then a grows in proportion to the figure's excess over T_0, its expected value at equality, and a
+symmetric interval misses on one side. The interval is Wilson's (1927) in this case: all t with
+
+    (T - t)^2 <= z^2 (c + s (t - T_0)),     T_0 = mean D,     s = E L^2 / (T - T_0 + V),
+
+V = 2 c^2 / E (D - T_0)^3 for the mean of the second-order part. Where one squared normal is all of
+it, this is exact in expectation at every distance.
+
+z is Student's quantile, for the noise of R halvings. Coverage is simulated in
+benchmarks/calibration.py and, shortly, in tests/metrics/test_intervals.py.
 """
 
 import math
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 import torch
+from scipy import stats
 
 from etude.core.config import Config, option
 from etude.core.rng import Stream, bits
 
 PROPORTIONS = ("precision", "recall", "coverage")
+HALF = 0.5
+Kind = Literal["smooth", "local", "distance"]
 
 
 class IntervalConfig(Config):
     """How the interval of every figure is computed."""
 
-    method: Literal["jackknife", "subsampling"] = option(
-        "jackknife",
-        "jackknife: normal interval from deleted rows; subsampling: quantiles of half-samples",
-    )
     level: float = option(0.95, "probability that the interval covers", gt=0.5, lt=1.0)
-    replicates: int = option(200, "subsets drawn per share of kept rows; 0: no interval", ge=0)
+    replicates: int = option(200, "random halvings of the pictures; 0: no interval", ge=0)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its interval for the expected value at this number of pictures."""
+    """A figure, or a difference of figures, with its interval.
+
+    Attributes:
+        low, high, standard_error: None where no interval was made.
+        method: how it was made; "none" where it was not.
+        p_value: of a difference, two-sided, of "no difference", for this comparison alone.
+        adjusted_p_value: the same held against all comparisons made beside it.
+        degrees_of_freedom: of Student's distribution that it used.
+    """
 
     value: float
     low: float | None
@@ -51,6 +75,9 @@ class Interval:
     standard_error: float | None
     level: float
     method: str
+    p_value: float | None = None
+    adjusted_p_value: float | None = None
+    degrees_of_freedom: float | None = None
 
     def as_dict(self) -> dict:
         """Plain values for result.json."""
@@ -62,73 +89,92 @@ class Interval:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def kept_rows(
+@dataclass(frozen=True)
+class Spread:
+    """What halvings say of a figure's error.
+
+    Attributes:
+        half: L (R,) float64, half of the differences of the two halves.
+        middle: D (R,) float64, means of the two halves less the figure of all pictures.
+    """
+
+    half: np.ndarray
+    middle: np.ndarray
+
+    @classmethod
+    def of(cls, value: float, halves: np.ndarray) -> "Spread":
+        """From the figure's values (2 R,) on R halves, then on their complements."""
+        one, other = np.split(np.asarray(halves, np.float64), 2)
+        return cls((one - other) / 2, (one + other) / 2 - value)
+
+    def variance(self, kind: Kind) -> float:
+        """The variance of the figure of all pictures."""
+        total = float(np.mean(self.half**2))
+        if kind == "local":
+            return total
+        second = self.second_order()
+        return second + max(total - 2 * second, 0.0)
+
+    def second_order(self) -> float:
+        """c, the variance of the part of second order, at most half of E L^2 where that is less."""
+        return float(np.var(self.middle, ddof=1)) if len(self.middle) > 1 else 0.0
+
+    def degrees(self, kind: Kind) -> float:
+        """Degrees of freedom of `variance`, by the scatter of its terms over halvings."""
+        terms = self.half**2
+        if kind != "local":
+            # Where a is 0 only c is left, and its own scatter counts.
+            second = (self.middle - self.middle.mean()) ** 2
+            terms = terms - second if terms.mean() > 2 * second.mean() else second
+        noise = float(np.var(terms, ddof=1)) / len(terms) if len(terms) > 1 else 0.0
+        return 2 * float(terms.mean()) ** 2 / noise if noise > 0 else math.inf
+
+
+def halves(
     count: int,
-    share: float,
     replicates: int,
     seed: int,
     side: int = 0,
     strata: torch.Tensor | None = None,
+    clusters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Random subsets that keep round(share * count) rows, (replicates, count) bool.
+    """Random halves of rows and then their complements, (2 replicates, count) bool.
 
-    A function of its arguments, so two figures of the same rows get the same subsets.
+    A function of its arguments, so two figures of the same rows get the same halves.
 
     Args:
-        side: 0 for the first set of pictures, 1 for the second; their subsets are independent.
-        strata: (count,) int64, such as labels; each keeps its share of the rows. Pictures drawn
-            with the classes in turn have no chance in how many there are of each, and subsets
-            must have none either.
+        side: 0 for real pictures, 1 for generated ones; their halves are independent.
+        strata: (count,) int64, such as labels; each is halved. Pictures drawn with the classes in
+            turn have no chance in how many there are of each, and halves must have none either.
+        clusters: (count,) int64, such as the prompt of each picture; rows of one cluster stay
+            together, and clusters are halved. Takes the place of strata.
     """
+    if clusters is not None:
+        _, cluster = torch.unique(clusters.cpu(), return_inverse=True)
+        drawn = halves(int(cluster.max()) + 1 if count else 0, replicates, seed, side)
+        return drawn[:, cluster]
     position = np.arange(replicates, dtype=np.int64) + (side << 32)
-    words = torch.from_numpy(bits(seed, Stream.SUBSET, position, count).astype(np.int64))
+    words = torch.from_numpy(bits(seed, Stream.HALF, position, count).astype(np.int64))
     strata = torch.zeros(count, dtype=torch.int64) if strata is None else strata.cpu()
     _, stratum, sizes = torch.unique(strata, return_inverse=True, return_counts=True)
     ends = sizes.cumsum(0)
-    kept_ends = (ends.double() * share).round().long()
-    kept = torch.diff(kept_ends, prepend=torch.zeros(1, dtype=torch.int64))
+    # Rounding the running total, so that odd strata together lose no more than one row.
+    kept = torch.diff(ends // 2, prepend=torch.zeros(1, dtype=torch.int64))
     rank = torch.arange(count) - torch.repeat_interleave(ends - sizes, sizes)
     chosen = rank < torch.repeat_interleave(kept, sizes)
     order = (words + (stratum << 32)).argsort(dim=1, stable=True)
     found = torch.zeros(replicates, count, dtype=torch.bool)
-    return found.scatter_(1, order, chosen.expand(replicates, -1))
-
-
-def shares(kind: Literal["smooth", "local"], method: str, smallest_share: float) -> list[float]:
-    """Shares of kept rows that a figure's interval needs.
-
-    Args:
-        kind: "smooth" for functions of moments and of all pairs, "local" for nearest neighbours.
-        smallest_share: below it the figure changes character, as a covariance does with fewer rows
-            than dimensions. The second share stays above it, and is left out where that comes near
-            the first; the interval is then up to 1.4 times too wide.
-    """
-    if method == "subsampling" or kind == "local":
-        return [0.5]
-    second = max(0.3, 1.15 * smallest_share)
-    return [0.9, second] if second <= 0.6 else [0.9]
-
-
-def standard_error(replicates: dict[float, np.ndarray], kind: str) -> float:
-    """The figure's standard error from replicates (R,) per share of kept rows."""
-    scaled = {q: q / (1 - q) * float(np.var(v, ddof=1)) for q, v in replicates.items()}
-    high = max(scaled)
-    if kind == "local" or len(scaled) == 1:
-        return scaled[high] ** 0.5
-    low = min(scaled)
-    weight_high, weight_low = (1 + high) / high, (1 + low) / low
-    second = (scaled[low] - scaled[high]) / (weight_low - weight_high)
-    second = min(max(second, 0.0), scaled[high] / weight_high)
-    return max(scaled[high] - second * (weight_high - 1), 0.0) ** 0.5
+    found.scatter_(1, order, chosen.expand(replicates, -1))
+    return torch.cat([found, ~found])
 
 
 def interval(
     name: str,
     value: float,
-    replicates: dict[float, np.ndarray],
+    drawn: np.ndarray,
     config: IntervalConfig,
     *,
-    kind: Literal["smooth", "local"] = "smooth",
+    kind: Kind = "smooth",
     count: int = 0,
     at_least: float = -math.inf,
 ) -> Interval:
@@ -136,33 +182,70 @@ def interval(
 
     Args:
         name: the figure; a name in `PROPORTIONS` always gets a score interval, which stays in
-            [0, 1] and has width where every replicate is 1.
-        replicates: values (R,) per share of kept rows.
+            [0, 1] and has width where every half gives 1.
+        drawn: the figure's values (2 R,) on halves and on their complements.
         count: for a proportion, the rows that it is a share of.
         at_least: the smallest value that the figure can have.
     """
-    if not config.replicates:
+    if not config.replicates or not len(drawn):
         return Interval(value, None, None, None, config.level, "none")
-    error, z = standard_error(replicates, kind), NormalDist().inv_cdf((1 + config.level) / 2)
+    spread = Spread.of(value, drawn)
+    degrees = spread.degrees(kind)
+    error, z = spread.variance(kind) ** 0.5, quantile(config.level, degrees)
     if name in PROPORTIONS:
+        error *= proportion_scale(value, drawn, count)
         low, high = _score_interval(value, error, count, z)
-    elif config.method == "subsampling":
-        ((share, drawn),) = replicates.items()
-        tail = (1 - config.level) / 2
-        ends = np.quantile(drawn - drawn.mean(), [1 - tail, tail]) * (share / (1 - share)) ** 0.5
-        low, high = (float(value - end) for end in ends)
+    elif kind == "distance":
+        low, high = _distance_interval(value, spread, z)
     else:
         low, high = value - z * error, value + z * error
     low, high = max(low, at_least), max(high, at_least)
-    return Interval(value, low, high, error, config.level, config.method)
+    return Interval(
+        value, low, high, error, config.level, "halves", degrees_of_freedom=_finite(degrees)
+    )
+
+
+def quantile(level: float, degrees: float = math.inf) -> float:
+    """Half the width of Student's central interval at `level`, in standard errors."""
+    return float(stats.t.ppf((1 + level) / 2, degrees))
+
+
+def proportion_scale(value: float, drawn: np.ndarray, count: int) -> float:
+    """Root of p (1 - p) of a proportion over that of its values on halves (2 R,)."""
+    whole, half = (
+        share * (1 - share) for share in (_shrunk(value, count), _shrunk(drawn.mean(), count))
+    )
+    return (whole / half) ** 0.5
 
 
 def proportion(value: float, count: int, config: IntervalConfig) -> Interval:
     """The score interval of a share of `count` independent rows; needs no replicates."""
-    z = NormalDist().inv_cdf((1 + config.level) / 2)
+    z = quantile(config.level)
     low, high = _score_interval(value, 0.0, count, z)
     error = (value * (1 - value) / count) ** 0.5
     return Interval(value, max(low, 0.0), min(high, 1.0), error, config.level, "score")
+
+
+def _distance_interval(value: float, spread: Spread, z: float) -> tuple[float, float]:
+    """Ends t of (T - t)^2 <= z^2 (c + s (t - T_0)); below T_0 the variance stays c."""
+    second, equal = spread.second_order(), float(spread.middle.mean())
+    total, excess = float(np.mean(spread.half**2)), value - equal
+    if second <= 0.0 or total <= 0.0:
+        half = z * total**0.5
+        return value - half, value + half
+    cubes = float(np.mean((spread.middle - equal) ** 3))
+    # One squared normal has the largest skewness, 8^(1/2), and so the least V.
+    mean = 2 * second**2 / max(cubes, second**1.5 / 4)
+    mean = max(mean, (second / 2) ** 0.5)
+    slope = total / max(excess + mean, mean / 10)
+    centre = excess + z * z * slope / 2
+    root = max(centre * centre - excess * excess + z * z * second, 0.0) ** 0.5
+    low, high = centre - root, centre + root
+    if low < 0.0:
+        low = min(excess - z * second**0.5, 0.0)
+    if high < 0.0:
+        high = excess + z * second**0.5
+    return equal + low, equal + high
 
 
 def _score_interval(share: float, error: float, count: int, z: float) -> tuple[float, float]:
@@ -174,3 +257,12 @@ def _score_interval(share: float, error: float, count: int, z: float) -> tuple[f
     centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * (variance / rows + z * z / (4 * rows * rows)) ** 0.5
     return centre - half, centre + half
+
+
+def _shrunk(share: float, count: int) -> float:
+    """Drawn towards one half by four rows, so that a share of 1 has a variance."""
+    return (share * count + 2) / (count + 4)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

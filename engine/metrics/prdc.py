@@ -207,8 +207,20 @@ class PrdcOptions(Config):
     )
 
 
+def enough_of_prdc(options: Config, dim: int) -> tuple[int, str]:
+    """Pictures among which the k-th neighbour is near."""
+    k = options.k if isinstance(options, PrdcOptions) else 5
+    return 20 * k, "with fewer the ball of the k-th neighbour spans a large part of the set"
+
+
 @metric(
-    "prdc", features="inception", better="higher", kind="local", at_least=0.0, options=PrdcOptions
+    "prdc",
+    features="inception",
+    better="higher",
+    kind="local",
+    at_least=0.0,
+    options=PrdcOptions,
+    enough=enough_of_prdc,
 )
 def neighbourhoods(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """Precision, recall, density and coverage of R pairs of subsets."""

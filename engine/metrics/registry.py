@@ -18,6 +18,7 @@ from etude.core.errors import UserError
 from etude.core.registry import Registry
 
 Values = dict[str, np.ndarray]
+Influences = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class NoOptions(Config):
@@ -29,6 +30,8 @@ class Pair:
     """Real features (N, D) and generated features (M, D) of one kind, and the metric's options.
 
     With labels (N,) and (M,) int64 the class shares of both sides count as given, not as drawn.
+    With `generated_prompts` (M,) int64 the pictures of one prompt stand or fall together, and
+    prompts count as drawn.
 
     Attributes:
         features: what they are, "inception" or "dinov2/cls": the extractor, and the tap where it
@@ -42,6 +45,7 @@ class Pair:
     options: Config = field(default_factory=NoOptions)
     real_labels: torch.Tensor | None = None
     generated_labels: torch.Tensor | None = None
+    generated_prompts: torch.Tensor | None = None
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The one subset that keeps all rows: (1, N) and (1, M) bool."""
@@ -59,21 +63,30 @@ class Metric:
             `share` is the share of rows that every subset keeps.
         features: the features it takes where nobody says which.
         better: "lower" or "higher", by figure where they differ.
-        kind: "smooth" for functions of moments and of all pairs of rows, "local" for nearest
-            neighbours; decides how intervals are made.
+        kind: "smooth" for functions of moments and of all pairs of rows, "distance" for those that
+            are least where both sides are equal and grow as a square from there, "local" for
+            nearest neighbours; decides how intervals are made (intervals.py).
         at_least: the smallest value that the figures can have.
         needs_real: False for what looks at generated pictures alone (its real side may be empty).
         options: the section of a recipe that holds its options.
+        influences: (pair, kept real (N,), kept generated (M,)) -> figure -> (N,) and (M,) float64,
+            M or N times the derivative of the figure of the kept rows along the weight of each row,
+            kept or not, up to a constant a side; for figures that cost too much to be computed on
+            many subsets (figures.py).
+        enough: (options, dimensions) -> the fewest pictures of a side that the figure is worth
+            something with, and why.
     """
 
     name: str
     values: Callable[[Pair, float, torch.Tensor, torch.Tensor], Values]
     features: str
     better: Literal["lower", "higher"] | Mapping[str, Literal["lower", "higher"]]
-    kind: Literal["smooth", "local"] = "smooth"
+    kind: Literal["smooth", "local", "distance"] = "smooth"
     at_least: float = -math.inf
     needs_real: bool = True
     options: type[Config] = NoOptions
+    influences: Callable[[Pair, torch.Tensor, torch.Tensor], Influences] | None = None
+    enough: Callable[[Config, int], tuple[int, str]] | None = None
 
     def better_of(self, figure: str) -> Literal["lower", "higher"]:
         """Which side of a figure is the good one."""

@@ -185,7 +185,14 @@ class EntryWriter:
 
     def missing(self) -> list[tuple[int, int]]:
         """Ranges [start, stop) of pictures that no whole shard covers yet."""
-        return [bounds for bounds in self._ranges() if not self._whole(*bounds)]
+        return [bounds for bounds in self._ranges() if not self.has(*bounds)]
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether the shard of pictures [start, stop) is there and whole."""
+        try:
+            return len(_read_shard(self._shard(start))[2]["keys"]) == stop - start
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return False
 
     def write(
         self,
@@ -195,7 +202,10 @@ class EntryWriter:
         labels: torch.Tensor,
         groups: Sequence[str],
     ) -> None:
-        """Write the shard that begins at `start`; features (n, D) float32, labels (n,) int64."""
+        """Write the shard that begins at `start`; features (n, D) float32, labels (n,) int64.
+
+        One that another job wrote meanwhile stays: its manifest may name it already.
+        """
         stop = min(start + self.shard_size, self.key.count)
         lengths = {len(features), len(keys), len(labels), len(groups)}
         if lengths != {stop - start} or start % self.shard_size:
@@ -203,13 +213,15 @@ class EntryWriter:
         if not torch.isfinite(features).all():
             bad = keys[int((~torch.isfinite(features).all(1)).nonzero()[0])]
             raise UserError(f"{self.key.extractor} features of picture {bad} are not finite")
+        if self.has(start, stop):
+            return
         tensors = {
             "features": features.to("cpu", torch.float32).contiguous(),
             "labels": labels.to("cpu", torch.int64).contiguous(),
         }
-        text = {"keys": list(keys), "groups": list(groups)}
-        note = {"samples": json.dumps(text), "sha256": _tensor_sha256(tensors)}
-        write_bytes_atomic(self._shard(start), save(tensors, note))
+        about = {"keys": list(keys), "groups": list(groups), "sha256": _tensor_sha256(tensors)}
+        # One entry: safetensors writes several in an order that differs from call to call.
+        write_bytes_atomic(self._shard(start), save(tensors, {"about": json.dumps(about)}))
 
     def adopt(self, shard: Path) -> None:
         """Copy a shard that another store's writer wrote, unless it is here already."""
@@ -257,21 +269,16 @@ class EntryWriter:
     def _shard(self, start: int) -> Path:
         return self.folder / f"{start:09d}-{self.shard_size}.safetensors"
 
-    def _whole(self, start: int, stop: int) -> bool:
-        try:
-            return len(_read_shard(self._shard(start))[2]["keys"]) == stop - start
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return False
-
 
 def _read_shard(path: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Features, labels and {"keys", "groups"}; ValueError where the bytes are not those written."""
     with safe_open(path, "pt") as file:
         note = file.metadata()
         tensors = {name: file.get_tensor(name) for name in ("features", "labels")}
-    if _tensor_sha256(tensors) != note["sha256"]:
+    about = json.loads(note["about"] if "about" in note else note["samples"])  # as once written
+    if _tensor_sha256(tensors) != about.get("sha256", note.get("sha256")):
         raise ValueError(f"{path} is damaged")
-    return tensors["features"], tensors["labels"], json.loads(note["samples"])
+    return tensors["features"], tensors["labels"], about
 
 
 def _shard_size(entry: Path) -> int:

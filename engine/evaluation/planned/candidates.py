@@ -1,12 +1,12 @@
 """Who draws in a plan: every model, checkpoint and guidance scale; called by running.py."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from etude.core.errors import UserError
 
-from ..generators import GENERATORS, DrawsPictures, Wanted
+from ..generators import GENERATORS, DrawsPictures, NoCheckpointYet, Wanted
 from .recipe import ModelConfig, PlanRecipe
 
 
@@ -26,6 +26,18 @@ class Candidate:
     config: ModelConfig
     checkpoint: int | None
     guidance: float | None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: PlanRecipe,
+        run: str,
+        checkpoint: int | None = None,
+        guidance: float | None = None,
+    ) -> "Candidate":
+        """The candidate of a plan's model `run`."""
+        config = recipe.models[run]
+        return cls(config.counts_as or run, run, config, checkpoint, guidance)
 
     @property
     def is_folder(self) -> bool:
@@ -59,32 +71,38 @@ class Candidate:
 def candidates(recipe: PlanRecipe) -> list[Candidate]:
     """Every candidate of a plan, in its order; checkpoints ascending, then guidance.
 
+    A plan that watches takes what is there.
+
     Raises:
         UserError: a model keeps none of the checkpoints that the plan asks for.
     """
     found = []
     for name, config in recipe.models.items():
-        one = Candidate(config.counts_as or name, name, config, None, None)
-        if one.is_folder:
-            found.append(one)
+        if config.kind == "pictures":
+            found.append(Candidate.of(recipe, name))
             continue
-        for checkpoint in _checkpoints(name, config):
-            scales = recipe.guidance or (None,)
-            found += [replace(one, checkpoint=checkpoint, guidance=scale) for scale in scales]
+        try:
+            kept = _checkpoints(name, config, waits=recipe.watch_minutes is not None)
+        except NoCheckpointYet:
+            if recipe.watch_minutes is None:
+                raise
+            continue
+        scales = recipe.guidance or (None,)
+        found += [Candidate.of(recipe, name, seen, scale) for seen in kept for scale in scales]
     return found
 
 
-def _checkpoints(name: str, config: ModelConfig) -> list[int | None]:
+def _checkpoints(name: str, config: ModelConfig, waits: bool) -> list[int | None]:
     kept = GENERATORS.get(config.kind).checkpoints(config.source)
     if config.checkpoints == "last":
         return [kept[-1]] if kept else [None]
     if config.checkpoints == "all":
         return list(kept) or [None]
     missing = [seen for seen in config.checkpoints if seen not in kept]
-    if missing:
+    if missing and not waits:
         listed = ", ".join(map(str, kept)) or "none"
         raise UserError(
             f"models.{name}: {config.source} keeps no checkpoint at {missing[0]} images;"
             f" it keeps {listed}"
         )
-    return sorted(config.checkpoints)
+    return sorted(set(config.checkpoints) - set(missing))

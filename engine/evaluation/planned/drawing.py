@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from etude.core.distributed import World, any_rank, barrier
+from etude.core.distributed import World, any_rank, barrier, exchange
 from etude.core.errors import UserError
 from etude.core.files import write_bytes_atomic, write_json_atomic
 from etude.core.log import Log
@@ -95,11 +95,9 @@ class DrawnPictures:
         if rank == 0:
             about = {"generator": self.generator.name} | self.protocol
             write_json_atomic(self.folder / "protocol.json", about)
-        if world is not None:
-            barrier(world, "what is drawn already")
-        starts = self.missing()
-        if world is not None:  # nobody draws before everybody has looked
-            barrier(world, "what is missing")
+        starts = self.missing() if rank == 0 else []
+        if world is not None:  # a network file system may show another process less
+            starts = exchange(world, "what is not drawn yet", starts)[0]
         total = sum(self._size(start) for start in starts)
         with log.progress(f"drawing {self.name}", total, unit="pictures") as progress:
             for turn in range(0, len(starts), size):

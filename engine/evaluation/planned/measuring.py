@@ -170,6 +170,7 @@ def measured(
 
 def scored(
     scorer: Scorer,
+    about: dict[str, Any],
     sides: Sides,
     scores: FeatureSet,
     row: Row,
@@ -179,18 +180,17 @@ def scored(
     seed: int,
     known: Callable[[Row], bool],
 ) -> Iterator[list[Found]]:
-    """As `measured`, of a scorer's figures; `scores` (M, figures) as scoring.py keeps them."""
+    """As `measured`, of a scorer's figures.
+
+    Args:
+        about: what fixes its numbers.
+        scores: (M, figures), as scoring.py keeps them.
+    """
     features = "" if scorer.needs == "picture" else scorer.needs
     for group in ["", *(_groups(None, scores) if by_group else ())]:
         here = _rows(scores, group)
         if group and len(here) < FEWEST:
             continue
-        about = {
-            "metric": scorer.name,
-            "options": scorer.options.model_dump(mode="json"),
-            "version": scorer.version,
-            "weights_sha256": scorer.weights_sha256,
-        }
         protocol = _protocol(about, sides, group, None, here)
         begun = _begun(row, protocol, features, config)
         if known(begun):

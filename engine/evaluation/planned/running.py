@@ -28,7 +28,7 @@ from etude.metrics.store import FeatureStore
 from ..datasets import DataSet, Prompts, open_data_set
 from ..decoding import Form
 from ..extract import extract_set
-from ..picture_set import PictureSet, Stages
+from ..picture_set import PictureSet, Stages, digest
 from ..results import Row
 from ..table import ResultsTable
 from .candidates import Candidate, candidates
@@ -43,7 +43,7 @@ from .recipe import (
     is_scorer,
     opened_metrics,
 )
-from .scoring import score_set, scores_key
+from .scoring import score_set, scores_key, stated
 from .screening import promoted
 
 LOOK_S = 30  # between two looks at the checkpoints of models that are being trained
@@ -108,24 +108,31 @@ class Plan:
         """
         for one in self.sets:
             self._extract_real(one)
+        seen: list[Candidate] = []
         reported: list[Candidate] = []
         newest = time.monotonic()
         while True:
-            found = self._agreed(candidates(self.recipe))
-            coming = [c for c in self.promoted(found) if c not in reported]
+            found = self._found()
+            new = [candidate for candidate in found if candidate not in seen]
+            # Whom a screen promotes depends on all of them.
+            coming = [c for c in self.promoted(found) if c not in reported] if new else []
             for candidate in coming:
+                if not self._is_kept(candidate):
+                    continue
                 for one in self.sets:
                     self._evaluate(candidate, one, self.recipe.samples, self.recipe.seed)
                 reported.append(candidate)
                 if self._leads:
                     self.table.write()
                     changed()
-            newest = time.monotonic() if coming else newest
+            seen += new
+            newest = time.monotonic() if new else newest
             if not self._waits(newest):
                 break
         return {
             "table": str(self.table.folder),
             "candidates": [candidate.title for candidate in reported],
+            "seen": [candidate.title for candidate in seen],
             "images_per_second": self.rates,
         }
 
@@ -135,7 +142,7 @@ class Plan:
         if screen is None:
             return found
         rows: list[Row] = []
-        for candidate in found:
+        for candidate in filter(self._is_kept, found):
             for one in self.sets:
                 rows += self._evaluate(candidate, one, screen.samples, screen.seed, selected=True)
         kept = promoted(found, rows, screen)
@@ -145,13 +152,25 @@ class Plan:
         )
         return kept
 
-    def _agreed(self, found: list[Candidate]) -> list[Candidate]:
+    def _found(self) -> list[Candidate]:
         """The candidates that rank 0 sees: a checkpoint may appear between two looks."""
-        if self.world is None or self.world.size == 1:
+        found = candidates(self.recipe) if self._leads else []
+        if self.world is None:
             return found
-        titles = exchange(self.world, "candidates", [one.title for one in found])[0]
-        by_title = {one.title: one for one in found}
-        return [by_title[title] for title in titles if title in by_title]
+        told = [[one.run, one.checkpoint, one.guidance] for one in found]
+        told = exchange(self.world, "candidates", told, FOREVER_S)[0]
+        return [Candidate.of(self.recipe, *one) for one in told]
+
+    def _is_kept(self, candidate: Candidate) -> bool:
+        """Whether its checkpoint is still there: a run that is being trained drops old ones."""
+        if self.recipe.watch_minutes is None:
+            return True
+        kept = candidate in candidates(self.recipe) if self._leads else True
+        if self.world is not None:
+            kept = exchange(self.world, "whether it is kept", kept, FOREVER_S)[0]
+        if not kept:
+            self.log.warn(f"{candidate.title} is left out: its run does not keep it any more")
+        return kept
 
     def _waits(self, newest: float) -> bool:
         """Wait for the next look at the checkpoints; False when nothing is waited for any more."""
@@ -254,6 +273,7 @@ class Plan:
             for r in self.table.rows()
             if (r.model, r.checkpoint, r.guidance, r.seed, r.data_set, r.selected)
             == (row.model, row.checkpoint, row.guidance, row.seed, row.data_set, selected)
+            and (r.group or r.n_generated == count)  # a shared table may hold other screens
         ]
 
     def _show(self, candidate: Candidate, one: _Set, drawn: PictureSet) -> None:
@@ -267,6 +287,7 @@ class Plan:
 
     def _measure(self, wanted: Wanted, sides: Sides, row: Row, selected: bool) -> None:
         by_group = self.recipe.by_group and not selected
+        origin = self._origin(sides.drawn)
         found = measured(
             wanted,
             sides,
@@ -275,24 +296,33 @@ class Plan:
             self.recipe.interval,
             by_group=by_group,
             seed=self.recipe.seed,
-            known=self.table.is_complete,
+            known=lambda one: self.table.is_complete(one, origin),
         )
-        self._add(found)
+        self._add(found, origin)
 
-    def _add(self, found: Iterator[list[Found]]) -> None:
+    def _origin(self, drawn: PictureSet) -> str:
+        """What figures are made from beside their protocol, as the table notes it."""
+        interval = self.recipe.interval.model_dump(mode="json")
+        return digest([drawn.fingerprint, interval, self.recipe.seed])
+
+    def _add(self, found: Iterator[list[Found]], origin: str) -> None:
         for figures in found:
             for figure, estimate, protocol in figures:
                 self.table.add(figure, estimate, protocol)
-            self.table.complete(figures[0][0])
+            self.table.complete(figures[0][0], origin)
 
     def _score(self, scorer: Scorer, sides: Sides, row: Row, by_group: bool) -> None:
         """A scorer's figures: every process scores, rank 0 writes."""
-        features = None
+        features = about = None
         if scorer.needs != "picture":
-            features = self.features.of(sides.drawn, scorer.needs).features
+            features = self.features.of(sides.drawn, scorer.needs)
+            about = self.features.stated(scorer.needs)
+        about = stated(scorer, about)
+        key = scores_key(sides.drawn, about)
         score_set(
             sides.drawn,
             scorer,
+            key,
             self.store,
             features,
             batch_size=self.recipe.batch_size,
@@ -301,17 +331,19 @@ class Plan:
         )
         if not self._leads:
             return
+        origin = self._origin(sides.drawn)
         found = scored(
             scorer,
+            about,
             sides,
-            self.store.load(scores_key(sides.drawn, scorer)),
+            self.store.load(key),
             row,
             self.recipe.interval,
             by_group=by_group and self.recipe.by_group,
             seed=self.recipe.seed,
-            known=self.table.is_complete,
+            known=lambda one: self.table.is_complete(one, origin),
         )
-        self._add(found)
+        self._add(found, origin)
 
 
 def open_scorers(

@@ -1,0 +1,374 @@
+"""What rows of results say about several models, in plain words; called by plans and the page.
+
+One figure on one data set at a time. Which model is best, which cannot be told apart from which,
+and how many more pictures would tell: every pair is compared (metrics/comparing.py), all pairs of a
+verdict are held against each other by Holm. Guidance moves a figure as much as training does, so
+models are compared at every scale that all of them have, and each at its own best one.
+
+Rows whose pictures chose something never count; where a plan has such rows, they choose the best
+guidance, and other pictures give the figure. Otherwise the figures themselves choose, which is
+said: the best of several is too good by chance.
+
+Training runs differ by chance too. Where every model has rows of several training seeds, seeds are
+random effects: with K values of variance S^2, of which pictures explain W, the variance of a mean
+is max(S^2 - W, 0) / K plus the pictures' own, and never less than S^2 / K of both sides together
+(Satterthwaite's degrees of freedom). Otherwise the verdict says that this noise is not included.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from etude.core.errors import UserError
+from etude.metrics.comparing import (
+    POWER,
+    Error,
+    error_of_contrast,
+    needed,
+    tested,
+    with_holm,
+)
+from etude.metrics.estimates import Estimate
+from etude.metrics.intervals import Interval, IntervalConfig
+
+from .results import Results, Row
+
+OWN_BEST = "each model's own best guidance"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model in a comparison.
+
+    Attributes:
+        runs: training run -> its rows and estimates; one run where no training seed is known.
+    """
+
+    title: str
+    runs: Mapping[int | None, tuple[tuple[Row, Estimate], ...]]
+
+    @property
+    def values(self) -> np.ndarray:
+        """The figure of each training run, (K,)."""
+        return np.array([np.mean([row.value for row, _ in run]) for run in self.runs.values()])
+
+    @property
+    def value(self) -> float:
+        """Their mean."""
+        return float(self.values.mean())
+
+    @property
+    def pictures(self) -> int:
+        """Generated pictures behind one figure."""
+        return next(iter(self.runs.values()))[0][0].n_generated
+
+    def terms(self, weights: Sequence[float]) -> list[tuple[float, Estimate]]:
+        """Every estimate with its weight, for a weighted sum over the training runs."""
+        return [
+            (weight / len(run), estimate)
+            for weight, run in zip(weights, self.runs.values(), strict=True)
+            for _, estimate in run
+        ]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rows say about one figure at one choice of guidance.
+
+    Attributes:
+        at: the guidance that was compared, in words.
+        ranking: titles of the models, best value first.
+        differences: (better, worse) -> better minus worse by value, with Holm's p-value.
+        alike: pairs that cannot be told apart at the level asked for.
+        wanted: pair that is alike -> pictures a side that would tell them apart with probability
+            0.8; None where that cannot be said.
+        sentences: all of it in words.
+    """
+
+    metric: str
+    features: str
+    data_set: str
+    group: str
+    at: str
+    ranking: tuple[str, ...]
+    differences: dict[tuple[str, str], Interval]
+    alike: tuple[tuple[str, str], ...]
+    wanted: dict[tuple[str, str], int | None]
+    sentences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
+
+
+def verdicts(
+    results: Results,
+    metric: str,
+    *,
+    data_set: str,
+    features: str = "",
+    group: str = "",
+    config: IntervalConfig | None = None,
+) -> list[Verdict]:
+    """Verdicts on one figure: at every guidance that all models share, then at each one's best.
+
+    Args:
+        features: which, where the figure is there for several; "" otherwise.
+
+    Raises:
+        UserError: fewer than two models have the figure, or the rows have different protocols,
+            features or numbers of pictures.
+    """
+    config = config or IntervalConfig()
+    found = results.where(metric=metric, data_set=data_set, group=group).rows
+    rows = [row for row in found if not features or row.features == features]
+    counted, selecting = [row for row in rows if not row.selected], [r for r in rows if r.selected]
+    refuse_unlike(counted)
+    models = sorted({_model(row) for row in counted})
+    if len(models) < 2:
+        raise UserError(
+            f"{metric} on {data_set} is there for {len(models)} model: a verdict needs two; "
+            "add models to the plan, or name another figure"
+        )
+    scales = {model: {r.guidance for r in counted if _model(r) == model} for model in models}
+    common = sorted(set.intersection(*scales.values()), key=_order_of_guidance)
+    verdicts_found = []
+    for scale in common:
+        chosen = [row for row in counted if row.guidance == scale]
+        words = "" if scale is None else f"guidance {scale:g}"
+        verdicts_found.append(_verdict(results, chosen, words, (), config))
+    if any(len(of) > 1 for of in scales.values()):
+        best, notes = _at_own_best(counted, selecting, models)
+        verdicts_found.append(_verdict(results, best, OWN_BEST, notes, config))
+    if not verdicts_found:
+        notes = ("The models share no guidance, so this compares guidance as well.",)
+        verdicts_found.append(_verdict(results, counted, "each model's guidance", notes, config))
+    return verdicts_found
+
+
+def refuse_unlike(rows: Iterable[Row]) -> None:
+    """`UserError` naming what rows of one figure differ in that makes them incomparable."""
+    rows = list(rows)
+    for what, name in (
+        ("features", "features"),
+        ("numbers of generated pictures", "n_generated"),
+        ("numbers of real pictures", "n_real"),
+        ("protocols", "protocol"),
+        ("directions of what is better", "better"),
+    ):
+        found = {}
+        for row in rows:
+            found.setdefault(getattr(row, name), row)
+        if len(found) > 1:
+            shown = "; ".join(f"{value} ({_title(row)})" for value, row in found.items())
+            raise UserError(
+                f"rows of {rows[0].metric} on {rows[0].data_set} have different {what} and cannot "
+                f"be compared: {shown}; evaluate all models the same way, or choose among the rows"
+            )
+
+
+def compare_sides(b: Side, a: Side, level: float) -> Interval:
+    """Figure of b minus figure of a, with the noise of training runs where both have several."""
+    value = b.value - a.value
+    counts = len(b.runs), len(a.runs)
+    even = [np.full(count, 1.0 / count) for count in counts]
+    pictures = error_of_contrast([*b.terms(even[0]), *a.terms(-even[1])])
+    if min(counts) < 2:
+        if pictures is None:
+            return Interval(value, None, None, None, level, "none")
+        return tested(value, pictures, level)
+    parts = [_of_runs(side) for side in (b, a)]
+    plain = sum(spread / count for (spread, _), count in zip(parts, counts, strict=True))
+    within = 0.0 if pictures is None else pictures.standard_error**2
+    total = max(
+        sum(beyond / count for (_, beyond), count in zip(parts, counts, strict=True)) + within,
+        plain,
+    )
+    slack = sum(
+        (spread / count) ** 2 / (count - 1)
+        for (spread, _), count in zip(parts, counts, strict=True)
+    )
+    if pictures is not None:
+        slack += within**2 / pictures.degrees
+    degrees = total**2 / slack if slack > 0.0 else math.inf
+    return tested(value, Error(total**0.5, degrees), level)
+
+
+def _of_runs(side: Side) -> tuple[float, float]:
+    """Variance of the figure over training runs, and what of it pictures do not explain."""
+    spread, count = float(side.values.var(ddof=1)), len(side.runs)
+    explained = 0.0
+    for place in range(count):
+        weights = np.full(count, -1.0 / count)
+        weights[place] += 1.0
+        error = error_of_contrast(side.terms(weights))
+        explained += 0.0 if error is None else error.standard_error**2 / (count - 1)
+    return spread, max(spread - explained, 0.0)
+
+
+def _verdict(
+    results: Results, rows: Sequence[Row], at: str, notes: Sequence[str], config: IntervalConfig
+) -> Verdict:
+    sides = _sides(results, rows)
+    sign = 1.0 if rows[0].better == "lower" else -1.0
+    ranked = sorted(sides, key=lambda side: sign * side.value)
+    pairs = list(itertools.combinations(ranked, 2))
+    level = 1.0 - (1.0 - config.level) / len(pairs)
+    found = with_holm({(b.title, a.title): compare_sides(b, a, level) for b, a in pairs})
+    alike = tuple(
+        pair
+        for pair, one in found.items()
+        if one.adjusted_p_value is None or one.adjusted_p_value > 1.0 - config.level
+    )
+    several = all(len(side.runs) > 1 for side in sides)
+    wanted = {} if several else {pair: _wanted(found[pair], ranked[0], level) for pair in alike}
+    verdict = Verdict(
+        rows[0].metric,
+        rows[0].features,
+        rows[0].data_set,
+        rows[0].group,
+        at,
+        tuple(side.title for side in ranked),
+        found,
+        alike,
+        wanted,
+        (),
+    )
+    return replace(verdict, sentences=tuple(_sentences(verdict, ranked, config, notes)))
+
+
+def _sides(results: Results, rows: Sequence[Row]) -> list[Side]:
+    found: dict[tuple[str, str], dict[int | None, list[tuple[Row, Estimate]]]] = {}
+    for row in rows:
+        runs = found.setdefault(_model(row), {})
+        runs.setdefault(row.training_seed, []).append((row, results.estimate(row)))
+    names = [model for model, _ in found]
+    return [
+        Side(
+            model if names.count(model) == 1 or not checkpoint else f"{model} at {checkpoint}",
+            {seed: tuple(run) for seed, run in runs.items()},
+        )
+        for (model, checkpoint), runs in found.items()
+    ]
+
+
+def _at_own_best(
+    counted: Sequence[Row], selecting: Sequence[Row], models: Sequence[tuple[str, str]]
+) -> tuple[list[Row], list[str]]:
+    """Each model's rows at the guidance where it does best, and what to say about the choice."""
+    rows, scales, itself = [], [], []
+    for model in models:
+        own = [row for row in counted if _model(row) == model]
+        judges = [row for row in selecting if _model(row) == model]
+        offered = {row.guidance for row in own}
+        judges = [row for row in judges if row.guidance in offered]
+        # Selecting rows that know one scale only have chosen something else.
+        if len({row.guidance for row in judges}) < 2:
+            judges = own
+            if len(offered) > 1:
+                itself.append(model[0])
+        sign = 1.0 if own[0].better == "lower" else -1.0
+        best = min(
+            {row.guidance for row in judges},
+            key=lambda scale: sign * np.mean([r.value for r in judges if r.guidance == scale]),
+        )
+        rows += [row for row in own if row.guidance == best]
+        scales.append(f"{model[0]} {'none' if best is None else f'{best:g}'}")
+    notes = [f"Guidance: {', '.join(scales)}."]
+    if itself:
+        notes.append(
+            f"The guidance of {_listed(sorted(set(itself)))} was chosen by these same figures, "
+            "which makes them look better than fresh pictures would."
+        )
+    return rows, notes
+
+
+def _wanted(found: Interval, side: Side, level: float) -> int | None:
+    if found.standard_error is None:
+        return None
+    return needed(found.value, found.standard_error, side.pictures, level)
+
+
+def _sentences(
+    verdict: Verdict, ranked: Sequence[Side], config: IntervalConfig, notes: Sequence[str]
+) -> Iterable[str]:
+    best, where = ranked[0], f"{verdict.metric} on {verdict.data_set}"
+    where += f", {verdict.group}" if verdict.group else ""
+    where += f", at {verdict.at}" if verdict.at else ""
+    rivals = [pair[1] for pair in verdict.alike if pair[0] == best.title]
+    if not rivals:
+        yield f"{where}: {best.title} is best ({best.value:.4g})."
+    else:
+        yield (
+            f"{where}: {best.title} has the best value ({best.value:.4g}), but cannot be told "
+            f"apart from {_listed(rivals)}."
+        )
+    yield from notes
+    for pair, one in verdict.differences.items():
+        if pair in verdict.alike:
+            yield _alike(verdict, pair, one, best.pictures)
+        else:
+            yield (
+                f"{pair[0]} is better than {pair[1]}: {pair[0]} minus {pair[1]} is {one}, "
+                f"p = {one.adjusted_p_value:.2g}."
+            )
+    if len(verdict.differences) > 1:
+        yield (
+            f"The {len(verdict.differences)} comparisons are held against each other: intervals "
+            f"hold together with {config.level:.0%}, p-values are Holm's."
+        )
+    runs = [len(side.runs) for side in ranked]
+    if min(runs) > 1:
+        yield f"Training-run noise is included: {min(runs)} runs each or more."
+    elif max(runs) == 1:
+        yield "Training-run noise not included: one run each."
+    else:
+        single = [side.title for side in ranked if len(side.runs) == 1]
+        yield f"Training-run noise not included where it counts {_listed(single)}: one run each."
+
+
+def _alike(verdict: Verdict, pair: tuple[str, str], one: Interval, pictures: int) -> str:
+    if one.p_value is None:
+        return f"{pair[0]} and {pair[1]} have no interval, so nothing is said of their order."
+    said = (
+        f"{pair[0]} and {pair[1]} cannot be told apart ({pair[0]} minus {pair[1]} is {one}, "
+        f"p = {one.adjusted_p_value:.2g})"
+    )
+    if pair not in verdict.wanted:
+        return f"{said}; more training runs would narrow this, more pictures only in part."
+    count = verdict.wanted[pair]
+    if count is None:
+        return f"{said}; no number of pictures can be given."
+    more = _round(max(count - pictures, 1))
+    return (
+        f"{said}; about {more:,} more pictures of each side, {_round(pictures + more):,} in place "
+        f"of {pictures:,}, would tell them apart with probability {POWER:g}, if the true "
+        f"difference is the one measured and the error falls with the root of their number."
+    )
+
+
+def _model(row: Row) -> tuple[str, str]:
+    return row.model, row.checkpoint
+
+
+def _title(row: Row) -> str:
+    guidance = "" if row.guidance is None else f" guidance {row.guidance:g}"
+    return f"{row.model}{' ' + row.checkpoint if row.checkpoint else ''}{guidance}"
+
+
+def _order_of_guidance(scale: float | None) -> float:
+    return -math.inf if scale is None else scale
+
+
+def _round(count: int) -> int:
+    """Two digits, upwards."""
+    unit = 10 ** max(len(str(count)) - 2, 0)
+    return -(-count // unit) * unit
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"

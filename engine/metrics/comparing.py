@@ -1,0 +1,168 @@
+"""Differences of figures: of two models, of several at once; called by evaluation/ and practice/.
+
+Differences are taken halving by halving (intervals.py), so what two estimates share cancels: the
+reference always, and pictures of the same seeds and prompts. Several comparisons are held against
+each other by Holm (1979, Scandinavian Journal of Statistics 6:65-70), and their intervals are at
+Bonferroni's level; both are right however the comparisons depend on each other.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from .estimates import Estimate, root_of_errors
+from .intervals import PROPORTIONS, Interval, IntervalConfig, Spread, proportion_scale, quantile
+
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Error:
+    """The standard error of a figure or a difference, with its degrees of freedom."""
+
+    standard_error: float
+    degrees: float
+
+
+def difference(b: Estimate, a: Estimate, config: IntervalConfig | None = None) -> Interval:
+    """Figure of b minus figure of a, with interval and the two-sided p-value of "no difference".
+
+    Estimates of other halves than each other's (`drawn_by`) count as independent. Without
+    replicates on both sides only the difference is known.
+    """
+    config = config or IntervalConfig()
+    value = b.value - a.value
+    found = error_of_difference(b, a)
+    if found is None:
+        return Interval(value, None, None, None, config.level, "none")
+    return tested(value, found, config.level)
+
+
+def error_of_difference(b: Estimate, a: Estimate) -> Error | None:
+    """The error of b minus a; None where one's is not known."""
+    return error_of_contrast([(1.0, b), (-1.0, a)])
+
+
+def error_of_contrast(terms: Sequence[tuple[float, Estimate]]) -> Error | None:
+    """The error of a weighted sum of figures; None where one's is not known.
+
+    Terms of equal halves are taken together; the sums over other halves count as independent.
+    """
+    if any(not len(estimate.drawn) and estimate.errors is None for _, estimate in terms):
+        return None
+    together: dict[tuple, list[tuple[float, Estimate]]] = {}
+    for weight, estimate in terms:
+        # Exact errors of equal units add unit by unit, the others halving by halving.
+        units = -1 if estimate.errors is None else len(estimate.errors)
+        key = estimate.drawn_by, len(estimate.drawn), units
+        together.setdefault(key, []).append((weight, estimate))
+    parts = [_error_of_same(same) for same in together.values()]
+    total = sum(part.standard_error**2 for part in parts)
+    if total == 0.0:
+        return Error(0.0, math.inf)
+    slack = sum(part.standard_error**4 / part.degrees for part in parts)
+    return Error(total**0.5, total**2 / slack if slack > 0.0 else math.inf)
+
+
+def tested(value: float, error: Error, level: float) -> Interval:
+    """A difference with Student's interval and p-value."""
+    half = quantile(level, error.degrees) * error.standard_error
+    if error.standard_error == 0.0:
+        p_value = float(value == 0.0)
+    else:
+        p_value = 2.0 * float(stats.t.sf(abs(value) / error.standard_error, error.degrees))
+    degrees = error.degrees if math.isfinite(error.degrees) else None
+    return Interval(
+        value,
+        value - half,
+        value + half,
+        error.standard_error,
+        level,
+        "difference",
+        p_value=p_value,
+        degrees_of_freedom=degrees,
+    )
+
+
+def all_differences(
+    estimates: Mapping[str, Estimate], config: IntervalConfig | None = None
+) -> dict[tuple[str, str], Interval]:
+    """(b, a) -> figure of b minus figure of a, for every pair, all held against each other.
+
+    Intervals hold at once with at least `config.level`. Holm rejects more than they do, so an
+    interval may hold 0 beside a small adjusted p-value.
+    """
+    pairs = list(itertools.combinations(estimates, 2))
+    return simultaneous(
+        {(b, a): (estimates[b], estimates[a]) for a, b in pairs}, config or IntervalConfig()
+    )
+
+
+def differences_from(
+    reference: str, estimates: Mapping[str, Estimate], config: IntervalConfig | None = None
+) -> dict[str, Interval]:
+    """Figure of each other model minus that of `reference`, held against each other."""
+    one = estimates[reference]
+    others = {name: (two, one) for name, two in estimates.items() if name != reference}
+    return simultaneous(others, config or IntervalConfig())
+
+
+def simultaneous(pairs: Mapping, config: IntervalConfig) -> dict:
+    """Key -> b minus a of key -> (b, a), at Bonferroni's level and with Holm's p-values."""
+    if not pairs:
+        return {}
+    each = config.model_copy(update={"level": 1.0 - (1.0 - config.level) / len(pairs)})
+    return with_holm({key: difference(b, a, each) for key, (b, a) in pairs.items()})
+
+
+def with_holm(found: Mapping) -> dict:
+    """Intervals with adjusted p-values, held against each other where they have p-values."""
+    known = [key for key, one in found.items() if one.p_value is not None]
+    adjusted = dict(zip(known, holm([found[key].p_value for key in known]), strict=True))
+    return {key: replace(one, adjusted_p_value=adjusted.get(key)) for key, one in found.items()}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given; each in [0, 1] and none below its own."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def needed(value: float, error: float, count: int, level: float = 0.95) -> int | None:
+    """How many pictures would tell a difference apart with probability `POWER`.
+
+    Assumes that the true difference is the one measured, that its standard error falls as one over
+    the root of the number of pictures, real and generated ones growing together, and a two-sided
+    test at 1 - level. None where the difference measured is 0 or its error is not known.
+
+    Args:
+        value, error: the difference and its standard error with `count` pictures a side.
+    """
+    if value == 0.0 or not math.isfinite(error) or error <= 0.0:
+        return None
+    z = quantile(level) + float(stats.norm.ppf(POWER))
+    return max(count, math.ceil(count * (z * error / abs(value)) ** 2))
+
+
+def _error_of_same(terms: Sequence[tuple[float, Estimate]]) -> Error:
+    """The error of a weighted sum of figures of equal halves or units."""
+    if all(estimate.errors is not None for _, estimate in terms):
+        errors = sum(weight * estimate.errors for weight, estimate in terms)
+        return Error(root_of_errors(errors), len(errors) - 1)
+    kind = terms[0][1].kind
+    half, middle = 0.0, 0.0
+    for weight, estimate in terms:
+        spread, scale = estimate.spread, 1.0
+        if estimate.name in PROPORTIONS:
+            scale = proportion_scale(estimate.value, estimate.drawn, estimate.count)
+        half = half + weight * scale * spread.half
+        middle = middle + weight * spread.middle
+    spread = Spread(half, middle)
+    return Error(spread.variance(kind) ** 0.5, spread.degrees(kind))
