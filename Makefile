@@ -2,9 +2,10 @@
 # make test     set up and pass the tests
 # make bench    measure the operators on this CPU; rows go to benchmarks/results/
 # make aot-3.6  compile the Triton kernels with Triton 3.6, which torch 2.11 brings, against the budgets
+# make mutations  break each promised feature of evaluation and see its test turn red
 # make gpu      GPU tests and benchmarks with the machine's own Python, offline, under nine minutes
 
-.PHONY: setup demo test bench aot-3.6 gpu
+.PHONY: setup demo test bench aot-3.6 mutations gpu
 SHELL := /bin/bash
 export PYTHON
 
@@ -22,6 +23,10 @@ bench: setup
 aot-3.6: setup
 	.venv/bin/python -m pip install -q --no-deps --upgrade --target .cache/triton-3.6 triton==3.6.0
 	PYTHONPATH=.cache/triton-3.6 .venv/bin/python -m etude.kernels.compiling --check
+
+mutations: export DS_ACCELERATOR := cpu
+mutations: setup
+	.venv/bin/python tests/mutations/run.py
 
 gpu:
 	bash benchmarks/gpu.sh

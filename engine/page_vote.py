@@ -2,6 +2,7 @@
 
 Called by page.py. Which pairs come, in which order and on which side is fixed when the page is
 made; the votes stay in the browser, which counts them with an interval and gives them as a file.
+They outlast a reload: the page of a run that goes on reloads itself.
 """
 
 import html
@@ -48,8 +49,8 @@ def vote_html(
         "pictures": [[uri(name) for name in of_maker] for of_maker in files],
         "rounds": rounds(len(prompts), len(makers)),
     }
-    # "</" would end the script element early.
-    text = json.dumps(data).replace("</", "<\\/")
+    # "</" would end the script element early, and "<!--" open a comment in it.
+    text = json.dumps(data).replace("<", "\\u003c")
     return (
         f'<div class="ballot" data-for="{html.escape(id)}"><p class="asked"></p>'
         '<div class="sides"><button type="button" class="left"><img alt="left picture"></button>'
@@ -72,7 +73,10 @@ border:1px solid var(--rule);border-radius:99px;padding:3px 16px}
 # Wilson's interval of a share of decided votes; ties are counted beside.
 SCRIPT = """
 document.querySelectorAll('.ballot').forEach(function(box){
- var data=JSON.parse(box.parentNode.querySelector('script.votes').textContent),at=0,votes=[];
+ var data=JSON.parse(box.parentNode.querySelector('script.votes').textContent),votes=[];
+ var kept='votes '+JSON.stringify([box.dataset.for,data.prompts,data.makers]);
+ try{votes=JSON.parse(sessionStorage.getItem(kept))||[]}catch(e){}
+ var at=votes.length;
  function q(s){return box.querySelector(s)}
  function show(){var over=at>=data.rounds.length;
   q('.sides').style.display=over?'none':'';q('.tie').style.display=over?'none':'';
@@ -82,7 +86,9 @@ document.querySelectorAll('.ballot').forEach(function(box){
   q('.left img').src=data.pictures[r[1]][r[0]];q('.right img').src=data.pictures[r[2]][r[0]]}
  function vote(side){var r=data.rounds[at];if(!r)return;
   votes.push({prompt:data.prompts[r[0]],left:data.makers[r[1]],right:data.makers[r[2]],
-   better:side===0?'left':side===1?'right':'tie'});at+=1;show()}
+   better:side===0?'left':side===1?'right':'tie'});at+=1;
+  try{sessionStorage.setItem(kept,JSON.stringify(votes))}catch(e){}
+  show()}
  function tell(){var pairs={};votes.forEach(function(v){
    var names=[v.left,v.right].sort(),key=names.join('\\u0000');
    var p=pairs[key]||(pairs[key]={names:names,won:[0,0],ties:0});

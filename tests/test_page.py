@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from etude import plots
 from etude.page import Page, picture_grid, terminal_picture
 from etude.plots import bar_chart, drawable, line_chart, number, running_mean
 
@@ -259,6 +260,19 @@ def test_bars_are_as_high_as_their_values() -> None:
     assert np.ptp(whisker[:, 1]) == pytest.approx(np.ptp(bar[:, 1]), rel=1e-3)
     with pytest.raises(ValueError, match="1 values for 2 labels"):
         bar_chart(["p", "q"], {"raw": [1.0]}, "x", "y")
+
+
+def test_a_chart_is_drawn_once_and_again_when_a_value_changes(monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "_svg", lambda *given: drawn.append(given) or str(len(drawn)))
+    values = np.linspace(0.1, 0.9, 5000)  # as long as a run's: no value may hide in the middle
+    near = values.copy()
+    near[2500] += 1e-12
+    asked = [values, near, values.copy(), list(values), near]
+    got = [line_chart({"a": (range(5000), y)}, "once", "y", id="one") for y in asked]
+    assert got == ["1", "2", "1", "3", "2"] and len(drawn) == 3
+    assert line_chart({"a": (range(5000), values)}, "once", "y", id="two") == "4"
+    assert bar_chart(["p"], {"a": [2.0]}, "once", "y") == "5"
 
 
 def test_charts_take_the_colours_of_the_page() -> None:

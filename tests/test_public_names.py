@@ -54,7 +54,7 @@ PINNED = {
     "load_extractor": "(spec, weights, options)",
     "load_recipe": "(name_or_path, overrides)",
     "load_run": "(path, root)",
-    "open_generator": "(run, weights, sampler, device, classes, prompt)",
+    "open_generator": "(run, weights, sampler, device, classes, prompt, at)",
     "param_groups": "(model)",
     "read_denoiser": "(path, config)",
     "read_weights": "(path, profile, hashes)",

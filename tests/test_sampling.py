@@ -1,9 +1,7 @@
 """Pictures by index: the same whatever is drawn beside them; in shards, stopped and resumed."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -188,17 +186,22 @@ def test_png_files_hold_the_same_pictures_and_their_classes(generator, tmp_path)
         sample_to_folder(generator, folder, 12, form="jpg", **asked)
 
 
-def test_two_processes_write_what_one_does(run, generator, tmp_path) -> None:
+def test_two_processes_write_what_one_does(
+    run, generator, tmp_path, run_ranks, monkeypatch
+) -> None:
     """Three blocks for two processes, so that one of them has nothing to do in the last round."""
     count, quiet = 2 * BLOCK + 10, Log(None, quiet=True)
-    sample_to_folder(generator, tmp_path / "one", count, seed=4, log=quiet, form="png")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "etude", "sample", str(run), "--count", str(count), "--seed", "4"]
-    words += ["--format", "png", "--to", str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count(f"{count} pictures in {tmp_path / 'two'}") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
+    try:
+        sample_to_folder(generator, tmp_path / "one", count, seed=4, log=quiet, form="png")
+    finally:
+        torch.set_num_threads(threads)
+    words = ["-m", "etude", "sample", run, "--count", str(count), "--seed", "4"]
+    done = run_ranks(2, *words, "--format", "png", "--to", tmp_path / "two")
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr + done[1].stderr
+    said = done[0].stdout + done[1].stdout
+    assert said.count(f"{count} pictures in {tmp_path / 'two'}") == 1
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in names:

@@ -112,7 +112,7 @@ def text_encoder(width: int, projection: int) -> nn.Module:
 def write_folder(folder: Path, kind: str, prediction: str) -> Path:
     """A Stable Diffusion of a kind; random weights under which the text matters."""
     torch.manual_seed(0)
-    shape = dict(sample_size=4, block_out_channels=(64, 128), layers_per_block=1)
+    shape = dict(sample_size=4, block_out_channels=(32, 64), layers_per_block=1)
     shape |= dict(down_block_types=DOWN, up_block_types=UP)
     double = kind == "xl"
     unet = diffusers.UNet2DConditionModel(

@@ -145,7 +145,7 @@ class Neighbourhoods:
         found = {
             "precision": _touched(inside, self.near_real.generated, m) / count_y,
             "recall": _touched(beside, self.near_generated.real, n) / count_x,
-            "density": inside.sum(0) / (self.k * count_y),
+            "density": inside.sum(0).double() / (self.k * count_y),
             "coverage": _touched(inside, self.near_real.real, n) / count_x,
         }
         return {name: value.double().cpu().numpy() for name, value in found.items()}

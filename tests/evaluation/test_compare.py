@@ -91,6 +91,8 @@ def test_compare_decides_with_shared_seeds_and_refuses_other_protocols(tmp_path)
     a, b = results(store)
     found = compare(a, b, store=store)
     assert found.paired and found.better("FID") == "a"
+    fid = found.differences["FID"]
+    assert fid.p_value < 0.01 and fid.p_value <= fid.adjusted_p_value < 0.05
     assert compare(b, a, store=store).better("FID") == "a"
     assert compare(a, b).differences["FID"].value == 0.0
     assert compare(a, b).better("FID") is None

@@ -27,10 +27,6 @@ def test_a_change_fits_the_code_and_its_test_exists(promise) -> None:
     assert name.partition("[")[0] in defined
 
 
-def test_the_page_shows_the_list() -> None:
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    for promise in PROMISES:
-        peers = " | ".join(promise.peers)
-        file, _, name = promise.test.partition("::")
-        expected = f"| {promise.feature} | {peers} | `{file.removeprefix('tests/')}::{name}` |"
-        assert expected in rows
+def test_the_page_shows_the_list_in_its_order_and_no_other_rows() -> None:
+    shown = [line for line in PAGE.read_text().splitlines() if "::test_" in line]
+    assert shown == [promise.row for promise in PROMISES]

@@ -1,6 +1,6 @@
 """One process of an evaluation, alone or of several (see the environment), that may die on the way.
 
-    evaluating.py extract NETWORK STORE READ   150 pictures by two extractors; each range of pictures
+    evaluating.py extract NETWORK STORE READ   150 pictures by two extractors; each range of them
                                                that is read is a line of the file READ/<rank>
     evaluating.py plan PLAN.yaml ROOT [NAME]   a plan, whose run is made below ROOT
 

@@ -1,0 +1,165 @@
+"""Verdicts in words: what is told apart, what is not, and what is never compared."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from etude.core.errors import UserError
+from etude.evaluation.results import Results, Row
+from etude.evaluation.verdict import OWN_BEST, verdicts
+from etude.metrics.figures import mean_of_scores
+from etude.metrics.intervals import IntervalConfig
+
+CONFIG = IntervalConfig(replicates=50)
+NOT_INCLUDED = "Training-run noise not included: one run each."
+
+
+def results(*made: tuple[Row, np.ndarray]) -> Results:
+    """Rows with the estimates of means of scores."""
+    rows, estimates = [], {}
+    for number, (row, scores) in enumerate(made):
+        estimate = mean_of_scores(row.metric, scores, CONFIG)
+        estimates[str(number)] = estimate
+        rows.append(replace(row, value=estimate.value, estimate=str(number)))
+    return Results(tuple(rows), estimates)
+
+
+def row(model: str, **fields) -> Row:
+    begun = Row(model, "coco", "CLIPScore", 0.0, "higher", n_generated=400, protocol="p")
+    return replace(begun, **fields)
+
+
+def scores(seed: int, shift: float = 0.0, count: int = 400) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=count) + shift
+
+
+def test_the_best_is_named_and_what_cannot_be_told_apart_with_the_number_that_would() -> None:
+    sets = {"a": scores(0, 1.0), "b": scores(1, 0.93), "c": scores(2)}
+    found = results(*((row(name), x) for name, x in sets.items()))
+    (verdict,) = verdicts(found, "CLIPScore", data_set="coco", config=CONFIG)
+    ranked = sorted(sets, key=lambda name: -sets[name].mean())
+    assert list(verdict.ranking) == ranked
+    assert verdict.alike == (tuple(ranked[:2]),)
+    text = str(verdict)
+    assert f"{ranked[0]} has the best value" in text
+    assert f"cannot be told apart from {ranked[1]}." in text
+    assert f"{ranked[0]} is better than c" in text and NOT_INCLUDED in text
+    # Pairs of equal pictures are paired t tests; three of them, by Bonferroni and a power of 0.8.
+    gap = sets[ranked[0]] - sets[ranked[1]]
+    z = stats.norm.ppf(1 - 0.05 / 6) + stats.norm.ppf(0.8)
+    expected = 400 * (z * stats.sem(gap) / gap.mean()) ** 2
+    count = verdict.wanted[verdict.alike[0]]
+    assert count == pytest.approx(expected, abs=1)
+    said = int(re.search(r"about ([\d,]+) more pictures", text).group(1).replace(",", ""))
+    assert count - 400 <= said <= 1.1 * (count - 400)
+    p_values = [stats.ttest_rel(sets[b], sets[a]).pvalue for b, a in verdict.differences]
+    assert [d.p_value for d in verdict.differences.values()] == pytest.approx(p_values, rel=1e-6)
+
+
+def test_one_clearly_best_model_is_said_to_be_so() -> None:
+    found = results((row("a"), scores(0)), (row("b"), scores(1, 3.0)))
+    (verdict,) = verdicts(found, "CLIPScore", data_set="coco", config=CONFIG)
+    assert str(verdict).startswith("CLIPScore on coco: b is best (")
+    assert verdict.alike == () and verdict.wanted == {}
+    worse = Results(tuple(replace(r, better="lower") for r in found.rows), found.estimates)
+    (verdict,) = verdicts(worse, "CLIPScore", data_set="coco", config=CONFIG)
+    assert verdict.ranking == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("protocol", "protocols"),
+        ("n_generated", "numbers of generated pictures"),
+        ("n_real", "numbers of real pictures"),
+        ("features", "features"),
+    ],
+)
+def test_unlike_rows_are_refused_by_name(field: str, words: str) -> None:
+    other = row("b", **{field: 999 if field.startswith("n_") else "other"})
+    found = results((row("a"), scores(0)), (other, scores(1)))
+    with pytest.raises(UserError, match=f"different {words}.*(999|other) \\(b\\)"):
+        verdicts(found, "CLIPScore", data_set="coco", config=CONFIG)
+
+
+def test_one_model_has_no_verdict() -> None:
+    found = results((row("a"), scores(0)))
+    with pytest.raises(UserError, match="there for 1 model: a verdict needs two"):
+        verdicts(found, "CLIPScore", data_set="coco", config=CONFIG)
+
+
+def sweep(**fields) -> list[tuple[Row, np.ndarray]]:
+    # At guidance 2 a leads, but b's own best is 4.
+    shifts = {("a", 2.0): 1.0, ("a", 4.0): 0.5, ("b", 2.0): 0.0, ("b", 4.0): 2.0}
+    return [
+        (row(model, guidance=scale, **fields), scores(number, shift))
+        for number, ((model, scale), shift) in enumerate(shifts.items())
+    ]
+
+
+def test_models_meet_at_every_common_guidance_and_at_their_own_best() -> None:
+    found = verdicts(results(*sweep()), "CLIPScore", data_set="coco", config=CONFIG)
+    assert [v.at for v in found] == ["guidance 2", "guidance 4", OWN_BEST]
+    assert [v.ranking[0] for v in found] == ["a", "b", "b"]
+    assert "Guidance: a 2, b 4." in str(found[2])
+    assert "was chosen by these same figures" in str(found[2])
+
+
+def test_pictures_that_chose_never_count_but_choose_the_guidance() -> None:
+    lies = [
+        (row("a", guidance=scale, selected=True, seed=9), scores(20 + int(scale), shift))
+        for scale, shift in ((2.0, 0.0), (4.0, 50.0))
+    ]
+    lies += [
+        (row("b", guidance=scale, selected=True, seed=9), scores(30 + int(scale), shift))
+        for scale, shift in ((2.0, 60.0), (4.0, 0.0))
+    ]
+    found = verdicts(results(*sweep(), *lies), "CLIPScore", data_set="coco", config=CONFIG)
+    best = found[-1]
+    assert "Guidance: a 4, b 2." in str(best)
+    assert "chosen by these same figures" not in str(best)
+    plain = results(*sweep())
+    values = {(r.model, r.guidance): r.value for r in plain.rows}
+    assert best.differences["a", "b"].value == pytest.approx(values["a", 4.0] - values["b", 2.0])
+
+
+def test_training_runs_enter_as_random_effects() -> None:
+    # Runs scatter 20 times as much as pictures do: the test is Welch's on the values of the runs.
+    rng = np.random.default_rng(3)
+    made, values = [], {"a": [], "b": []}
+    for model, centre in (("a", 0.0), ("b", 0.6)):
+        for run in range(4):
+            x = scores(run + 10 * (model == "b"), centre + rng.normal())
+            made.append((row(model, training_seed=run), x))
+            values[model].append(x.mean())
+    (verdict,) = verdicts(results(*made), "CLIPScore", data_set="coco", config=CONFIG)
+    assert "Training-run noise is included: 4 runs each or more." in verdict.sentences
+    (found,) = verdict.differences.values()
+    welch = stats.ttest_ind(values["b"], values["a"], equal_var=False)
+    assert found.p_value == pytest.approx(welch.pvalue, rel=0.15)
+    one_each = results(*(made[i] for i in (0, 4)))
+    (single,) = verdicts(one_each, "CLIPScore", data_set="coco", config=CONFIG)
+    assert NOT_INCLUDED in single.sentences
+    (alone,) = single.differences.values()
+    assert alone.standard_error < found.standard_error / 3
+
+
+def test_equal_runs_leave_the_noise_of_pictures() -> None:
+    # Without an effect of the run, S^2 / K alone would forget what all runs share: the pictures.
+    shared = scores(40)
+    made = []
+    for model, base in (("a", shared), ("b", scores(41))):
+        made += [(row(model, training_seed=run), base + 1e-3 * scores(run)) for run in range(3)]
+    (verdict,) = verdicts(results(*made), "CLIPScore", data_set="coco", config=CONFIG)
+    (found,) = verdict.differences.values()
+    assert found.standard_error == pytest.approx(stats.sem(shared - scores(41)), rel=0.02)
+
+
+def test_rows_without_intervals_say_nothing() -> None:
+    rows = tuple(replace(row(m), value=v) for m, v in (("a", 1.0), ("b", 2.0)))
+    (verdict,) = verdicts(Results(rows), "CLIPScore", data_set="coco", config=CONFIG)
+    assert "have no interval, so nothing is said of their order" in str(verdict)
+    assert verdict.alike == (("b", "a"),)
