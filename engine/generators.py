@@ -1,6 +1,6 @@
 """The generators of a plan that Etude has itself: runs, published checkpoints, Stable Diffusion.
 
-Imported by jobs.py before a plan runs, for the registration alone.
+Imported by planning.py before a plan runs, for the registration alone.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,6 @@ def run_generator(wanted: Wanted) -> DrawsPictures:
     """
     if not is_stable_diffusion(wanted.source):
         return _opened(wanted)
-    if not wanted.prompts:
-        raise UserError(
-            f"{wanted.source} is asked by text and the data set has none: name one with prompts"
-        )
     return PromptedGenerator(wanted)
 
 

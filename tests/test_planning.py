@@ -107,7 +107,7 @@ def write_plan(path: Path, tiny, models: dict, **changes) -> Path:
         "extractors": {"pixels": {"options": {"input_size": 8}}},
         "samples": 40,
         "channels": 1,
-        "interval": {"replicates": 6},
+        "interval": {"replicates": 10},
         "by_group": False,
         "shown": 3,
         "store": str(path.parent / "store"),

@@ -175,6 +175,8 @@ def small(recipe: Recipe, runs: dict[str, str]) -> list[str]:
             "samples=40",
             *(digits if recipe.image_size > 16 else []),
         ]
+    if recipe.kind == "plan":
+        return planned(recipe, runs)
     changes = ["strategy.kind=local", "strategy.stage=null", "strategy.precision=fp32"]
     changes += ["data.decoder=torch", "data.workers=1"]
     changes += ["loop.global_batch=4", "loop.micro_batch=2"]
@@ -200,6 +202,26 @@ def small(recipe: Recipe, runs: dict[str, str]) -> list[str]:
         changes += ["text.max_tokens=8", "model.conditioning.text_tokens=8"]
         changes.append(f"model.conditioning.text_width={width}")
     return changes + [f"model.{field}={json.dumps(v)}" for field, v in narrow(recipe.model).items()]
+
+
+def planned(recipe: Recipe, runs: dict[str, str]) -> list[str]:
+    """Digits, their generator and a judge for a plan, whose candidates and screen stay."""
+    changes = [f"models.{name}.source={runs['generator']}" for name in recipe.models]
+    changes += ["data_sets=!replace {digits: {kind: shards, folder: data/digits/test}}"]
+    changes += [f"extractors=!replace {{classifier: {{weights: {runs['judge']}}}}}"]
+    changes += ["metrics=[frechet@classifier, {metric: prdc@classifier, options: {k: 3}}]"]
+    changes += [
+        "samples=40",
+        "image_size=16",
+        "channels=1",
+        f"guidance={list(recipe.guidance[:2])}",
+    ]
+    if recipe.screen:
+        changes += [
+            "screen.samples=20",
+            "screen.metrics=[Fréchet distance (classifier features), recall]",
+        ]
+    return changes
 
 
 def practice(recipe: Recipe, runs: dict[str, str]) -> list[str]:
@@ -264,7 +286,7 @@ def test_a_recipe_has_its_size_and_takes_a_step(name, world, runs, stepped, monk
     monkeypatch.chdir(world)
     recipe = load_recipe(name)
     count = parameter_count(recipe)
-    assert (count is None) == (recipe.kind in ("judge", "theory", "extract", "evaluate"))
+    assert (count is None) == (recipe.kind in ("judge", "theory", "extract", "evaluate", "plan"))
     if name in PUBLISHED:
         same = recipe
         if name.startswith("ldm/mmdit"):  # published without control

@@ -5,6 +5,7 @@ registry's decorator; other packages do the same in a module that an entry point
 group names; `load_file` does it for a file of somebody's own.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -91,7 +92,8 @@ def load_file(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}; name a Python file that registers something")
-    name = f"etude_plugin_{path.stem}"
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"etude_plugin_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -99,7 +101,7 @@ def load_file(path: str | Path) -> None:
 
 def _origin(thing: object) -> str:
     """Where a thing was defined, as text that a second import of its file gives again."""
-    inner = getattr(thing, "values", thing)
+    inner = getattr(thing, "values", None) or getattr(thing, "open", None) or thing
     code = getattr(inner, "__code__", None)
-    file = code.co_filename if code is not None else getattr(inner, "__module__", "")
-    return f"{Path(file).name or file} ({getattr(inner, '__qualname__', type(inner).__name__)})"
+    file = Path(code.co_filename).resolve() if code is not None else inner.__module__
+    return f"{file} ({getattr(inner, '__qualname__', type(inner).__name__)})"

@@ -34,9 +34,11 @@ class Comparison:
     lower_is_better: dict[str, bool] = field(default_factory=dict)
 
     def better(self, figure: str) -> str | None:
-        """The name of the better side, or None where the interval holds zero or is missing."""
+        """The name of the better side, or None where Holm's p-value, held against the other
+        figures, does not decide, or there is none.
+        """
         found = self.differences[figure]
-        if found.low is None or found.low <= 0.0 <= found.high:
+        if found.adjusted_p_value is None or found.adjusted_p_value > 1.0 - found.level:
             return None
         lower = self.lower_is_better.get(figure, False)
         return self.b if (found.value < 0) == lower else self.a
@@ -66,7 +68,7 @@ def compare(
     Args:
         a, b: what `evaluate` returned, or result.json read back.
         store: where their features are; without it only the differences are given.
-        interval: of the differences; by default the 95% jackknife.
+        interval: of the differences; by default at 95%.
         except_fields: protocol fields whose difference is the point, such as ("guidance",).
 
     Raises:

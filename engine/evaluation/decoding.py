@@ -69,7 +69,11 @@ class Form:
     @property
     def protocol(self) -> dict[str, Any]:
         """What an evaluation's protocol says of it."""
-        return {"image_size": self.size, "fit": FITS[self.fit] if self.size else FITS["as stored"]}
+        return {
+            "image_size": self.size,
+            "fit": FITS[self.fit] if self.size else FITS["as stored"],
+            "channels": self.channels or "as drawn",
+        }
 
     @property
     def parts(self) -> list:

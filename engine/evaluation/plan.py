@@ -211,7 +211,7 @@ def _open(recipe: ExtractRecipe, generator: Generator | None) -> Opened:
         raise UserError(f"the recipe names the generator {recipe.generator}, but none was opened")
     elif generator is not None:
         sets["generated"] = GeneratedPictures(
-            generator, recipe.samples, seed=recipe.seed, classes=classes
+            generator, recipe.samples, seed=recipe.seed, classes=classes, **form
         )
     if recipe.train:
         sets["train"] = ShardPictures(recipe.train, **form)

@@ -15,8 +15,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,31 @@ class ResultsTable:
         write_json_atomic(self.folder / "rows" / f"{digest}.json", asdict(row))
         return row
 
-    def complete(self, row: Row, origin: str = "") -> None:
-        """Note that every figure of a row's metric, features, group and protocol is there.
+    def add_all(
+        self, found: Sequence[tuple[Row, Estimate | None, dict | None]], origin: str = ""
+    ) -> None:
+        """Write all the figures of a metric on the same pictures; then note that they are complete.
 
         Args:
+            found: rows with estimates and protocols that differ in nothing but the figure.
             origin: what they were made from beside the protocol: the drawn pictures, the interval.
         """
-        write_json_atomic(self._mark(row), origin)
+        mark = self._mark(found[0][0])
+        mark.unlink(missing_ok=True)  # of figures that these take the place of
+        written = [_digest(self.add(*one)) for one in found]
+        write_json_atomic(mark, [origin, written])
 
     def is_complete(self, row: Row, origin: str = "") -> bool:
-        """Whether `complete` noted it, of the same origin; figure and value do not matter.
+        """Whether `add_all` wrote a row's figures, from this origin, and all are still there.
 
         Another plan may have evaluated another source, or the same with other options, under the
         model's name; its figures are then made again.
         """
         mark = self._mark(row)
-        return mark.exists() and read_json(mark) == origin
+        noted = read_json(mark) if mark.exists() else None
+        if not isinstance(noted, list) or noted[0] != origin:
+            return False
+        return all((self.folder / "rows" / f"{name}.json").exists() for name in noted[1])
 
     def _mark(self, row: Row) -> Path:
         return self.folder / "complete" / f"{_digest(replace(row, metric=''))}.json"
@@ -92,7 +102,9 @@ class ResultsTable:
             content = read_json(path)
             if not isinstance(content, dict) or set(content) != known:
                 raise UserError(f"{path} is no row of this version; delete it and evaluate again")
-            found.append(Row(**content))
+            # JSON has no NaN.
+            value = math.nan if content["value"] is None else content["value"]
+            found.append(Row(**(content | {"value": value})))
         return sorted(found, key=_order)
 
     def read(self) -> Results:

@@ -123,7 +123,8 @@ def verdicts(
     """
     config = config or IntervalConfig()
     found = results.where(metric=metric, data_set=data_set, group=group).rows
-    rows = [row for row in found if not features or row.features == features]
+    known = [row for row in found if math.isfinite(row.value)]  # the others are no figure
+    rows = [row for row in known if not features or row.features == features]
     counted, selecting = [row for row in rows if not row.selected], [r for r in rows if r.selected]
     refuse_unlike(counted)
     models = sorted({_model(row) for row in counted})

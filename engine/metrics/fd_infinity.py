@@ -90,16 +90,20 @@ def influences_of_extrapolated(
     """What each row adds, by the influences on the distance and the row's places in the parts."""
     options = pair.options if isinstance(pair.options, FdInfinityOptions) else FdInfinityOptions()
     one, two = influences.of_frechet(pair.real, pair.generated, keep_real, keep_generated)
-    parts, numbers = _parts(keep_generated.cpu(), options.points)
+    # Rows that are not kept have places too: what they would add is asked for as well.
+    count = len(keep_generated)
+    parts, numbers = _parts(torch.ones(count, dtype=torch.bool), options.points)
     # The intercept is linear in the distances: its weight of each is that of a unit vector.
     weights = np.array([intercept(numbers, unit) for unit in np.eye(len(numbers))])
-    share = torch.from_numpy(weights * int(keep_generated.sum()) / numbers) @ parts.double()
+    share = torch.from_numpy(weights * count / numbers) @ parts.double()
     return {f"{frechet_name(pair.features)} at infinity": (one, two * share.to(two.device))}
 
 
 def enough_of_extrapolated(options: Config, dim: int) -> tuple[int, str]:
     """Pictures with which the smallest part follows the line."""
-    return 10 * dim, "with fewer the distance does not follow 1 / n and the extrapolation is off"
+    return 10 * (
+        dim + 1
+    ), "with fewer the distance does not follow 1 / n and the extrapolation is off"
 
 
 @metric(

@@ -29,7 +29,8 @@ from .moments import Moments
 from .registry import Influences, Pair, Values, metric
 from .remembered import remember
 
-_SMALL = 64  # dimensions up to which all subsets are computed at once
+_SMALL = 64  # dimensions up to which many subsets are computed at once
+_TOGETHER = 256  # subsets of that size, for whose rows there are masks in float64
 
 
 class FrechetReference:
@@ -58,7 +59,7 @@ class FrechetReference:
         """The distance and the certified root in it; twice `root.error` bounds its error."""
         one, two = self.gaussian, Gaussian(generated)
         fewest, dim = min(one.count, two.count), len(one.mean)
-        if warn and fewest < dim:
+        if warn and fewest <= dim:
             warnings.warn(
                 f"Fréchet distance of {fewest} pictures in {dim} dimensions: the covariance is "
                 f"singular and the value mostly reflects the number of pictures; prefer KID",
@@ -132,9 +133,10 @@ def distances_of_subsets(
     """
     kept = int(keep_first.sum(1).min()), int(keep_second.sum(1).min())
     if len(keep_first) > 1 and first.shape[1] <= min(_SMALL, min(kept) - 1):
-        found = _all_at_once(first, second, keep_first, keep_second)
-        if found is not None:
-            return found
+        blocks = zip(keep_first.split(_TOGETHER), keep_second.split(_TOGETHER), strict=True)
+        found = [_all_at_once(first, second, *block) for block in blocks]
+        if all(one is not None for one in found):
+            return np.concatenate(found)
     if len(keep_first) > 1 and max(len(first), len(second)) <= first.shape[1]:
         return _from_products(first, second, keep_first, keep_second)
     found = []

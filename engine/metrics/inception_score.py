@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from etude.core.config import Config, option
+from etude.core.errors import UserError
 from etude.core.rng import Stream, bits
 
 from .registry import Pair, Values, metric
@@ -65,7 +66,9 @@ def parts(count: int, splits: int) -> torch.Tensor:
 
 def _consecutive(count: int, splits: int) -> torch.Tensor:
     if splits > count:
-        raise ValueError(f"{splits} parts cannot be made of {count} pictures")
+        raise UserError(
+            f"{splits} parts cannot be made of {count} pictures; set splits lower, or draw more"
+        )
     ends = torch.arange(1, splits + 1) * count // splits
     return torch.searchsorted(ends, torch.arange(count), right=True)
 
@@ -95,6 +98,16 @@ def score(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor)
 
 
 def score_name(features: str) -> str:
-    """The network is named unless it is Inception."""
-    network = features.split("/")[0]
-    return "Inception score" if network == "inception" else f"Inception score ({network})"
+    """What a score is called: plainly for Inception's logits without biases, as it is published.
+
+    Raises:
+        UserError: the features are no logits.
+    """
+    network, _, tap = features.partition("/")
+    if not tap.startswith("logits"):
+        raise UserError(
+            f"the Inception score takes logits, not {features!r}: write {network}/logits"
+        )
+    if features == "inception/logits_unbiased":
+        return "Inception score"
+    return f"Inception score ({network if tap == 'logits' else features})"

@@ -36,10 +36,11 @@ benchmarks/calibration.py and, shortly, in tests/metrics/test_intervals.py.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from scipy import stats
 
 from etude.core.config import Config, option
@@ -47,6 +48,7 @@ from etude.core.rng import Stream, bits
 
 PROPORTIONS = ("precision", "recall", "coverage")
 HALF = 0.5
+FEWEST = 10  # halvings from which a variance can be told
 Kind = Literal["smooth", "local", "distance"]
 
 
@@ -55,6 +57,12 @@ class IntervalConfig(Config):
 
     level: float = option(0.95, "probability that the interval covers", gt=0.5, lt=1.0)
     replicates: int = option(200, "random halvings of the pictures; 0: no interval", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if 0 < self.replicates < FEWEST:
+            raise ValueError(f"replicates must be 0 or at least {FEWEST}, not {self.replicates}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -154,17 +162,23 @@ def halves(
         drawn = halves(int(cluster.max()) + 1 if count else 0, replicates, seed, side)
         return drawn[:, cluster]
     position = np.arange(replicates, dtype=np.int64) + (side << 32)
-    words = torch.from_numpy(bits(seed, Stream.HALF, position, count).astype(np.int64))
     strata = torch.zeros(count, dtype=torch.int64) if strata is None else strata.cpu()
     _, stratum, sizes = torch.unique(strata, return_inverse=True, return_counts=True)
-    ends = sizes.cumsum(0)
-    # Rounding the running total, so that odd strata together lose no more than one row.
-    kept = torch.diff(ends // 2, prepend=torch.zeros(1, dtype=torch.int64))
-    rank = torch.arange(count) - torch.repeat_interleave(ends - sizes, sizes)
-    chosen = rank < torch.repeat_interleave(kept, sizes)
-    order = (words + (stratum << 32)).argsort(dim=1, stable=True)
+    number = len(sizes)
+    words = bits(seed, Stream.HALF, position, count + number).astype(np.int64)
+    of_rows, of_strata = torch.from_numpy(words).split([count, number], dim=1)
+    # The running total is rounded, so that odd strata together lose no more than one row, over the
+    # strata in random order, so that none of them always keeps the larger part.
+    turn = of_strata.argsort(dim=1, stable=True)
+    ends = sizes[turn].cumsum(1) // 2
+    kept = torch.zeros(replicates, number, dtype=torch.int64)
+    kept.scatter_(1, turn, torch.diff(ends, dim=1, prepend=torch.zeros_like(ends[:, :1])))
+    first = sizes.cumsum(0) - sizes
+    rank = torch.arange(count) - torch.repeat_interleave(first, sizes)
+    chosen = rank < torch.repeat_interleave(kept, sizes, dim=1)
+    order = (of_rows + (stratum << 32)).argsort(dim=1, stable=True)
     found = torch.zeros(replicates, count, dtype=torch.bool)
-    found.scatter_(1, order, chosen.expand(replicates, -1))
+    found.scatter_(1, order, chosen)
     return torch.cat([found, ~found])
 
 
@@ -230,7 +244,7 @@ def _distance_interval(value: float, spread: Spread, z: float) -> tuple[float, f
     """Ends t of (T - t)^2 <= z^2 (c + s (t - T_0)); below T_0 the variance stays c."""
     second, equal = spread.second_order(), float(spread.middle.mean())
     total, excess = float(np.mean(spread.half**2)), value - equal
-    if second <= 0.0 or total <= 0.0:
+    if second <= 1e-12 * total:  # draws by influence have none but their rounding
         half = z * total**0.5
         return value - half, value + half
     cubes = float(np.mean((spread.middle - equal) ** 3))

@@ -122,7 +122,13 @@ class Neighbourhoods:
 
     def values_of_subsets(self, keep_real: torch.Tensor, keep_generated: torch.Tensor) -> Values:
         """The four values, (R,) float64 each, of subsets (R, N) and (R, M) bool."""
-        size = max(1, _MOST // max(self.near_real.real.numel(), self.real.row.numel()))
+        largest = max(
+            self.near_real.real.numel(),
+            self.near_generated.real.numel(),
+            self.real.row.numel(),
+            self.generated.row.numel(),
+        )
+        size = max(1, _MOST // max(largest, 1))
         blocks = [
             self._of_block(one, two)
             for one, two in zip(keep_real.split(size), keep_generated.split(size), strict=True)

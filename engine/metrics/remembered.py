@@ -23,7 +23,9 @@ def remember(tensor: torch.Tensor, key: Hashable, make: Callable[[], T]) -> T:
         key: says what is made and with which options. What was made of a tensor that has been
             written to since is dropped.
     """
-    name, version = id(tensor), 0 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():  # torch does not count its changes
+        return make()
+    name, version = id(tensor), tensor._version
     if name not in _kept:
         weakref.finalize(tensor, _kept.pop, name, None).atexit = False
     if name not in _kept or _kept[name][0] != version:

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import re
 import shutil
 import signal
 import time
@@ -10,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -109,6 +111,21 @@ def test_two_processes_extract_what_one_does(forks, network, alone, tmp_path) ->
     assert of_all == dict.fromkeys(range(COUNT), 1)
 
 
+def test_the_command_in_a_pair(forks, network, tmp_path) -> None:
+    """`etude extract` fills one store from two processes, of which the first alone speaks."""
+    images = np.random.default_rng(1).integers(0, 256, (COUNT, 9, 9, 3), dtype=np.uint8)
+    np.savez(tmp_path / "pictures.npz", images)
+    words = ("-m", "etude", "extract", "pictures.npz", "--extractors", "classifier", "--weights")
+    words += (f"classifier={network}", "--batch-size", "16", "--store")
+    jobs = {"one": 1, "two": 2}
+    said = {n: ended(forks.start_ranks(k, *words, n, cwd=tmp_path)) for n, k in jobs.items()}
+    assert files(tmp_path / "one") == files(tmp_path / "two") != {}
+    assert [status for of in said.values() for status, _ in of] == [0, 0, 0], said
+    for rate in ("forward", "statistics", "all"):
+        assert re.search(rf"pictures/s: .*{rate} [0-9,.]+", said["two"][0][1])
+    assert "pictures.npz in two" in said["two"][0][1] and said["two"][1][1] == ""
+
+
 def test_processes_agree_on_what_is_missing(forks, network, alone, tmp_path) -> None:
     """Another job writes between their looks: no shard is left out, and none made again."""
     assert ended(pair_of(forks, network, tmp_path, AHEAD="1")) == [(0, ""), (0, "")]
@@ -181,7 +198,7 @@ def plan_file(path: Path, tiny, root: Path, models: str = "clean rough other", *
         "samples": 100,
         "image_size": 8,
         "channels": 1,
-        "interval": {"replicates": 6},
+        "interval": {"replicates": 10},
         "by_group": False,
         "files": [str(WORKERS / "noisy.py")],
         "store": str(root / "store"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -60,12 +61,21 @@ def test_a_row_of_the_same_things_replaces_the_earlier_one(tmp_path) -> None:
     ]
 
 
-def test_complete_is_about_everything_but_the_figure(tmp_path) -> None:
+def test_a_metric_is_complete_whatever_the_figure(tmp_path) -> None:
     table = ResultsTable(tmp_path)
-    table.complete(ROW)
-    assert table.is_complete(replace(ROW, metric="recall", value=9.0))
+    table.add_all([(ROW, None, None), (replace(ROW, metric="recall"), None, None)], "first")
+    assert table.is_complete(replace(ROW, metric="recall", value=9.0), "first")
     for change in ({"protocol": "other"}, {"group": "a"}, {"seed": 1}, {"selected": True}):
-        assert not table.is_complete(replace(ROW, **change))
+        assert not table.is_complete(replace(ROW, **change), "first")
+    assert not table.is_complete(ROW, "second")
+    min((tmp_path / "rows").iterdir()).unlink()  # one figure is deleted: both are made again
+    assert not table.is_complete(ROW, "first")
+
+
+def test_a_value_that_is_no_number_comes_back(tmp_path) -> None:
+    table = ResultsTable(tmp_path)
+    table.add(replace(ROW, value=math.nan))
+    assert math.isnan(table.rows()[0].value)
 
 
 def test_the_tables_hold_every_row(tmp_path) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import etude
+from etude.core.distributed import local_facts
+
 pytestmark = pytest.mark.timeout(240)
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
@@ -128,10 +131,10 @@ def test_equal_code_in_a_wheels_layout_is_equal(bench, tmp_path) -> None:
     package = installed_copy(tmp_path / "site")
     code = "import etude; from etude.core.distributed import local_facts as f\n"
     code += "print(f()['source'], etude.__file__)"
-    here = bench.finish(sys.executable, "-c", code)[1].split()
     there = bench.finish(sys.executable, "-c", code, PYTHONPATH=str(tmp_path / "site"))[1].split()
-    assert here[0] == there[0] and len(here[0]) == 12
-    assert Path(there[1]).parent == package and Path(here[1]).parent == ROOT / "engine"
+    here = local_facts()["source"]
+    assert here == there[0] and len(here) == 12
+    assert Path(there[1]).parent == package and Path(etude.__file__).parent == ROOT / "engine"
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in LAUNCH.glob("*.sh")))
@@ -147,7 +150,7 @@ def test_shipped_deepspeed_script_needs_a_hostfile(bench) -> None:
 
 
 def test_shipped_slurm_script(bench, one_rank, free_port, tmp_path) -> None:
-    """Stand-ins for srun and scontrol start two tasks as Slurm would; the script is ours."""
+    """Stand-ins for srun and scontrol start two tasks, then one; the script is ours."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "scontrol").write_text(
@@ -156,7 +159,8 @@ def test_shipped_slurm_script(bench, one_rank, free_port, tmp_path) -> None:
     )
     (tools / "srun").write_text(
         "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
-        'for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done\n'
+        "for ((rank = 0; rank < SLURM_NTASKS; rank++)); do\n"
+        'SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done\n'
         "worst=0; for pid in ${pids[@]}; do wait $pid || worst=$?; done; exit $worst\n"
     )
     for tool in tools.iterdir():
@@ -167,6 +171,7 @@ def test_shipped_slurm_script(bench, one_rank, free_port, tmp_path) -> None:
     status, output = bench.finish(*command, "run=two", **job)
     assert status == 0, output
     bench.check("two", output, one_rank)
-    status, output = bench.finish(*command, "run=short", "loop.max_minutes=0.0001", **job)
+    short = ("run=short", "loop.max_minutes=0.0001")
+    status, output = bench.finish(*command, *short, **job | {"SLURM_NTASKS": "1"})
     assert status == 85 and "requeued 4711" in output, output
     assert (bench.folder / "runs/short/REQUEUE").exists()

@@ -45,7 +45,7 @@ def test_subsets_and_the_name_of_the_network() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     metric = METRICS.get("inception_score")
     for features, name in (("mobilenet/logits", "Inception score (mobilenet)"),
-                           ("inception/logits", "Inception score")):  # fmt: skip
+                           ("inception/logits_unbiased", "Inception score")):  # fmt: skip
         pair = Pair(torch.zeros(0, 5), torch.from_numpy(logits), features, metric.options(splits=1))
         values = metric.values(pair, 1.0, *pair.everything())
         assert list(values) == [name]

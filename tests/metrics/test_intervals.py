@@ -230,3 +230,23 @@ def test_quantiles_are_students() -> None:
 def test_no_replicates_give_no_interval() -> None:
     found = interval("x", 1.0, np.zeros(0), IntervalConfig(replicates=0))
     assert (found.value, found.low, found.high) == (1.0, None, None)
+
+
+def test_odd_and_single_strata_are_halved_at_random() -> None:
+    alone = halves(100, 200, 0, 0, torch.arange(100))[:200]
+    assert len({tuple(one.tolist()) for one in alone}) == 200
+    assert set(alone.sum(1).tolist()) == {50}
+    threes = torch.arange(90) % 30
+    found = halves(90, 400, 0, 0, threes)[:400]
+    kept = torch.stack([found[:, threes == one].sum(1) for one in range(30)], dim=1)
+    assert set(kept.flatten().tolist()) == {1, 2} and set(found.sum(1).tolist()) == {45}
+    # Of 400 halvings a fair stratum keeps two rows in 200, with a deviation of 10.
+    assert ((kept == 2).sum(0) - 200).abs().max() < 45
+
+
+def test_rounding_noise_is_no_second_order() -> None:
+    half = np.random.default_rng(0).normal(size=200) * 0.3
+    for value in (3.7, 12.345):  # (v + h + v - h) / 2 - v is not 0 for the second
+        drawn = np.concatenate([value + half, value - half])
+        found = interval("FID", value, drawn, IntervalConfig(), kind="distance", at_least=0.0)
+        assert found.high - value == pytest.approx(value - found.low, rel=1e-9)

@@ -44,7 +44,9 @@ class Folder:
     def _captions(self, files: list[str]) -> list[str]:
         table = self.folder / "metadata.csv"
         if table.exists():
-            rows = {row["file_name"]: row for row in read_table(table, ["file_name"])}
+            rows = {
+                Path(row["file_name"]).as_posix(): row for row in read_table(table, ["file_name"])
+            }
             return [rows[file].get("caption", "").strip() for file in files]
         beside = [str(Path(file).with_suffix(".txt")) for file in files]
         if first_absent(self.folder, beside):

@@ -113,7 +113,7 @@ def order_of_pairs(names: list[str], columns: list[Column], level: float) -> lis
         signs = [int(column.decided[i, j]) for column in columns]
         ahead = [np.sign(c.joint.values[i] - c.joint.values[j]) for c in columns]
         drawn = np.stack([c.joint.draws[i] - c.joint.draws[j] for c in columns])
-        same = (drawn > 0).all(0) | (drawn < 0).all(0)
+        same = (drawn >= 0).all(0) | (drawn <= 0).all(0)  # a tie inverts nothing
         verdict = "open"
         if all(signs) and len(set(signs)) == 1:
             verdict = "a" if signs[0] > 0 else "b"

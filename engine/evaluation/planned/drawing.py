@@ -1,4 +1,4 @@
-"""Drawn pictures of a data set's prompts, kept until a plan has all of them; called by running.py.
+"""Drawn pictures of a data set's prompts, kept in the plan's run; called by running.py.
 
 Picture i is of prompt i mod P in its (i div P)-th repetition, so any first n pictures are spread
 evenly over the prompts. Its noise is a function of (seed, the prompt's id, repetition): another
@@ -54,6 +54,11 @@ class DrawnPictures:
             raise UserError(
                 f"{generator.name} is asked by class and the prompts of {prompts.name} have none;"
                 " name a data set with classes"
+            )
+        if generator.asked_by_text and not all(p.text for p in prompts.prompts):
+            raise UserError(
+                f"{generator.name} is asked by text and prompts of {prompts.name} have none; name"
+                " a data set with captions"
             )
         known = len(generator.classes)
         if not generator.asked_by_text and known and len(prompts.classes) != known:

@@ -36,8 +36,10 @@ class PromptedFolder:
             )
         self.name, self.classes = str(folder), list(prompts.classes)
         self.protocol = self._folder.protocol
-        self.fingerprint = digest(["prompted", self._folder.fingerprint, prompts.fingerprint])
         self._asked = _asked(Path(folder), prompts)
+        ids = [self._asked[file].id for file in self._folder.files] if self._asked else []
+        parts = ["prompted", self._folder.fingerprint, prompts.fingerprint, ids]
+        self.fingerprint = digest(parts)
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -50,6 +52,11 @@ class PromptedFolder:
         asked = self.asked(start, stop)
         labels = np.array([prompt.label for prompt in asked], np.int64)
         return Pictures(found.images, found.keys, labels, [prompt.group for prompt in asked])
+
+    @property
+    def knows_prompts(self) -> bool:
+        """Whether the folder says what each picture was drawn of."""
+        return bool(self._asked)
 
     def asked(self, start: int, stop: int) -> list[Prompt]:
         """The prompts of pictures start to stop.
@@ -73,14 +80,25 @@ def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
     with path.open(newline="", encoding="utf-8-sig") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
     by_id = {prompt.id: prompt for prompt in prompts.prompts}
-    by_text = {prompt.text: prompt for prompt in prompts.prompts}
+    by_text: dict[str, Prompt] = {}
+    unclear: set[str] = set()
+    for prompt in prompts.prompts:
+        same = by_text.setdefault(prompt.text or _class(prompts, prompt), prompt)
+        if (same.group, same.label) != (prompt.group, prompt.label):
+            unclear.add(prompt.text)
     found = {}
     for row in rows:
         name = row["file_name"]
         if row.get("prompt_id"):
             prompt = by_id.get(row["prompt_id"])
         else:
-            prompt = by_text.get(row.get("caption") or row.get("label") or "")
+            text = row.get("caption") or row.get("label") or ""
+            if text in unclear:
+                raise UserError(
+                    f"{path}: {prompts.name} has {text!r} in several groups; give a column"
+                    " prompt_id"
+                )
+            prompt = by_text.get(text) if text else None
         if prompt is None:
             if row.get("prompt_id") or row.get("caption"):
                 said = row.get("prompt_id") or row.get("caption")
@@ -90,3 +108,8 @@ def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
             return {}
         found[Path(name).as_posix()] = prompt
     return found
+
+
+def _class(prompts: Prompts, prompt: Prompt) -> str:
+    """The class's name, for a prompt that asks for a class alone."""
+    return prompts.classes[prompt.label] if 0 <= prompt.label < len(prompts.classes) else ""

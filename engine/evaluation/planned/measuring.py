@@ -29,7 +29,7 @@ from ..extract import feature_key
 from ..picture_set import PictureSet
 from ..results import Row
 from .candidates import Candidate
-from .drawing import DrawnPictures
+from .folders import PromptedFolder
 
 Found = tuple[Row, Estimate, dict[str, Any]]
 FEWEST = 10  # pictures of a group on either side, below which it has no figures
@@ -239,7 +239,7 @@ def _filled(row: Row, name: str, better: str, found: Interval) -> Row:
 
 def _prompts(sides: Sides, drawn: FeatureSet, group: str) -> torch.Tensor | None:
     """The prompt of each picture of a group, where some prompt has several pictures."""
-    if not isinstance(sides.drawn, DrawnPictures):
+    if isinstance(sides.drawn, PromptedFolder) and not sides.drawn.knows_prompts:
         return None
     ids = [prompt.id for prompt in sides.drawn.asked(0, len(drawn))]
     kept = [i for i, one in zip(ids, drawn.groups, strict=True) if group in ("", one)]
@@ -282,6 +282,7 @@ def _protocol(
         "real_pictures": dict(sides.real.protocol) if real is not None else {},
         "prompts": sides.prompts,
         "group": group,
+        "drawn_pictures": {n: stated.get(n) for n in ("image_size", "fit", "channels")},
         "n_real": len(real) if real is not None else 0,
         "n_generated": len(drawn),
         "rounding": stated.get("rounding", "not stated"),

@@ -133,6 +133,13 @@ class PlanRecipe(Recipe):
                 )
             if model.counts_as and model.training_seed is None:
                 raise ValueError(f"models.{name}.counts_as has no effect without training_seed")
+        places = [(m.counts_as or name, m.training_seed) for name, m in self.models.items()]
+        twice = next((one for one in places if places.count(one) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"two runs count as model {twice[0]} with training_seed {twice[1]}; give each its"
+                " own"
+            )
         if self.guidance and all(model.kind == "pictures" for model in self.models.values()):
             raise ValueError("guidance has no effect on folders of pictures; leave it out")
         return self

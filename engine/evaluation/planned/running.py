@@ -95,6 +95,7 @@ class Plan:
         self.features = Features(self.store, self.extractors)
         self.rates: dict[str, dict[str, float]] = {}
         self.shown: dict[str, Shown] = {}
+        self._opened: tuple[str, Any] | None = None
         self.sets = [self._open(name, config) for name, config in recipe.data_sets.items()]
 
     def run(self, changed: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -234,17 +235,18 @@ class Plan:
         """A candidate's pictures of a data set; those of a generator may still have to be drawn."""
         if candidate.is_folder:
             return PromptedFolder(candidate.config.source, one.prompts, count, self.form)
-        generator = self._generator(candidate, one)
+        generator = self._generator(candidate)
         return DrawnPictures(
             generator, one.prompts, count, seed=seed, folder=self.pictures, form=self.form
         )
 
-    def _generator(self, candidate: Candidate, one: _Set) -> Any:
+    def _generator(self, candidate: Candidate) -> Any:
         """The candidate's generator; the last one stays open."""
-        texts = tuple(prompt.text for prompt in one.prompts.prompts)
-        key = candidate.title, one.name
-        if getattr(self, "_opened", (None,))[0] != key:
-            self._opened = (key, candidate.open(texts, self.device))
+        if self._opened is None or self._opened[0] != candidate.title:
+            self._opened = None  # two models at once may not fit
+            asked = (prompt for one in self.sets for prompt in one.prompts.prompts)
+            texts = tuple(dict.fromkeys(prompt.text for prompt in asked))
+            self._opened = (candidate.title, candidate.open(texts, self.device))
         return self._opened[1]
 
     def _evaluate(
@@ -279,7 +281,9 @@ class Plan:
     def _show(self, candidate: Candidate, one: _Set, drawn: PictureSet) -> None:
         """Remember the first pictures for the page."""
         count = min(self.recipe.shown, len(one.prompts), len(drawn))
-        if count and isinstance(drawn, DrawnPictures):
+        ids = [prompt.id for prompt in one.prompts.prompts[:count]]
+        known = isinstance(drawn, DrawnPictures) or drawn.knows_prompts
+        if count and known and [prompt.id for prompt in drawn.asked(0, count)] == ids:
             images = np.asarray(drawn.read(0, count, Stages()).images)
             texts = [prompt.text for prompt in one.prompts.prompts[:count]]
             shown = self.shown.setdefault(one.name, Shown(one.name, texts, {}))
@@ -307,9 +311,7 @@ class Plan:
 
     def _add(self, found: Iterator[list[Found]], origin: str) -> None:
         for figures in found:
-            for figure, estimate, protocol in figures:
-                self.table.add(figure, estimate, protocol)
-            self.table.complete(figures[0][0], origin)
+            self.table.add_all(figures, origin)
 
     def _score(self, scorer: Scorer, sides: Sides, row: Row, by_group: bool) -> None:
         """A scorer's figures: every process scores, rank 0 writes."""

@@ -11,6 +11,7 @@ Picture features come from the extractor, so its one forward serves this, CMMD a
 of CLIP features.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -55,8 +56,10 @@ class CLIPScore:
 
     @property
     def weights_sha256(self) -> str:
-        """That of the extractor."""
-        return self._extractor.weights_sha256
+        """Over the extractor's and what fixes its features of texts."""
+        backbone = getattr(self._extractor, "backbone", self._extractor)
+        parts = [self._extractor.weights_sha256, getattr(backbone, "text_identity", "")]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def score(self, features: torch.Tensor, prompts: Sequence[Asked]) -> dict[str, torch.Tensor]:
         """CLIPScore (B,) float32 of picture features (B, D), normalised or not.

@@ -116,9 +116,9 @@ class CLIP(Backbone):
                 normed_before=True,
             )
             self.projection = nn.Linear(width, projected, bias=False)
-        # The activation is no tensor, and changes every number.
         self.weights_sha256 = fill(self, tower, weights)
-        self.version = f"1 {activation}"
+        # These are no tensors, and change every number.
+        self.version = f"1 {activation}, {heads} heads, {stated.get('layer_norm_eps', 1e-5):g}"
         self.input_size = patch * round((places - 1) ** 0.5)
         self.preset, self.resize = preset, _RESIZE[preset]
         self.taps = {"projection": projected, "pooled": width}
@@ -144,6 +144,18 @@ class CLIP(Backbone):
         Raises:
             UserError: the weights are not a transformers folder with a text tower and a tokenizer.
         """
+        tower, place = self._text_tower(), self.projection.weight.device
+        if tower.device != place:
+            tower.release()
+            tower.device = place
+        return tower.encode(texts, tower.limit).pooled.float()
+
+    @property
+    def text_identity(self) -> str:
+        """What fixes the features of texts: tower and tokenizer. Raises as `text`."""
+        return self._text_tower().identity
+
+    def _text_tower(self) -> TextEncoder:
         if self._texts is None:
             if not self._folder.is_dir():
                 raise UserError(
@@ -154,11 +166,7 @@ class CLIP(Backbone):
             if found.pooled_width != self.text_dim or not found.projected:
                 raise UserError(f"{self._folder} holds no text tower with a projection")
             self._texts = found
-        place = self.projection.weight.device
-        if self._texts.device != place:
-            self._texts.release()
-            self._texts.device = place
-        return self._texts.encode(texts, self._texts.limit).pooled.float()
+        return self._texts
 
 
 def _stated(weights: Path) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class DINOv2(Backbone):
                 registers=registers,
             )
         self.weights_sha256 = fill(self.network, state, weights)
+        self.version = f"1 {heads or width // _HEAD} heads"  # no tensor, and changes every number
         self.network.pos_embed = nn.Parameter(
             resampled_positions(
                 self.network.pos_embed,

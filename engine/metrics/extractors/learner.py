@@ -6,6 +6,8 @@ pool's `origin.json` describes). Pictures take the path that they take in traini
 learner's size (bilinear, antialiased, not rounded), then its mean and deviation, or [-1, 1].
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,9 @@ class LearnerBackbone(Backbone):
             raise UserError(f"{weights} does not say how large pictures are; set input_size=PIXELS")
         self.network = build_classifier(model)
         self.weights_sha256 = fill(self.network, state, weights)
+        # What the weights do not say: activations, heads, whatever the section names.
+        section_text = json.dumps(model.model_dump(mode="json"), sort_keys=True)
+        self.version = f"1 {hashlib.sha256(section_text.encode()).hexdigest()[:12]}"
         self.channels = model.in_channels
         mean, std = section.get("mean"), section.get("std")
         self.levels = None if mean is None else (mean, std)
