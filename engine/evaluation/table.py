@@ -11,6 +11,7 @@ the two tables are written anew from all rows, by one job at a time under a lock
 model, data set, figure and protocol replaces the earlier one.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -85,8 +86,9 @@ class ResultsTable:
         Another plan may have evaluated another source, or the same with other options, under the
         model's name; its figures are then made again.
         """
-        mark = self._mark(row)
-        noted = read_json(mark) if mark.exists() else None
+        noted = None
+        with contextlib.suppress(UserError):  # another job may take it away at any moment
+            noted = read_json(self._mark(row))
         if not isinstance(noted, list) or noted[0] != origin:
             return False
         return all((self.folder / "rows" / f"{name}.json").exists() for name in noted[1])
