@@ -126,6 +126,13 @@ def finish(figure: Any, id: str, title: str, alt: str) -> str:
     )
 
 
+def legend_columns(figure: Any, names: Sequence[str]) -> int:
+    """How many of these names stand side by side below a figure, at most four."""
+    longest = max((len(cut(name)) for name in names), default=0)
+    columns = int(figure.get_figwidth() // (0.6 + 0.07 * longest))  # inches, at the legend's size
+    return min(max(columns, 1), 4)
+
+
 def series_look(place: int) -> dict[str, Any]:
     """Colour and marker of a series by its number; 64 numbers give different pairs."""
     return {

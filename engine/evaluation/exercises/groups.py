@@ -305,7 +305,8 @@ def _radar(
         panel.yaxis.set_major_locator(_few_ticks())
         panel.yaxis.set_major_formatter(lambda value, _: drawing.short(round(value, 10)))
         heading = f"{figure.label}; outside is better"
-        drawn.legend(loc="outside lower center", ncols=4, title=heading)
+        side_by_side = drawing.legend_columns(drawn, [model.name for model in models])
+        drawn.legend(loc="outside lower center", ncols=side_by_side, title=heading)
         svg = drawing.finish(drawn, id, title, _alt(data_set, figure, groups, models))
     note = "Outside is better. The scale fits the values and does not begin at zero"
     note += f"; shaded: {level:.0%} of each group." if models[0].joint.known.all() else "."
@@ -355,7 +356,8 @@ def _forest(
             panel.axvline(
                 model.found["mean"], color=handle.get_color(), linewidth=0.8, linestyle=":"
             )
-        drawn.legend(loc="outside upper center", ncols=4)
+        side_by_side = drawing.legend_columns(drawn, [model.name for model in models])
+        drawn.legend(loc="outside upper center", ncols=side_by_side)
         alt = _alt(data_set, figure, groups, models)
         svg = drawing.finish(drawn, id, title, alt)
     return Plot(title, svg, alt, f"{note} Dotted: the mean of a model's groups.")

@@ -233,7 +233,8 @@ def _plot(
             _strip(panel, one, [c for c in columns if c.figure == one], names, sets, level)
         for panel in panels:
             panel.set_visible(False)
-        figure.legend(handles=_handles(names), loc="outside lower center", ncols=4)
+        side_by_side = drawing.legend_columns(figure, names)
+        figure.legend(handles=_handles(names), loc="outside lower center", ncols=side_by_side)
         alt = _alt(names, columns)
         svg = drawing.finish(figure, "prompt-types", title, alt)
     note = f"Bars: {level:.0%} of each figure."

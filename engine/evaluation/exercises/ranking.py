@@ -5,6 +5,7 @@ pairs that tests decide (joint.py), so they hold all at once with the stated pro
 joint draws say how likely each rank and each inversion is.
 """
 
+import textwrap
 from itertools import combinations
 from typing import Any
 
@@ -226,7 +227,8 @@ def _heat(names: list[str], columns: list[Column]) -> Plot:
     table = np.stack([ranks(column.joint.values) for column in shown], axis=1)
     order = np.argsort(table.mean(1), kind="stable")
     title = "Values and ranks of every model in every column"
-    width, height = 2.2 + 1.15 * len(shown), 1.3 + 0.34 * len(names)
+    lines = max(len(textwrap.wrap(column.name, 18)) for column in shown)
+    width, height = 2.2 + 1.15 * len(shown), 1.1 + 0.12 * lines + 0.34 * len(names)
     with drawing.panels(1, width=width, height=height) as (figure, axes):
         panel = axes[0, 0]
         for y, model in enumerate(order):
@@ -239,7 +241,7 @@ def _heat(names: list[str], columns: list[Column]) -> Plot:
         drawing.name_rows(panel, [names[model] for model in order])
         panel.grid(False)
         panel.set_xlim(-0.5, len(shown) - 0.5)
-        heads = [c.name.replace(" on ", "\non ").replace(", ", "\n") for c in shown]
+        heads = ["\n".join(textwrap.wrap(c.name, 18)) for c in shown]
         arrows = [
             f"{head}\n{c.figure.better} is better" for head, c in zip(heads, shown, strict=True)
         ]

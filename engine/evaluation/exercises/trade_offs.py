@@ -346,4 +346,5 @@ def _legend(figure: Any, models: list[str], along: str, shades: dict[float, str]
         value = ordered[place]
         label = f"{along.replace('_', ' ')} {drawing.short(value)}"
         handles.append(Line2D([], [], linewidth=5, color=shades[value], label=label))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    side_by_side = drawing.legend_columns(figure, [handle.get_label() for handle in handles])
+    figure.legend(handles=handles, loc="outside lower center", ncols=side_by_side)
