@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from .errors import UserError
 
 T = TypeVar("T")
+_OWN = "etude_plugin_"  # begins the modules' names of files that `load_file` ran
 
 
 class Registry(Generic[T]):
@@ -93,7 +94,7 @@ def load_file(path: str | Path) -> None:
     if not path.is_file():
         raise UserError(f"there is no file {path}; name a Python file that registers something")
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    name = f"etude_plugin_{path.stem}_{digest}"
+    name = f"{_OWN}{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -102,6 +103,10 @@ def load_file(path: str | Path) -> None:
 def _origin(thing: object) -> str:
     """Where a thing was defined, as text that a second import of its file gives again."""
     inner = getattr(thing, "values", None) or getattr(thing, "open", None) or thing
+    named = getattr(inner, "__qualname__", type(inner).__name__)
+    module = getattr(inner, "__module__", "")
+    if module.startswith(_OWN):  # a file of somebody's own may lie elsewhere the next time
+        return f"{module.removeprefix(_OWN).rpartition('_')[0]}.py ({named})"
     code = getattr(inner, "__code__", None)
-    file = Path(code.co_filename).resolve() if code is not None else inner.__module__
-    return f"{file} ({getattr(inner, '__qualname__', type(inner).__name__)})"
+    file = Path(code.co_filename).resolve() if code is not None else module
+    return f"{file} ({named})"

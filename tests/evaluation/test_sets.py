@@ -177,9 +177,9 @@ def test_a_fit_without_effect_is_an_error_and_the_protocol_says_which(tmp_path) 
     folder = files(tmp_path, list(IMAGES))
     said = {fit: FolderPictures(folder, size=5, fit=fit).protocol for fit in ("crop", "squash")}
     for fit, protocol in said.items():
-        assert protocol == {"image_size": 5, "fit": FITS[fit]}
+        assert protocol == {"image_size": 5, "fit": FITS[fit], "channels": 3}
     stored = FolderPictures(folder, fit="as stored")
-    assert stored.protocol == {"image_size": 0, "fit": "as stored"}
+    assert stored.protocol == {"image_size": 0, "fit": "as stored", "channels": 3}
     prints = [FolderPictures(folder, size=5, fit=fit).fingerprint for fit in said]
     assert len({*prints, stored.fingerprint}) == 3
     for form, message in (
