@@ -33,6 +33,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(cli_kernels.app, name="kernels")
 app.add_typer(cli_practice.app, name="practice")
 
+FEATURES = Path("runs/features")
 RunFolder = Annotated[str, typer.Argument(help="A run's folder, or its name under runs/.")]
 
 
@@ -95,9 +96,7 @@ def extract(
     weights: Annotated[
         list[str] | None, typer.Option(help="An extractor's weights, NAME=PATH; repeatable.")
     ] = None,
-    store: Annotated[Path, typer.Option(help="The feature store's folder.")] = Path(
-        "runs/features"
-    ),
+    store: Annotated[Path, typer.Option(help="The feature store's folder.")] = FEATURES,
     dtype: Annotated[
         str, typer.Option(help="float32, tf32, bfloat16 or float16: the networks' arithmetic.")
     ] = "float32",
@@ -112,6 +111,14 @@ def extract(
     Example: etude extract data/cifar10/test --extractors inception
     Example: etude extract evaluate/features extractor.weights=JUDGE_RUN
     """
+    plain = not weights and dtype == "float32" and batch_size == 64 and store == FEATURES
+    if not extractors and not plain:
+        raise UserError(
+            "--weights, --store, --dtype and --batch-size go with --extractors: set a recipe's"
+            " fields instead"
+        )
+    if extractors and (run or dry_run):
+        raise UserError("--run and --dry-run go with a recipe: leave them or --extractors out")
     if extractors:
         from etude.extracting import extract_source
 
@@ -146,7 +153,7 @@ def evaluate(
     ] = None,
     watch: Annotated[
         float | None,
-        typer.Option(help="Of a plan: go on with new checkpoints until none came for so long."),
+        typer.Option(help="Minutes: a plan goes on until no checkpoint came for so long."),
     ] = None,
     run: RunName = None,
     dry_run: DryRun = False,
@@ -160,6 +167,10 @@ def evaluate(
     Example: etude evaluate PLAN.yaml --watch 60
     Example: etude evaluate --exercise trade-offs RUN metrics=[FID,recall]
     """
+    if exercise is not None and (run or dry_run or watch is not None):
+        raise UserError(
+            "--run, --dry-run and --watch go with a recipe: leave them or --exercise out"
+        )
     if exercise is not None:
         from etude.exercising import run_exercise
 

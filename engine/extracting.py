@@ -15,16 +15,8 @@ from etude.core.log import Log
 from etude.core.signals import Stopper
 from etude.evaluation.extract import extract_set, feature_key
 from etude.evaluation.sets import open_pictures
-from etude.metrics.extractors import EXTRACTORS, Extractor, taps_by_kind
+from etude.metrics.extractors import EXTRACTORS, FETCHED, Extractor, taps_by_kind
 from etude.metrics.store import FeatureStore
-
-# Where fetched weights lie, by extractor.
-FETCHED = {
-    "inception": "data/inception",
-    "mobilenet": "data/mobilenet",
-    "resnet50": "data/resnet50",
-    "vgg16": "data/lpips",
-}
 
 
 def extract_source(

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from etude.core.log import number
+
 from . import page_vote
 from .page_style import SCRIPT, STYLE
 from .pictures import picture_grid, png, side_by_side, terminal_picture
-from .plots import bar_chart, line_chart, map_chart, number
+from .plots import bar_chart, line_chart, map_chart
 
 __all__ = ["Page", "picture_grid", "terminal_picture"]
 

@@ -4,7 +4,6 @@ The page shows the verdicts in words, every figure with its interval, what the c
 by side from the same seeds, and a blind vote between them.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,11 @@ def run_plan(
         The table's folder, who was evaluated, the verdicts and images per second.
     """
     plan = Plan(recipe, run, log, world)
-    changed: Callable[[], None] = lambda: None  # noqa: E731
-    if look is not None and world.rank == 0:
-        changed = lambda: show_plan(plan, look)  # noqa: E731
+
+    def changed() -> None:  # called on rank 0
+        if look is not None:
+            show_plan(plan, look)
+
     result = plan.run(changed)
     if world.rank != 0:
         return result
@@ -182,6 +183,3 @@ def _word(name: str) -> str:
     """A name as part of a section's identifier."""
     plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
     return "-".join(filter(None, plain.split("-"))) or "set"
-
-
-__all__: Sequence[str] = ("figures_table", "has_seen_all", "run_plan", "show_plan")

@@ -5,7 +5,6 @@ drawing serves the light and the dark page, and text stays text.
 """
 
 import io
-import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,8 @@ from html import escape
 from typing import Any
 
 import numpy as np
+
+from etude.core.log import number
 
 SIZE = (5.6, 3.1)  # inches; the page scales the drawing to its column
 MOST_POINTS = 400  # longer series are averaged in bins of equal count before drawing
@@ -42,20 +43,6 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-
-
-def number(value: float) -> str:
-    """A short human number: 0.0123, 1.2e-05, 12,000, 1.2M."""
-    if not math.isfinite(value):
-        return "-"
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if size >= 1e3:
-        return f"{value:,.0f}"
-    if value == 0 or size >= 1e-3:
-        return f"{value:.4g}"
-    return f"{value:.1e}"
 
 
 def _drawn_once(draw: Callable[..., str]) -> Callable[..., str]:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from etude import plots
+from etude.core.log import number
 from etude.page import Page, picture_grid, terminal_picture
-from etude.plots import bar_chart, drawable, line_chart, number, running_mean
+from etude.plots import bar_chart, drawable, line_chart, running_mean
 
 VOID = {"meta", "img", "br", "input", "hr", "link"}
 

@@ -8,6 +8,7 @@ line, which the next `Log` on the folder removes.
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -225,6 +226,20 @@ def format_table(title: str, columns: list[str], rows: list[list[str]]) -> str:
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     ]
     return "\n".join([title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def number(value: float) -> str:
+    """A short human number: 0.0123, 1.2e-05, 12,000, 1.2M."""
+    if not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e3:
+        return f"{value:,.0f}"
+    if value == 0 or size >= 1e-3:
+        return f"{value:.4g}"
+    return f"{value:.1e}"
 
 
 def _bars(console: Any) -> Any:

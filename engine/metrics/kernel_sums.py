@@ -6,7 +6,8 @@ Both are squared maximum mean discrepancies (Gretton et al. 2012, equations 3 an
     biased     the same with the pairs i = j counted
 
 A block of k serves all R subsets at once: its sum over a subset is u k v^T for the rows u, v of the
-masks. Memory is O(block^2 + R block), whatever N and M are. All arithmetic is float64.
+masks. Beside the masks, (R, N) and (R, M) in float64, memory is O(block^2 + R block). All
+arithmetic is float64.
 """
 
 import hashlib

@@ -13,9 +13,11 @@ neighbour is the (k+1)-th with the picture itself, which is the same radius. Dis
 `etude.kernels`: right to float64 and kept as float32, so that a distance computed twice compares
 equal.
 
-Only the nearest pairs are kept, never N x M: `Neighbourhoods` holds, for every row, its `keep`
-nearest in its own set and the pairs that fall inside the `keep`-th radius. From these the four
-values of any subset follow in time linear in N, which makes replicates for an interval cheap.
+Only the nearest pairs are kept: `Neighbourhoods` holds, for every row, its `keep` nearest in its
+own set and the pairs that fall inside the `keep`-th radius. From these the four values of any
+subset follow, in time linear in the pairs, which makes replicates for an interval cheap. The pairs
+are few where the sets are alike; where one is spread much wider than the other, or has collapsed,
+its balls hold most of the other set, and the pairs come near N x M.
 """
 
 from dataclasses import dataclass

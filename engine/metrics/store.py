@@ -4,9 +4,9 @@ A folder per entry, named by the sha256 of everything that fixes its numbers: th
 set of pictures, the extractor's name, version and weights, its preprocessing, dtype and the number
 of pictures. Shards are safetensors files written beside and renamed; `manifest.json` is written
 last, after every shard has been counted and every sample key has been seen exactly once. Two jobs
-that write the same entry write equal files, so either may win, and stores that were filled apart
-merge file by file. Moments of a set or of a group of it are kept beside its features once somebody
-asked for them. evaluation/extract.py fills it.
+with one size of batch and one device write equal files, so either may win, and stores that were
+filled apart merge file by file; other batches round otherwise (evaluation/extract.py). Moments of a
+set or of a group of it are kept beside its features once somebody asked for them.
 """
 
 import contextlib

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from etude.core.log import number
+
 # Stand-ins while matplotlib draws; they become the CSS variables below.
 INK, SOFT, RULE, CARD = "#010101", "#020202", "#030303", "#050505"
 SERIES = [f"#0400{place:02x}" for place in range(1, 9)]
@@ -148,24 +150,12 @@ def ramp(values: Sequence[float]) -> dict[float, str]:
     return {value: RAMP[round(6 * place / last)] for place, value in enumerate(ordered)}
 
 
-def short(value: float) -> str:
-    """A number for ticks and cells: 0.0123, 12,000, 1.2M."""
-    if not math.isfinite(value):
-        return "-"
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if size >= 1e4:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
 def label_axes(axes: Any, xlabel: str = "", ylabel: str = "") -> None:
     """Axis labels, plain numbers on the ticks and a grid."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_formatter(lambda value, _: short(round(value, 10)))
-    axes.yaxis.set_major_formatter(lambda value, _: short(round(value, 10)))
+    axes.xaxis.set_major_formatter(lambda value, _: number(round(value, 10)))
+    axes.yaxis.set_major_formatter(lambda value, _: number(round(value, 10)))
     axes.grid(True)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from etude.core.config import option
 from etude.core.errors import UserError
+from etude.core.log import number
 from etude.metrics.comparing import holm
 
 from ..results import Results, Row
@@ -303,7 +304,7 @@ def _radar(
         panel.set_rlim(*_reach(models, level, figure.sign))
         panel.set_rlabel_position(np.degrees(angles[1] / 2))
         panel.yaxis.set_major_locator(_few_ticks())
-        panel.yaxis.set_major_formatter(lambda value, _: drawing.short(round(value, 10)))
+        panel.yaxis.set_major_formatter(lambda value, _: number(round(value, 10)))
         heading = f"{figure.label}; outside is better"
         side_by_side = drawing.legend_columns(drawn, [model.name for model in models])
         drawn.legend(loc="outside lower center", ncols=side_by_side, title=heading)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from etude.core.errors import UserError
+from etude.core.log import number
 
 from ..results import Results
 from . import Choice, Finding, Plot, Table, drawing, exercise
@@ -236,7 +237,7 @@ def _heat(names: list[str], columns: list[Column]) -> Plot:
                 rank = int(table[model, x])
                 shade = drawing.HEAT[round(6 * (rank - 1) / max(len(names) - 1, 1))]
                 panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=shade))
-                text = f"{drawing.short(column.rows[model].value)}  ({rank})"
+                text = f"{number(column.rows[model].value)}  ({rank})"
                 panel.text(x, y, text, ha="center", va="center", fontsize=8)
         drawing.name_rows(panel, [names[model] for model in order])
         panel.grid(False)

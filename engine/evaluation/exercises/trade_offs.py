@@ -13,6 +13,7 @@ import numpy as np
 
 from etude.core.config import option
 from etude.core.errors import UserError
+from etude.core.log import number
 
 from ..results import Results, Row
 from . import Choice, Finding, Plot, Table, drawing, exercise
@@ -83,7 +84,7 @@ def run(results: Results, options: TradeOffOptions) -> Finding:
     sets += [[0, 1, 2]] if len(figures) == 3 else []
     sentences, notes, data, plots = [], list(chosen.notes), {}, {}
     points, dominated = [], []
-    for number, data_set in enumerate(chosen.data_sets):
+    for place, data_set in enumerate(chosen.data_sets):
         cloud = _cloud(chosen, data_set, notes)
         if cloud is None:
             continue
@@ -93,7 +94,7 @@ def run(results: Results, options: TradeOffOptions) -> Finding:
             sentences.append(_sentence(cloud, front, options.level))
             dominated += _dominated(cloud, front)
         points += _points(cloud, fronts, options.level)
-        plots[f"front-{number}"] = _plot(cloud, fronts, chosen.selected, options, f"front-{number}")
+        plots[f"front-{place}"] = _plot(cloud, fronts, chosen.selected, options, f"front-{place}")
     if not data:
         raise UserError(
             f"no data set has {joined(f.name for f in figures)} of two models or settings; "
@@ -275,7 +276,7 @@ def _plot(
             signs = tuple(cloud.figures[m].sign for m in pair)
             drawing.front_line(panel, x[on], y[on], signs)
             if shades:
-                _name_points(panel, x, y, ["" if v is None else drawing.short(v) for v in swept])
+                _name_points(panel, x, y, ["" if v is None else number(v) for v in swept])
         _legend(figure, models, along, shades)
         alt = " ".join(_sentence(cloud, front, options.level) for front in fronts)
         svg = drawing.finish(figure, id, title, alt)
@@ -344,7 +345,7 @@ def _legend(figure: Any, models: list[str], along: str, shades: dict[float, str]
     shown = sorted({round(k) for k in np.linspace(0, len(ordered) - 1, 7)}) if ordered else []
     for place in shown:
         value = ordered[place]
-        label = f"{along.replace('_', ' ')} {drawing.short(value)}"
+        label = f"{along.replace('_', ' ')} {number(value)}"
         handles.append(Line2D([], [], linewidth=5, color=shades[value], label=label))
     side_by_side = drawing.legend_columns(figure, [handle.get_label() for handle in handles])
     figure.legend(handles=handles, loc="outside lower center", ncols=side_by_side)

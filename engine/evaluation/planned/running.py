@@ -22,7 +22,7 @@ from etude.core.log import Log
 from etude.core.registry import load_file
 from etude.core.run import Run
 from etude.metrics.alignment import SCORERS, Scorer, open_scorer
-from etude.metrics.extractors import Extractor, taps_by_kind
+from etude.metrics.extractors import FETCHED, Extractor, taps_by_kind
 from etude.metrics.store import FeatureStore
 
 from ..datasets import DataSet, Prompts, open_data_set
@@ -391,7 +391,7 @@ def open_extractors(
         try:
             yield Extractor(
                 kind,
-                config.weights,
+                config.weights or FETCHED.get(kind, ""),
                 taps=asked,
                 dtype=config.dtype,
                 compile=config.compile,

@@ -53,6 +53,11 @@ def _value(candidate: Candidate, rows: Sequence[Row], data_set: str, name: str) 
         if (row.model, row.checkpoint, row.guidance, row.training_seed)
         == (candidate.model, checkpoint, candidate.guidance, candidate.config.training_seed)
     ]
+    if len({row.protocol for row in mine}) > 1:
+        raise UserError(
+            f"screen.metrics: {name} of {candidate.title} has several protocols in this table; give"
+            " the plan a table of its own, or the metric once"
+        )
     if not mine or not np.isfinite(mine[0].value):
         return float("inf")
     return mine[0].value if mine[0].better == "lower" else -mine[0].value

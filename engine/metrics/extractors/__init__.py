@@ -7,6 +7,7 @@ pictures take exactly the same path. `base.py` says what one writes to add anoth
 from .base import (
     DTYPES,
     EXTRACTORS,
+    FETCHED,
     Backbone,
     Extractor,
     extractor,
@@ -20,6 +21,7 @@ from .base import (
 __all__ = [
     "DTYPES",
     "EXTRACTORS",
+    "FETCHED",
     "Backbone",
     "Extractor",
     "extractor",

@@ -95,6 +95,15 @@ EXTRACTORS: Registry[type[Backbone]] = Registry(
 )
 
 
+# Where `etude data fetch` puts weights, by extractor; looked at when nobody says where they are.
+FETCHED = {
+    "inception": "data/inception",
+    "mobilenet": "data/mobilenet",
+    "resnet50": "data/resnet50",
+    "vgg16": "data/lpips",
+}
+
+
 def extractor(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
     """The decorator that registers a `Backbone` under `name`."""
     return EXTRACTORS.named(name)
