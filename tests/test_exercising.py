@@ -115,7 +115,7 @@ def test_a_plans_table_and_an_evalgim_file_are_asked_by_their_path(tmp_path: Pat
     assert page == tmp_path / "plan/exercises/trade-offs/page.html"
     result = json.loads(page.with_name("result.json").read_text())
     assert result["fronts"]["digits"][0]["figures"] == ["recall", "FID"]
-    assert "probability 0.9 or more" in result["sentences"][0]
+    assert "decided with probability 0.9:" in result["sentences"][0]
     wide = tmp_path / "wide.csv"
     wide.write_text("model_id,dataset,fid,recall,extra\na,x,3,0.5,1\nb,x,2,0.4,1\n")
     page = run_exercise("trade-offs", wide)

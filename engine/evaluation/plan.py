@@ -230,7 +230,7 @@ def _stored_size(pictures: PictureSet) -> int:
 
 
 def _extract(recipe: ExtractRecipe, opened: Opened, log: Log) -> dict[str, Any]:
-    """Every set through its extractors; two extractors of one name are run one after the other."""
+    """Every set through its extractors."""
     rates, digests = {}, {}
     for name, pictures in opened.sets.items():
         wanted = opened.of(name)

@@ -118,7 +118,9 @@ def test_settings_of_one_model_are_told_apart() -> None:
     (front,) = found.data["fronts"]["sets/a"]
     assert front["subjects"] == ["m (guidance 1)", "m (guidance 2)", "m (guidance 4)"]
     assert front["on_front"] == [True, True, False]
-    assert "off it (probability 0.95 or more): m (guidance 4)" in said(found)
+    assert front["decided"] == ["on", "on", "off"]
+    assert "decided with probability 0.95: on the front: m (guidance" in said(found)
+    assert "off it: m (guidance 4)" in said(found)
     with pytest.raises(UserError, match="images_seen does not vary.*along=guidance"):
         answer("trade-offs", results(*rows), {"along": "images_seen"})
 

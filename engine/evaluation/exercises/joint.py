@@ -148,6 +148,21 @@ def front_probability(draws: np.ndarray) -> np.ndarray:
     return 1.0 - dominated.mean(1)
 
 
+def front_decided(decided: Sequence[np.ndarray]) -> list[str]:
+    """Per point "on", "off" or "open", from what `decisions` says of every figure of a front.
+
+    On: of every other point some figure is decidedly worse. Off: another point is decidedly better
+    in every figure.
+    """
+    table = np.stack(list(decided))  # (M, S, S)
+    apart = (table > 0).any(0) | np.eye(table.shape[1], dtype=bool)
+    beaten = (table < 0).all(0).any(1)
+    return [
+        "off" if off else "on" if on else "open"
+        for off, on in zip(beaten, apart.all(1), strict=True)
+    ]
+
+
 def on_front(values: np.ndarray) -> np.ndarray:
     """Whether no other dominates, (S,) bool; values (M, S), larger is better."""
     return front_probability(values[:, :, None]) > 0.5

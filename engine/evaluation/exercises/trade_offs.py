@@ -17,7 +17,16 @@ from etude.core.log import number
 
 from ..results import Results, Row
 from . import Choice, Finding, Plot, Table, drawing, exercise
-from .joint import Joint, dominance, front_probability, interval_of, joint_draws, on_front
+from .joint import (
+    Joint,
+    decisions,
+    dominance,
+    front_decided,
+    front_probability,
+    interval_of,
+    joint_draws,
+    on_front,
+)
 from .rows import (
     Chosen,
     Figure,
@@ -54,10 +63,9 @@ class _Cloud:
         """Whether every figure has an error, so that probabilities mean something."""
         return all(joint.known.all() for joint in self.joints)
 
-    def oriented(self, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Values (M, S) and draws (M, S, R) of some figures, larger is better."""
-        joints = [self.joints[m].oriented(self.figures[m].sign) for m in which]
-        return np.stack([j.values for j in joints]), np.stack([j.draws for j in joints])
+    def oriented(self, which: Sequence[int]) -> list[Joint]:
+        """Some of the figures, larger is better."""
+        return [self.joints[m].oriented(self.figures[m].sign) for m in which]
 
 
 @exercise(
@@ -88,7 +96,7 @@ def run(results: Results, options: TradeOffOptions) -> Finding:
         cloud = _cloud(chosen, data_set, notes)
         if cloud is None:
             continue
-        fronts = [_front(cloud, which) for which in sets]
+        fronts = [_front(cloud, which, options.level) for which in sets]
         data[data_set] = fronts
         for front in fronts:
             sentences.append(_sentence(cloud, front, options.level))
@@ -148,19 +156,27 @@ def _cloud(chosen: Chosen, data_set: str, notes: list[str]) -> _Cloud | None:
     return cloud
 
 
-def _front(cloud: _Cloud, which: list[int]) -> dict[str, Any]:
-    """Membership and dominance of one pair or triple, as plain values."""
-    values, draws = cloud.oriented(which)
+def _front(cloud: _Cloud, which: list[int], level: float) -> dict[str, Any]:
+    """Membership and dominance of one pair or triple, as plain values.
+
+    Shares of draws tell how close a point is. What is decided comes from tests of pairs: draws
+    scatter around values that have scattered once already, and would decide too often.
+    """
+    joints = cloud.oriented(which)
+    values = np.stack([joint.values for joint in joints])
     member = on_front(values)
     found = {
         "data_set": cloud.data_set,
         "figures": [cloud.figures[m].name for m in which],
         "subjects": cloud.names,
         "on_front": member.tolist(),
+        "decided": None,
         "front_probability": None,
         "dominance": dominance(values[:, :, None]).tolist(),
     }
     if cloud.known:
+        draws = np.stack([joint.draws for joint in joints])
+        found["decided"] = front_decided(decisions(joints, level))
         found["front_probability"] = front_probability(draws).tolist()
         found["dominance"] = dominance(draws).tolist()
     return found
@@ -171,18 +187,15 @@ def _sentence(cloud: _Cloud, front: dict[str, Any], level: float) -> str:
     if front["front_probability"] is None:
         there = [n for n, on in zip(cloud.names, front["on_front"], strict=True) if on]
         return f"{about}: by their values alone, on the front: {joined(there)}."
-    order = np.argsort(front["front_probability"], kind="stable")[::-1]
-    named = [(cloud.names[k], front["front_probability"][k]) for k in order]
+    chance = front["front_probability"]
+    order = np.argsort(chance, kind="stable")[::-1]
     parts = []
-    for words, some in (
-        (f"on the front (probability {level:g} or more)", [n for n in named if n[1] >= level]),
-        ("open", [n for n in named if 1 - level < n[1] < level]),
-        (f"off it (probability {level:g} or more)", [n for n in named if n[1] <= 1 - level]),
-    ):
-        if some:
-            shown = [f"{n} ({p:.2f})" if words == "open" else n for n, p in some]
+    for what, words in (("on", "on the front"), ("open", "open"), ("off", "off it")):
+        some = [k for k in order if front["decided"][k] == what]
+        shown = [cloud.names[k] + (f" ({chance[k]:.2f})" if what == "open" else "") for k in some]
+        if shown:
             parts.append(f"{words}: {joined(shown)}")
-    return f"{about}: {'; '.join(parts)}."
+    return f"{about}, decided with probability {level:g}: {'; '.join(parts)}."
 
 
 def _dominated(cloud: _Cloud, front: dict[str, Any]) -> list[tuple]:
