@@ -173,7 +173,8 @@ def test_png_files_hold_the_same_pictures_and_their_classes(generator, tmp_path)
     found = open_pictures(folder, channels=1, classes=generator.classes)
     read = found.read(0, 12, Stages())
     assert np.array_equal(read.images, expected) and read.labels.tolist() == labels.tolist()
-    assert found.protocol == json.loads((folder / "protocol.json").read_text())
+    form = {"image_size": 0, "fit": "as stored", "channels": 1}
+    assert found.protocol == json.loads((folder / "protocol.json").read_text()) | form
     gathered = gather(folder, quiet)
     assert gathered.form == "classes" and not gathered.bad
     assert {(p.path.name, p.label) for p in gathered.pictures} <= {

@@ -1,5 +1,6 @@
 """Scores of picture and prompt: CLIPScore, the arithmetic of question graphs, and options."""
 
+import hashlib
 import itertools
 import shutil
 from dataclasses import dataclass
@@ -169,7 +170,9 @@ def test_clipscore_is_the_clipped_cosine_of_the_librarys_clip(clip) -> None:
         torch.testing.assert_close(found.double(), 100 * cosines.clamp(min=0), rtol=0, atol=1e-3)
         # The other convention clips the mean: lower as soon as one cosine is negative.
         assert found.mean() > 100 * cosines.mean().clamp(min=0) + 1
-    assert scorer.weights_sha256 == extractor.weights_sha256
+    # Both towers and the tokenizer fix the score.
+    parts = f"{extractor.weights_sha256} {extractor.backbone.text_identity}"
+    assert scorer.weights_sha256 == hashlib.sha256(parts.encode()).hexdigest()
 
 
 def test_clipscore_needs_no_normalised_features_and_reads_a_text_once(clip, monkeypatch) -> None:
