@@ -423,6 +423,8 @@ def test_a_prompt_draws_what_a_class_of_that_text_draws(
         assert close(drawn[f"5/{texts[n]}/0"], expected[row])
 
 
-def test_a_folder_asked_by_text_wants_prompts(stable_diffusion) -> None:
-    with pytest.raises(UserError, match="is asked by text and the data set has none"):
-        run_generator(Wanted(str(stable_diffusion)))
+def test_a_folder_asked_by_text_wants_prompts(stable_diffusion, tmp_path) -> None:
+    generator = run_generator(Wanted(str(stable_diffusion)))
+    silent = Prompts("silent", (Prompt("a", "a cat"), Prompt("b", "")))
+    with pytest.raises(UserError, match="is asked by text and prompts of silent have none"):
+        DrawnPictures(generator, silent, 2, seed=5, folder=tmp_path)
