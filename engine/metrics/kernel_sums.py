@@ -6,8 +6,8 @@ Both are squared maximum mean discrepancies (Gretton et al. 2012, equations 3 an
     biased     the same with the pairs i = j counted
 
 A block of k serves all R subsets at once: its sum over a subset is u k v^T for the rows u, v of the
-masks. Beside the masks, (R, N) and (R, M) in float64, memory is O(block^2 + R block). All
-arithmetic is float64.
+masks. Beside the masks, (R, N) and (R, M) bool, memory is O(block^2 + R block). All arithmetic is
+float64.
 """
 
 import hashlib
@@ -49,14 +49,9 @@ def discrepancies(
         rows = x[start : start + block].to(torch.float64)
         return F.normalize(rows, dim=1) if normalise else rows
 
-    masks = [
-        keep.to(first.device, torch.float64).contiguous() for keep in (keep_first, keep_second)
-    ]
-    total = (
-        -2.0
-        * _across(first, second, *masks, kernel, rows_of, block)
-        / (masks[0].sum(1) * masks[1].sum(1))
-    )
+    masks = [keep.to(first.device) for keep in (keep_first, keep_second)]
+    pairs = masks[0].sum(1).double() * masks[1].sum(1)
+    total = -2.0 * _across(first, second, *masks, kernel, rows_of, block) / pairs
     for side, mask in zip((first, second), masks, strict=True):
         total = total + _own(side, mask, kernel, rows_of, name, unbiased, block)
     return total
@@ -72,10 +67,10 @@ def _own(
     block: int,
 ) -> torch.Tensor:
     """The mean of k over pairs of rows of each subset."""
-    digest = hashlib.sha256(mask.bool().cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(mask.cpu().numpy().tobytes()).hexdigest()
     key = (name, tuple(mask.shape), digest)
     every, diagonal = remember(x, key, lambda: _within(x, mask, kernel, rows_of, block))
-    count = mask.sum(1)
+    count = mask.sum(1).double()
     return (every - diagonal) / (count * (count - 1)) if unbiased else every / count.square()
 
 
@@ -86,7 +81,7 @@ def _within(
     every = torch.zeros(len(mask), dtype=torch.float64, device=x.device)
     diagonal = torch.zeros_like(every)
     for start in range(0, len(x), block):
-        rows, mask_rows = rows_of(x, start), mask[:, start : start + block]
+        rows, mask_rows = rows_of(x, start), mask[:, start : start + block].double()
         for at in range(start, len(x), block):
             columns = rows if at == start else rows_of(x, at)
             values = kernel(rows @ columns.T)
@@ -109,13 +104,13 @@ def _across(
     """Sums of k over pairs of a row of x and one of y, of each subset."""
     total = torch.zeros(len(mask_x), dtype=torch.float64, device=x.device)
     for start in range(0, len(x), block):
-        rows = rows_of(x, start)
+        rows, mask_rows = rows_of(x, start), mask_x[:, start : start + block].double()
         for at in range(0, len(y), block):
             values = kernel(rows @ rows_of(y, at).T)
-            total += _masked(values, mask_x[:, start : start + block], mask_y[:, at : at + block])
+            total += _masked(values, mask_rows, mask_y[:, at : at + block])
     return total
 
 
 def _masked(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """u k v^T for each pair of mask rows (R, B) and (R, C), (R,)."""
+    """u k v^T for each pair of mask rows (R, B) float64 and (R, C) bool, (R,)."""
     return ((rows @ values) * columns).sum(1)

@@ -13,17 +13,18 @@ neighbour is the (k+1)-th with the picture itself, which is the same radius. Dis
 `etude.kernels`: right to float64 and kept as float32, so that a distance computed twice compares
 equal.
 
-Only the nearest pairs are kept: `Neighbourhoods` holds, for every row, its `keep` nearest in its
-own set and the pairs that fall inside the `keep`-th radius. From these the four values of any
-subset follow, in time linear in the pairs, which makes replicates for an interval cheap. The pairs
-are few where the sets are alike; where one is spread much wider than the other, or has collapsed,
-its balls hold most of the other set, and the pairs come near N x M.
+Every row lists its `keep` nearest in its own set, so that k of any subset's rows are among them,
+and only pairs inside the `keep`-th radius count. They are found for a block of real rows, counted
+for all subsets and let go, which makes replicates for an interval cheap: memory is O(N + M) a
+subset, and the pairs of one block. Those are few where the sets are alike; where one is spread much
+wider than the other, or has collapsed, its balls hold most of the other set, and a block has
+`_ROWS` x M of them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from etude.core.config import Config, option
@@ -33,8 +34,8 @@ from .registry import Pair, Values, metric
 from .remembered import remember
 
 Convention = Literal["prdc", "torch-fidelity"]
-METRICS = ("precision", "recall", "density", "coverage")
-_MOST = 4_000_000  # pairs times subsets at a time
+_ROWS = 2048  # real rows in a block of pairs
+_MOST = 1_000_000  # pairs times subsets at a time
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,13 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Cross pairs (real, generated, distance), each (P,)."""
-
-    real: torch.Tensor
-    generated: torch.Tensor
-    distance: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Neighbourhoods:
-    """All that precision, recall, density and coverage of any subset need; O(keep) per row."""
+    """What precision, recall, density and coverage of any subset need of two sets of features."""
 
     k: int
+    features: tuple[torch.Tensor, torch.Tensor]  # (N, D) and (M, D)
     real: Neighbours
     generated: Neighbours
-    near_real: Pairs  # pairs closer than the real row's last listed neighbour
-    near_generated: Pairs  # pairs closer than the generated row's last listed neighbour
     closed: bool = False  # whether the edge of a ball belongs to it
 
     @classmethod
@@ -99,77 +90,93 @@ class Neighbourhoods:
         Raises:
             ValueError: a set has no more than k rows.
         """
-        if min(len(real), len(generated)) <= k:
+        sides = real, generated
+        if min(map(len, sides)) <= k:
             raise ValueError(f"k={k} neighbours need more than {k} pictures on each side")
-        own_x, own_y = (
-            own_neighbours(side, enough(k, kept_share, len(side))) for side in (real, generated)
-        )
-        closed = convention == "torch-fidelity"
-        reaches = [_edge(side.distance[:, -1], closed) for side in (own_x, own_y)]
-        near_real, near_generated = (
-            Pairs(*pairs) for pairs in neighbour_pairs(real, generated, *reaches)
-        )
-        return cls(k, own_x, own_y, near_real, near_generated, closed)
+        own = (own_neighbours(side, enough(k, kept_share, len(side))) for side in sides)
+        return cls(k, sides, *own, closed=convention == "torch-fidelity")
 
     def values(
         self, keep_real: torch.Tensor | None = None, keep_generated: torch.Tensor | None = None
     ) -> dict[str, float]:
         """The four values of the kept rows; (N,) and (M,) bool, all rows without them."""
         masks = [
-            torch.ones(len(side.row), dtype=torch.bool) if keep is None else keep
-            for side, keep in ((self.real, keep_real), (self.generated, keep_generated))
+            torch.ones(len(side), dtype=torch.bool) if keep is None else keep
+            for side, keep in zip(self.features, (keep_real, keep_generated), strict=True)
         ]
         found = self.values_of_subsets(*(mask[None] for mask in masks))
         return {name: float(value[0]) for name, value in found.items()}
 
     def values_of_subsets(self, keep_real: torch.Tensor, keep_generated: torch.Tensor) -> Values:
         """The four values, (R,) float64 each, of subsets (R, N) and (R, M) bool."""
-        largest = max(
-            self.near_real.real.numel(),
-            self.near_generated.real.numel(),
-            self.real.row.numel(),
-            self.generated.row.numel(),
+        real, generated = self.features
+        kept_x, kept_y = (
+            keep.to(real.device).T.contiguous() for keep in (keep_real, keep_generated)
         )
-        size = max(1, _MOST // max(largest, 1))
-        blocks = [
-            self._of_block(one, two)
-            for one, two in zip(keep_real.split(size), keep_generated.split(size), strict=True)
-        ]
-        return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
-
-    def _of_block(self, keep_real: torch.Tensor, keep_generated: torch.Tensor) -> Values:
-        device = self.real.row.device
-        kept_x, kept_y = (keep.to(device).T.contiguous() for keep in (keep_real, keep_generated))
         radius_x, radius_y = (
             _edge(side.radii(kept, self.k), self.closed)
             for side, kept in ((self.real, kept_x), (self.generated, kept_y))
         )
-        inside = self._inside(self.near_real, radius_x[self.near_real.real], kept_x, kept_y)
-        beside = self._inside(
-            self.near_generated, radius_y[self.near_generated.generated], kept_x, kept_y
+        reach_x, reach_y = (
+            _edge(side.distance[:, -1], self.closed) for side in (self.real, self.generated)
         )
-        n, m = len(kept_x), len(kept_y)
+        inside = _Hits(len(real), len(generated), kept_x.shape[1], real.device)
+        beside = _Hits(len(real), len(generated), kept_x.shape[1], real.device)
+        for start in range(0, len(real), _ROWS):
+            rows = slice(start, start + _ROWS)
+            near_x, near_y = neighbour_pairs(real[rows], generated, reach_x[rows], reach_y)
+            for hits, (i, j, distance), radius, owner in (
+                (inside, near_x, radius_x, 0),
+                (beside, near_y, radius_y, 1),
+            ):
+                i = i + start
+                owned = (i, j)[owner]
+                for some in _few_subsets(len(i), kept_x.shape[1]):
+                    within = distance[:, None] < radius[:, some][owned]
+                    hits.add(i, j, some, within & kept_x[:, some][i] & kept_y[:, some][j])
         count_x, count_y = kept_x.sum(0), kept_y.sum(0)
         found = {
-            "precision": _touched(inside, self.near_real.generated, m) / count_y,
-            "recall": _touched(beside, self.near_generated.real, n) / count_x,
-            "density": inside.sum(0).double() / (self.k * count_y),
-            "coverage": _touched(inside, self.near_real.real, n) / count_x,
+            "precision": inside.generated / count_y,
+            "recall": beside.real / count_x,
+            "density": inside.pairs / (self.k * count_y),
+            "coverage": inside.real / count_x,
         }
-        return {name: value.double().cpu().numpy() for name, value in found.items()}
-
-    @staticmethod
-    def _inside(
-        pairs: Pairs, radius: torch.Tensor, kept_x: torch.Tensor, kept_y: torch.Tensor
-    ) -> torch.Tensor:
-        """Which pairs are kept and inside the ball of their owner, (P, R) bool."""
-        return kept_x[pairs.real] & kept_y[pairs.generated] & (pairs.distance[:, None] < radius)
+        return {name: value.cpu().numpy() for name, value in found.items()}
 
 
-def _touched(hit: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
-    """How many of `count` rows have a hit among the pairs (P, R) that name them, (R,) float64."""
-    rows = torch.zeros(count, hit.shape[1], dtype=torch.int32, device=hit.device)
-    return (rows.index_add_(0, row, hit.int()) > 0).sum(0).double()
+class _Hits:
+    """Pairs inside a ball, counted for each real and each generated row, per subset."""
+
+    def __init__(self, n: int, m: int, subsets: int, device: torch.device) -> None:
+        self.of_real = torch.zeros(n, subsets, dtype=torch.int32, device=device)
+        self.of_generated = torch.zeros(m, subsets, dtype=torch.int32, device=device)
+
+    def add(self, i: torch.Tensor, j: torch.Tensor, some: slice, hit: torch.Tensor) -> None:
+        """Pairs of rows (P,) and (P,), of which `hit` (P, R) are inside in the subsets `some`."""
+        hit = hit.int()
+        self.of_real[:, some].index_add_(0, i, hit)
+        self.of_generated[:, some].index_add_(0, j, hit)
+
+    @property
+    def pairs(self) -> torch.Tensor:
+        """How many pairs are inside, (R,) float64."""
+        return self.of_real.sum(0).double()
+
+    @property
+    def real(self) -> torch.Tensor:
+        """How many real rows have a pair inside, (R,) float64."""
+        return (self.of_real > 0).sum(0).double()
+
+    @property
+    def generated(self) -> torch.Tensor:
+        """How many generated rows have one, (R,) float64."""
+        return (self.of_generated > 0).sum(0).double()
+
+
+def _few_subsets(pairs: int, subsets: int) -> Iterator[slice]:
+    """Slices of the subsets, so that pairs times subsets stay few at a time."""
+    size = max(1, _MOST // max(pairs, 1))
+    return (slice(start, start + size) for start in range(0, subsets, size))
 
 
 def prdc(

@@ -208,7 +208,7 @@ def test_equal_groups_show_the_gap_of_the_studentized_range() -> None:
     found = answer("groups", results(*by_group(values, 0.2)))
     one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
     assert one["chance_gap"] == pytest.approx(expected, rel=0.06)
-    assert one["p_equal"] == pytest.approx(1 / 2001)
+    assert one["p_equal"] == pytest.approx(1 / 1001)
 
 
 def test_holm_decides_more_than_bonferroni_and_never_other_groups() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import etude.metrics.prdc as module
 from etude.metrics.prdc import Neighbourhoods, enough, prdc
 from etude.metrics.registry import METRICS, Pair
 
@@ -38,7 +39,11 @@ def test_features_of_float32_and_float64_give_one_answer() -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_a_subset_equals_a_fresh_computation(share: float, ties: bool) -> None:
+@pytest.mark.parametrize("rows_at_once", [7, 2048])
+def test_a_subset_equals_a_fresh_computation(
+    share: float, ties: bool, rows_at_once: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "_ROWS", rows_at_once)
     real, generated = cloud(120, 4, 2), cloud(150, 4, 3, 0.4)
     if ties:
         real, generated = (2 * real).round(), (2 * generated).round()
@@ -67,6 +72,24 @@ def test_copies_of_reals_are_as_far_as_reals_are() -> None:
     assert found["precision"] == found["recall"] == found["coverage"] == 1.0
     # Each ball holds its centre and, the comparison being strict, the k - 1 nearest others.
     assert found["density"] == pytest.approx(1.0)
+
+
+def test_a_collapsed_model_is_counted_in_pieces(monkeypatch) -> None:
+    """All generated rows lie in most balls: N x M pairs, by hand from the distances."""
+    real, generated = cloud(64, 8, 12), 0.01 * cloud(50, 8, 13)
+    for name, most in (("_ROWS", 5), ("_MOST", 100)):
+        monkeypatch.setattr(module, name, most)
+    masks = [torch.from_numpy(np.random.default_rng(14).random((9, n)) < 0.8) for n in (64, 50)]
+    found = Neighbourhoods.of(real, generated, 3, kept_share=0.8).values_of_subsets(*masks)
+    for subset, (x, y) in enumerate(zip(*masks, strict=True)):
+        across = torch.cdist(real[x], generated[y])
+        radius = [torch.cdist(s, s).sort(1).values[:, 3] for s in (real[x], generated[y])]
+        inside = across < radius[0][:, None]
+        assert found["density"][subset] == pytest.approx(float(inside.sum()) / (3 * int(y.sum())))
+        assert found["precision"][subset] == pytest.approx(float(inside.any(0).double().mean()))
+        assert found["coverage"][subset] == pytest.approx(float(inside.any(1).double().mean()))
+        beside = (across < radius[1]).any(1)
+        assert found["recall"][subset] == pytest.approx(float(beside.double().mean()))
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from etude.metrics.frechet import frechet_distance
 from etude.metrics.inception_score import inception_score
 from etude.metrics.kid import kid, kid_of_parts
-from etude.metrics.prdc import METRICS, prdc
+from etude.metrics.prdc import prdc
 from etude.metrics.vendi import vendi_score
 
 
@@ -138,11 +138,12 @@ def test_neighbourhoods_are_theirs_in_both_conventions(theirs: dict, size: str) 
     real, generated = sides(size)
     # The count of each figure: a picture for three, a pair for density.
     per = np.array([len(generated), len(real), made.K * len(generated), len(real)])
+    names = ("precision", "recall", "density", "coverage")
     found = prdc(real, generated, made.K)
-    ours = np.array([found[name] for name in METRICS])
+    ours = np.array([found[name] for name in names])
     assert np.abs((ours - theirs[f"{size} neighbours prdc"]) * per).max() < 0.5
     closed = prdc(real, generated, 3, "torch-fidelity")
-    ours = np.array([closed[name] for name in METRICS[:2]])
+    ours = np.array([closed[name] for name in names[:2]])
     assert np.abs((ours - theirs[f"{size} neighbours torch-fidelity"]) * per[:2]).max() < 0.5
 
 

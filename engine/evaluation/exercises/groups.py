@@ -6,6 +6,7 @@ the true gap, the largest of the true differences, lies between the largest lowe
 largest upper end. Beside it stands the gap that equal groups would show by chance.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,11 +16,11 @@ import numpy as np
 from etude.core.config import option
 from etude.core.errors import UserError
 from etude.core.log import number
-from etude.metrics.comparing import holm
+from etude.metrics.comparing import holm, tested
 
 from ..results import Results, Row
 from . import Choice, Finding, Plot, Table, drawing, exercise
-from .joint import Joint, interval_of, joint_draws, normal_p_value, simultaneous_quantile
+from .joint import Joint, interval_of, joint_draws
 from .rows import (
     Chosen,
     Figure,
@@ -159,30 +160,49 @@ def _findings(
     found["gap_low"], found["gap_high"] = gap_interval(joint, options.level)
     by_chance = np.ptp(joint.draws - joint.draws.mean(1, keepdims=True), axis=0)
     found["chance_gap"] = float(np.quantile(by_chance, options.level))
-    # One more on both sides: a test by draws is never surer than its number of draws.
-    found["p_equal"] = float((1 + (by_chance >= found["gap"]).sum()) / (1 + len(by_chance)))
+    # One more on both sides: a test by draws is never surer than their number, of which half
+    # counts, since draws come in pairs of opposite signs with one range.
+    count = len(by_chance) // 2
+    share = float((by_chance >= found["gap"]).mean())
+    found["p_equal"] = (1 + count * share) / (1 + count)
     found["differences"] = _differences(joint, figure, groups, options)
     return found
 
 
 def gap_interval(joint: Joint, level: float) -> tuple[float, float]:
     """Low and high end for the true difference of the best and the worst of (S,) figures."""
-    i, j = np.triu_indices(len(joint.values), 1)
-    z = simultaneous_quantile(level, len(i))
-    difference = np.abs(joint.values[i] - joint.values[j])
-    half = z * np.std(joint.draws[i] - joint.draws[j], axis=1, ddof=1)
-    return max(float((difference - half).max()), 0.0), float((difference + half).max())
+    pairs = list(itertools.combinations(range(len(joint.values)), 2))
+    apart = [
+        tested(
+            abs(float(joint.values[i] - joint.values[j])),
+            joint.error({i: 1.0, j: -1.0}),
+            _simultaneous(level, len(pairs)),
+        )
+        for i, j in pairs
+    ]
+    return max(0.0, *(one.low for one in apart)), max(one.high for one in apart)
+
+
+def _simultaneous(level: float, count: int) -> float:
+    """The level of each of `count` intervals that hold at once with `level` (Bonferroni)."""
+    return 1.0 - (1.0 - level) / count
 
 
 def _differences(
     joint: Joint, figure: Figure, groups: list[str], options: GroupOptions
 ) -> list[dict[str, Any]]:
     """Each group less the mean of all, with intervals that hold at once and corrected p values."""
-    values = joint.values - joint.values.mean()
-    errors = np.std(joint.draws - joint.draws.mean(0), axis=1, ddof=1)
-    p = [normal_p_value(d, e) for d, e in zip(values, errors, strict=True)]
-    adjusted = holm(p) if options.correction == "holm" else np.minimum(len(p) * np.array(p), 1.0)
-    z = simultaneous_quantile(options.level, len(values))
+    values, count = joint.values - joint.values.mean(), len(groups)
+    apart = [
+        tested(
+            float(values[place]),
+            joint.error({k: float(k == place) - 1.0 / count for k in range(count)}),
+            _simultaneous(options.level, count),
+        )
+        for place in range(count)
+    ]
+    p = [one.p_value for one in apart]
+    adjusted = holm(p) if options.correction == "holm" else np.minimum(count * np.array(p), 1.0)
     found = []
     for place, group in enumerate(groups):
         verdict = "not decided"
@@ -191,9 +211,9 @@ def _differences(
         found.append(
             {
                 "group": group,
-                "difference": float(values[place]),
-                "low": float(values[place] - z * errors[place]),
-                "high": float(values[place] + z * errors[place]),
+                "difference": apart[place].value,
+                "low": apart[place].low,
+                "high": apart[place].high,
                 "p": float(adjusted[place]),
                 "verdict": verdict,
             }

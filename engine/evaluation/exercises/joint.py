@@ -15,14 +15,15 @@ the orders that agree with them (Mogstad, Romano, Shaikh and Wilhelm 2024 for ra
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtri
 
 from etude.core.rng import Stream, normal, permute
-from etude.metrics.comparing import error_of_difference, holm, tested
+from etude.metrics.comparing import Error, error_of_contrast, holm, tested
 from etude.metrics.estimates import Estimate
 
 from ..results import Results, Row
@@ -55,14 +56,19 @@ class Joint:
         own = tuple(self.estimates[k] for k in places) if self.estimates else ()
         return Joint(self.values[places], self.draws[places], self.known[places], own)
 
+    def error(self, weights: Mapping[int, float]) -> Error:
+        """The error of a weighted sum of some figures (place -> weight)."""
+        if self.estimates and all(self.estimates[k] for k in weights):
+            found = error_of_contrast([(w, self.estimates[k]) for k, w in weights.items()])
+            if found is not None:
+                return found
+        drawn = sum(weight * self.draws[k] for k, weight in weights.items())
+        return Error(float(np.std(drawn, ddof=1)), math.inf)
+
     def p_value(self, i: int, j: int) -> float:
         """Two-sided, of "no difference" of figures i and j, for this pair alone."""
-        one, two = (self.estimates[k] if self.estimates else None for k in (i, j))
-        error = error_of_difference(one, two) if one and two else None
-        if error is None:
-            spread = float(np.std(self.draws[i] - self.draws[j], ddof=1))
-            return normal_p_value(self.values[i] - self.values[j], spread)
-        return tested(float(self.values[i] - self.values[j]), error, 0.95).p_value
+        difference = float(self.values[i] - self.values[j])
+        return tested(difference, self.error({i: 1.0, j: -1.0}), 0.95).p_value
 
 
 def joint_draws(results: Results, rows: Sequence[Row]) -> Joint:
@@ -194,18 +200,6 @@ def decisions(columns: Sequence[Joint], level: float) -> list[np.ndarray]:
             sign = int(np.sign(columns[number].values[i] - columns[number].values[j]))
             found[number][i, j], found[number][j, i] = sign, -sign
     return found
-
-
-def normal_p_value(difference: float, error: float) -> float:
-    """Two-sided, of a normal difference with this standard error."""
-    if difference == 0.0:
-        return 1.0
-    return float(2 * ndtr(-abs(difference) / error)) if error > 0 else 0.0
-
-
-def simultaneous_quantile(level: float, count: int) -> float:
-    """The normal quantile of `count` two-sided intervals that hold at once (Bonferroni)."""
-    return float(ndtri(1 - (1 - level) / (2 * max(count, 1))))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
