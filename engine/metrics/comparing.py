@@ -161,7 +161,7 @@ def _error_of_same(terms: Sequence[tuple[float, Estimate]]) -> Error:
     for weight, estimate in terms:
         spread, scale = estimate.spread, 1.0
         if estimate.name in PROPORTIONS:
-            scale = proportion_scale(estimate.value, estimate.drawn, estimate.count)
+            scale = proportion_scale(estimate.name, estimate.value, estimate.drawn, estimate.count)
         half = half + weight * scale * spread.half
         middle = middle + weight * spread.middle
     spread = Spread(half, middle)

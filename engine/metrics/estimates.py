@@ -24,7 +24,8 @@ class Estimate:
     Attributes:
         replicates: {0.5: (2 R,) float64}, the values on R random halves, then on their complements;
             empty where nothing is known of the error.
-        kind, at_least: as in `registry.Metric`.
+        kind: as in `registry.Metric`.
+        at_least, at_most: the smallest and the largest value that the figure can have.
         count: for a proportion, the rows that it is a share of; else 0.
         drawn_by: what fixes the halves of generated pictures (numbers, labels, seed) as text;
             estimates with equal ones are compared halving by halving.
@@ -38,6 +39,7 @@ class Estimate:
     kind: Kind = "smooth"
     count: int = 0
     at_least: float = -math.inf
+    at_most: float = math.inf
     drawn_by: str = ""
     errors: np.ndarray | None = None
 
@@ -57,7 +59,8 @@ class Estimate:
             degrees = len(self.errors) - 1
             error = root_of_errors(self.errors)
             half = quantile(config.level, degrees) * error
-            low, high = max(self.value - half, self.at_least), self.value + half
+            low = max(self.value - half, self.at_least)
+            high = min(self.value + half, self.at_most)
             return Interval(
                 self.value, low, high, error, config.level, "mean", degrees_of_freedom=degrees
             )
@@ -69,6 +72,7 @@ class Estimate:
             kind=self.kind,
             count=self.count,
             at_least=self.at_least,
+            at_most=self.at_most,
         )
 
     def standard_error(self) -> float:
@@ -98,6 +102,7 @@ class Estimate:
             "kind": self.kind,
             "count": self.count,
             "at_least": self.at_least if math.isfinite(self.at_least) else None,
+            "at_most": self.at_most if math.isfinite(self.at_most) else None,
             "drawn_by": self.drawn_by,
             "shares": list(self.replicates),
         }
@@ -116,9 +121,8 @@ class Estimate:
             shares = about.pop("shares")
             replicates = {share: arrays[f"share_{i}"] for i, share in enumerate(shares)}
             errors = arrays["errors"] if "errors" in arrays else None
-        at_least = about.pop("at_least")
-        lowest = -math.inf if at_least is None else at_least
-        return cls(**about, at_least=lowest, replicates=replicates, errors=errors)
+        about = {k: v for k, v in about.items() if v is not None}  # a range without that end
+        return cls(**about, replicates=replicates, errors=errors)
 
 
 def root_of_errors(errors: np.ndarray) -> float:

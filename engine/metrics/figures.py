@@ -78,6 +78,7 @@ def mean_of_scores(
     *,
     prompts: Sequence[int] | torch.Tensor | None = None,
     at_least: float = -math.inf,
+    at_most: float = math.inf,
     seed: int = 0,
 ) -> Estimate:
     """The mean of scores of pictures, such as CLIPScore.
@@ -88,7 +89,7 @@ def mean_of_scores(
     Args:
         scores: (M,), one a picture.
         prompts: (M,) integers, the prompt of each picture; without them pictures are independent.
-        at_least: the smallest value that a score can have.
+        at_least, at_most: the smallest and the largest value that a score can have.
         seed: as in `measure`.
 
     Raises:
@@ -115,6 +116,7 @@ def mean_of_scores(
         drawn,
         count=0,
         at_least=at_least,
+        at_most=at_most,
         drawn_by=f"{config.replicates} halvings of {drawn_by}, seed {seed}",
         errors=(errors / len(scores)).numpy(),
     )

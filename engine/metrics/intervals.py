@@ -46,7 +46,8 @@ from scipy import stats
 from etude.core.config import Config, option
 from etude.core.rng import Stream, bits
 
-PROPORTIONS = ("precision", "recall", "coverage")
+# Shares of rows, and what a share of one is called.
+PROPORTIONS = {"precision": 1.0, "recall": 1.0, "coverage": 1.0, "AuthPct": 100.0}
 HALF = 0.5
 FEWEST = 10  # halvings from which a variance can be told
 Kind = Literal["smooth", "local", "distance"]
@@ -191,15 +192,16 @@ def interval(
     kind: Kind = "smooth",
     count: int = 0,
     at_least: float = -math.inf,
+    at_most: float = math.inf,
 ) -> Interval:
     """The interval of one figure.
 
     Args:
-        name: the figure; a name in `PROPORTIONS` always gets a score interval, which stays in
-            [0, 1] and has width where every half gives 1.
+        name: the figure; a name in `PROPORTIONS` always gets a score interval, which stays between
+            no row and every row, and has width where every half gives the same.
         drawn: the figure's values (2 R,) on halves and on their complements.
         count: for a proportion, the rows that it is a share of.
-        at_least: the smallest value that the figure can have.
+        at_least, at_most: the smallest and the largest value that the figure can have.
     """
     if not config.replicates or not len(drawn):
         return Interval(value, None, None, None, config.level, "none")
@@ -207,13 +209,14 @@ def interval(
     degrees = spread.degrees(kind)
     error, z = spread.variance(kind) ** 0.5, quantile(config.level, degrees)
     if name in PROPORTIONS:
-        error *= proportion_scale(value, drawn, count)
-        low, high = _score_interval(value, error, count, z)
+        error *= proportion_scale(name, value, drawn, count)
+        one = PROPORTIONS[name]
+        low, high = (one * end for end in _score_interval(value / one, error / one, count, z))
     elif kind == "distance":
         low, high = _distance_interval(value, spread, z)
     else:
         low, high = value - z * error, value + z * error
-    low, high = max(low, at_least), max(high, at_least)
+    low, high = (min(max(end, at_least), at_most) for end in (low, high))
     return Interval(
         value, low, high, error, config.level, "halves", degrees_of_freedom=_finite(degrees)
     )
@@ -224,11 +227,10 @@ def quantile(level: float, degrees: float = math.inf) -> float:
     return float(stats.t.ppf((1 + level) / 2, degrees))
 
 
-def proportion_scale(value: float, drawn: np.ndarray, count: int) -> float:
+def proportion_scale(name: str, value: float, drawn: np.ndarray, count: int) -> float:
     """Root of p (1 - p) of a proportion over that of its values on halves (2 R,)."""
-    whole, half = (
-        share * (1 - share) for share in (_shrunk(value, count), _shrunk(drawn.mean(), count))
-    )
+    shares = (_shrunk(found / PROPORTIONS[name], count) for found in (value, float(drawn.mean())))
+    whole, half = (share * (1 - share) for share in shares)
     return (whole / half) ** 0.5
 
 

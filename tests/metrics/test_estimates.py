@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from etude.metrics import influences
+from etude.metrics.comparing import error_of_contrast
 from etude.metrics.estimates import Estimate
 from etude.metrics.figures import mean_of_scores, measure
 from etude.metrics.intervals import IntervalConfig
@@ -54,8 +55,27 @@ def test_the_mean_of_scores_is_scipys_and_of_several_a_prompt_that_of_prompts() 
         mean_of_scores("CLIPScore", scores, CONFIG, prompts=np.zeros(60))
 
 
+def test_ends_stay_where_scores_can_be() -> None:
+    scores = np.array([0.0, 1.0, 1.0, 1.0])  # the mean's own interval is -.05 to 1.55
+    found = mean_of_scores("DSG", scores, CONFIG, at_least=0.0, at_most=1.0).interval(CONFIG)
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
+def test_a_percentage_has_the_interval_of_its_share() -> None:
+    rng = np.random.default_rng(5)
+    halves = rng.binomial(100, 0.97, 40) / 100
+    for share, drawn in ((0.97, halves), (1.0, np.ones(40))):
+        whole = Estimate("precision", share, {0.5: drawn}, kind="local", count=200)
+        percent = Estimate("AuthPct", 100 * share, {0.5: 100 * drawn}, kind="local", count=200)
+        one, other = (estimate.interval(CONFIG) for estimate in (whole, percent))
+        assert (other.low, other.high) == pytest.approx((100 * one.low, 100 * one.high))
+        assert 0.9 < one.low < share and one.high <= 1.0 and other.low < 100.0
+        errors = [error_of_contrast([(1.0, estimate)]) for estimate in (whole, percent)]
+        assert errors[1].standard_error == pytest.approx(100 * errors[0].standard_error)
+
+
 def test_files_give_everything_back() -> None:
-    scores = mean_of_scores("score", np.arange(9.0), CONFIG, at_least=0.0)
+    scores = mean_of_scores("score", np.arange(9.0), CONFIG, at_least=0.0, at_most=8.0)
     (other,) = measure(Pair(rows(0, 60, 3), rows(1, 60, 3), "test"), "kid", CONFIG).values()
     for one in (scores, other, Estimate("x", 0.1)):
         found = Estimate.from_bytes(one.to_bytes())
@@ -65,7 +85,8 @@ def test_files_give_everything_back() -> None:
             one.kind,
             one.count,
         )
-        assert (found.at_least, found.drawn_by) == (one.at_least, one.drawn_by)
+        assert (found.at_least, found.at_most) == (one.at_least, one.at_most)
+        assert found.drawn_by == one.drawn_by
         assert np.array_equal(found.drawn, one.drawn)
         assert (found.errors is None) == (one.errors is None)
         assert found.interval(CONFIG) == one.interval(CONFIG)

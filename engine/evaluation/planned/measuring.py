@@ -205,7 +205,13 @@ def scored(
             for name, column in zip(scorer.figures, here.features.T, strict=True)
             for estimate in [
                 mean_of_scores(
-                    name, column, config, prompts=prompts, at_least=scorer.at_least, seed=seed
+                    name,
+                    column,
+                    config,
+                    prompts=prompts,
+                    at_least=scorer.at_least,
+                    at_most=scorer.at_most,
+                    seed=seed,
                 )
             ]
         ]
