@@ -17,8 +17,13 @@ import numpy as np
 from .errors import UserError
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, whole or not at all; missing folders are made."""
+def write_bytes_atomic(path: Path, data: bytes, *, keep: bool = False) -> None:
+    """Replace `path` by `data`, whole or not at all; missing folders are made.
+
+    Args:
+        keep: leave a file that is there already, also one that another process writes meanwhile:
+            the first one stays (where the file system has hard links).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -27,11 +32,22 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        if not (keep and _linked(temporary, path)):
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     flush_folder(path.parent)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Whether `path` is there now, by this call or before; False without hard links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return True
+    except OSError:
+        return path.exists()
+    return True
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -4,9 +4,10 @@ A folder per entry, named by the sha256 of everything that fixes its numbers: th
 set of pictures, the extractor's name, version and weights, its preprocessing, dtype and the number
 of pictures. Shards are safetensors files written beside and renamed; `manifest.json` is written
 last, after every shard has been counted and every sample key has been seen exactly once. Two jobs
-with one size of batch and one device write equal files, so either may win, and stores that were
-filled apart merge file by file; other batches round otherwise (evaluation/extract.py). Moments of a
-set or of a group of it are kept beside its features once somebody asked for them.
+with one size of batch and one device write equal files; other batches round otherwise
+(evaluation/extract.py), so of two writers of a shard the first stays. Stores that were filled apart
+merge file by file. Moments of a set or of a group of it are kept beside its features once somebody
+asked for them.
 """
 
 import contextlib
@@ -213,6 +214,8 @@ class EntryWriter:
         if not torch.isfinite(features).all():
             bad = keys[int((~torch.isfinite(features).all(1)).nonzero()[0])]
             raise UserError(f"{self.key.extractor} features of picture {bad} are not finite")
+        path = self._shard(start)
+        damaged = path.exists()  # unless it turns out to be whole
         if self.has(start, stop):
             return
         tensors = {
@@ -221,7 +224,8 @@ class EntryWriter:
         }
         about = {"keys": list(keys), "groups": list(groups), "sha256": _tensor_sha256(tensors)}
         # One entry: safetensors writes several in an order that differs from call to call.
-        write_bytes_atomic(self._shard(start), save(tensors, {"about": json.dumps(about)}))
+        data = save(tensors, {"about": json.dumps(about)})
+        write_bytes_atomic(path, data, keep=not damaged)
 
     def adopt(self, shard: Path) -> None:
         """Copy a shard that another store's writer wrote, unless it is here already."""

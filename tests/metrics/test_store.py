@@ -97,6 +97,23 @@ def test_a_shard_of_another_length_and_nan_are_refused(tmp_path) -> None:
         writer.write(0, bad, ["a", "b", "c", "d"], torch.arange(4), [""] * 4)
 
 
+def test_of_two_writers_that_round_otherwise_the_first_stays(tmp_path, monkeypatch) -> None:
+    """The second began when the shard was not there; a manifest may name the first by now."""
+    first, second = (FeatureStore(tmp_path).writer(KEY, 10) for _ in "ab")
+    of_first = [f"k{i}" for i in range(10)], torch.arange(10), ["g"] * 10
+
+    def has(self, start: int, stop: int) -> bool:
+        monkeypatch.undo()
+        first.write(0, ROWS, *of_first)
+        return False
+
+    monkeypatch.setattr(type(second), "has", has)
+    second.write(0, ROWS + 1e-6, *of_first)
+    first.finish()
+    assert torch.equal(FeatureStore(tmp_path).load(KEY).features, ROWS)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_two_writers_of_one_entry_agree(tmp_path) -> None:
     one, two = (FeatureStore(tmp_path).writer(KEY, 4) for _ in "ab")
     for start, stop in one.missing():
