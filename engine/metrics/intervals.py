@@ -28,7 +28,9 @@ symmetric interval misses on one side. The interval is Wilson's (1927) in this c
     (T - t)^2 <= z^2 (c + s (t - T_0)),     T_0 = mean D,     s = E L^2 / (T - T_0 + V),
 
 V = 2 c^2 / E (D - T_0)^3 for the mean of the second-order part. Where one squared normal is all of
-it, this is exact in expectation at every distance.
+it, this is exact in expectation at every distance. The differences of far sets may lie along other
+directions than that part, so V goes over to 2 c (T - T_0) / a, if that is more, as T - T_0 outgrows
+its error at equality: the variance at T is then a + c.
 
 z is Student's quantile, for the noise of R halvings. Coverage is simulated in
 benchmarks/calibration.py and, shortly, in tests/metrics/test_intervals.py.
@@ -253,6 +255,10 @@ def _distance_interval(value: float, spread: Spread, z: float) -> tuple[float, f
     # One squared normal has the largest skewness, 8^(1/2), and so the least V.
     mean = 2 * second**2 / max(cubes, second**1.5 / 4)
     mean = max(mean, (second / 2) ** 0.5)
+    if excess > 0.0:
+        far = excess**2 / (excess**2 + z * z * second)
+        first = max(total - 2 * second, 1e-3 * total)
+        mean += far * max(2 * second * excess / first - mean, 0.0)
     slope = total / max(excess + mean, mean / 10)
     centre = excess + z * z * slope / 2
     root = max(centre * centre - excess * excess + z * z * second, 0.0) ** 0.5
