@@ -115,16 +115,24 @@ print(json.dumps({"count": len(found), "wall_s": wall, "cpu_s": cpu, "batch": in
 """
 
 
-def write_jpegs(folder: Path, count: int, side: int = 256) -> int:
-    """JPEGs of quality 90 with detail at all sizes; returns their mean size in bytes."""
+def write_jpegs(
+    folder: Path, count: int, side: int = 256, *, first: int = 0, tint: float = 0.0
+) -> int:
+    """JPEGs of quality 90 with detail at all sizes; returns their mean size in bytes.
+
+    Args:
+        first: names the pictures: other ones from another number.
+        tint: grey levels times 4 that the green channel is darker.
+    """
     folder.mkdir()
-    for number in range(count):
+    for number in range(first, first + count):
         rng = np.random.default_rng(number)
         picture = np.zeros((side, side, 3))
         for cells in (4, 16, 64, 128):
             noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
             large = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
             picture += np.asarray(large) / 4
+        picture[..., 1] = np.maximum(picture[..., 1] - 4 * tint, 0)
         made = Image.fromarray(picture.astype(np.uint8))
         made.save(folder / f"{number:06d}.jpg", quality=90)
     return sum(file.stat().st_size for file in folder.iterdir()) // count
@@ -148,10 +156,10 @@ def run_ours(extractor: Extractor, folder: Path, batch: int) -> dict[str, Any]:
     """Seconds from the folder to a complete entry of a new store."""
     extractor(torch.zeros(batch, 256, 256, 3, dtype=torch.uint8))
     with tempfile.TemporaryDirectory() as place:
-        begun, before = time.perf_counter(), _used()
+        begun, before = time.perf_counter(), used()
         pictures, store = FolderPictures(folder), FeatureStore(place)
         rates = extract_set(pictures, [extractor], store, batch_size=batch)
-        wall, cpu = time.perf_counter() - begun, _used() - before
+        wall, cpu = time.perf_counter() - begun, used() - before
         entry = next(Path(place).rglob("manifest.json")).parent
         found = store.load(entry.name).features
     return {
@@ -175,7 +183,7 @@ def run_peer(name: str, python: str, folder: Path, weights: Path, archive: Path,
     return json.loads(made.stdout.splitlines()[-1])
 
 
-def _used() -> float:
+def used() -> float:
     found = resource.getrusage(resource.RUSAGE_SELF)
     return found.ru_utime + found.ru_stime
 

@@ -207,6 +207,28 @@ def test_a_folder_of_pictures_is_a_candidate(digits, noisy, tmp_path) -> None:
         assert value == pytest.approx(drawn[group], rel=1e-6)
 
 
+def test_folders_without_classes_or_prompts_compare(digits, noisy, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    sides = {"real": rng.integers(0, 200, (40, 8, 8)), "drawn": rng.integers(0, 255, (30, 8, 8))}
+    for name, images in sides.items():
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / name / f"{number:02d}.png")
+    changes = {
+        "models": {"drawn": {"kind": "pictures", "source": str(tmp_path / "drawn")}},
+        "data_sets": {"real": {"kind": "folder", "folder": str(tmp_path / "real")}},
+        "metrics": ["frechet@pixels"],
+        "samples": 30,
+    }
+    plan, _ = carried_out(recipe(digits, noisy, tmp_path / "s", **changes), tmp_path / "runs")
+    (row,) = plan.table.rows()
+    real, drawn = (torch.from_numpy(i).flatten(1).double() / 255 for i in sides.values())
+    assert row.value == pytest.approx(frechet_distance(real, drawn, warn=False), rel=1e-5)
+    changes["models"] = {"noise": {"kind": "noisy", "source": f"{digits / 'monitor'}:20"}}
+    with pytest.raises(UserError, match="nothing says what noise is to draw"):
+        carried_out(recipe(digits, noisy, tmp_path / "s", **changes), tmp_path / "runs")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

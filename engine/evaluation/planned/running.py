@@ -204,11 +204,16 @@ class Plan:
                 " it in a plan of its own, with metrics of drawn pictures alone"
             )
         prompts = opened.prompts(limit=config.prompts)
-        if prompts is None and (real is None or not real.classes):
-            raise UserError(
-                f"data_sets.{name} has neither prompts nor classes: nothing says what to draw"
-            )
-        return _Set(name, opened, real, prompts or class_prompts(name, real.classes))
+        if prompts is None:
+            classes = real.classes if real is not None else ()
+            drawing = [model for model, of in recipe.models.items() if of.kind != "pictures"]
+            if not classes and drawing:
+                raise UserError(
+                    f"data_sets.{name} has neither prompts nor classes: nothing says what"
+                    f" {drawing[0]} is to draw; name a data set that has, or folders of pictures"
+                )
+            prompts = class_prompts(name, classes)
+        return _Set(name, opened, real, prompts)
 
     def _extract_real(self, one: _Set) -> None:
         if one.real is None:
