@@ -29,7 +29,8 @@ def run_exercise(
     Args:
         name: "trade-offs", "groups", "ranking", "prompt-types", or a name that somebody registered.
         source: a plan's run or table, or a CSV that EvalGIM wrote.
-        overrides: the exercise's options, as `metrics=[FID,recall]`.
+        overrides: the exercise's options, as `metrics=[FID,recall]`; and `better.COLUMN=higher` or
+            `lower` for columns of EvalGIM's CSV that somebody added.
         folder: where the answer goes; by default `exercises/<name>` beside the table.
 
     Raises:
@@ -40,9 +41,10 @@ def run_exercise(
     tree = from_plain({}, f"the exercise {name}")
     for text in overrides:
         tree = lay(tree, parse_override(text))
-    results, beside, notes = _read(Path(source))
+    options = to_plain(tree)
+    results, beside, notes = _read(Path(source), options.pop("better", {}))
     folder = Path(folder) if folder is not None else beside / "exercises" / name
-    return show_exercise(name, results, to_plain(tree), folder, notes)
+    return show_exercise(name, results, options, folder, notes)
 
 
 def show_exercise(
@@ -104,17 +106,24 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _read(source: Path) -> tuple[Results, Path, list[str]]:
+def _read(source: Path, better: Mapping[str, str]) -> tuple[Results, Path, list[str]]:
     """The results, the folder beside which the answer goes, and what the table does not say."""
     if is_evalgim_table(source):
-        table = read_evalgim_table(source)
+        table = read_evalgim_table(source, better)
         notes = [
             "The table is EvalGIM's, which keeps no interval and no number of pictures: nothing is "
             "known of chance, nor of whether figures compare."
         ]
         if table.unknown:
-            notes.append(f"Not read, since nothing is known of them: {', '.join(table.unknown)}.")
+            notes.append(
+                f"Not read, since nothing is known of them: {', '.join(table.unknown)} (type "
+                f"better.{table.unknown[0]}=higher, or lower, to have one)."
+            )
         return table.results, source.parent, notes
+    if better:
+        raise UserError(
+            f"better.{next(iter(better))} is for EvalGIM's CSV; {source} says it itself"
+        )
     results = read_table(source)
     places = (source.parent if source.is_file() else source, Path("runs") / source)
     return results, next((place for place in places if place.is_dir()), source), []

@@ -117,12 +117,20 @@ def test_a_plans_table_and_an_evalgim_file_are_asked_by_their_path(tmp_path: Pat
     assert result["fronts"]["digits"][0]["figures"] == ["recall", "FID"]
     assert "decided with probability 0.9:" in result["sentences"][0]
     wide = tmp_path / "wide.csv"
-    wide.write_text("model_id,dataset,fid,recall,extra\na,x,3,0.5,1\nb,x,2,0.4,1\n")
+    wide.write_text("model_id,dataset,fid,recall,extra\na,x,3,0.5,2\nb,x,2,0.4,1\n")
     page = run_exercise("trade-offs", wide)
     assert page == tmp_path / "exercises/trade-offs/page.html"
     result = json.loads(page.with_name("result.json").read_text())
     assert result["fronts"]["x"][0]["on_front"] == [True, True]
-    assert result["sentences"][-1] == "Not read, since nothing is known of them: extra."
+    assert result["sentences"][-1].startswith("Not read, since nothing is known of them: extra (")
+    options = ["better.extra=lower", "metrics=[FID, extra]"]
+    found = json.loads(
+        run_exercise("trade-offs", wide, options).with_name("result.json").read_text()
+    )
+    assert found["fronts"]["x"][0]["on_front"] == [False, True]  # b has less of both
+    assert "extra (" not in found["sentences"][-1]
+    with pytest.raises(UserError, match="better.extra is for EvalGIM's CSV"):
+        run_exercise("trade-offs", tmp_path / "plan", ["better.extra=lower"])
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ OWNERS = {
     "diffusers": {"external/diffusers.py", "external/diffusers_fused.py"},
     "transformers": {"external/transformers.py"},
     "timm": {"external/timm.py"},
+    "torchmetrics": {"external/torchmetrics.py"},
     "pyarrow": {"external/pyarrow.py"},
     "accelerate": set(),
     "torchvision": set(),
