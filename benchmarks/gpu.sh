@@ -46,10 +46,11 @@ case $device in
       echo "make gpu: $("$python" -V 2>&1) sees no CUDA device; set PYTHON to the one whose torch has CUDA" >&2
       exit 1
     }
-    end_to_end=(--model DiT-B/2); sampling=(--model DiT-B/2); guidance=(--batch 16 --rounds 2) ;;
+    end_to_end=(--model DiT-B/2); sampling=(--model DiT-B/2); guidance=(--batch 16 --rounds 2)
+    features=() ;;
   cpu)
     end_to_end=(--model tiny --steps 3); sampling=(--model tiny --steps 3 --batch 4)
-    guidance=(--batch 1 --rounds 1) ;;
+    guidance=(--batch 1 --rounds 1); features=(--tiny --batch 2 --batches 1 --rounds 1) ;;
   *) echo "make gpu: DEVICE=$device: type cuda, or cpu to rehearse" >&2; exit 1 ;;
 esac
 
@@ -65,6 +66,7 @@ part 90 build "$python" -m pip install -q --no-index --no-build-isolation --no-d
 part 40 kernels "$python" -P -c 'import sys; from etude.kernels import announce, attention_status; print(announce(sys.argv[1]), *attention_status(sys.argv[1]), sep="\n")' "$device"
 part 120 end-to-end "$python" -m benchmarks.end_to_end --device "$device" "${end_to_end[@]}"
 part 45 sampling "$python" -m benchmarks.sampling --device "$device" "${sampling[@]}"
+part 80 features "$python" -m benchmarks.features --device "$device" "${features[@]}"
 # Only files with such tests: others import libraries that this machine lacks.
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu\b' --include='test_*.py' tests | sort)
 # Four files at a time: most of their time is Triton compiling on the CPU.

@@ -102,6 +102,16 @@ def test_what_the_store_must_know_of_the_arithmetic() -> None:
     assert said == ["float32", "float32, compiled", "bfloat16", "bfloat16, compiled"]
 
 
+def test_compiled_features_are_the_plain_ones() -> None:
+    taps = ("sum", "squares")
+    plain, compiled = (Extractor("of a test", taps=taps, compile=c) for c in (False, True))
+    first, second = pictures(3, 4, 3), 255 - pictures(3, 4, 3)
+    found = [compiled.features(x) for x in (first, second)]
+    for x, of in zip((first, second), found, strict=True):
+        for name, expected in plain.features(x).items():
+            torch.testing.assert_close(of[name], expected, rtol=1e-6, atol=0)
+
+
 def test_a_saved_classifier_gives_the_models_features_and_labels(tmp_path) -> None:
     model = Classifier(ClassifierConfig(channels=(8, 16), num_classes=4), seed=3).eval()
     save_classifier(tmp_path, model, 8, ["a", "b", "c", "d"])

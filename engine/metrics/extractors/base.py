@@ -118,7 +118,8 @@ class Extractor:
         taps: which features; by default, and for "", the backbone's first.
         dtype: "float32"; "tf32" (CUDA only); "bfloat16" or "float16". Features are float32 always.
         device: where the network runs.
-        compile: whether the forward goes through torch.compile; the first call then takes longer.
+        compile: whether the forward goes through torch.compile, on CUDA as graphs that are
+            replayed; the first call of every size of batch then takes longer.
         options: the kind's own.
 
     Attributes:
@@ -160,8 +161,8 @@ class Extractor:
         self.backbone.requires_grad_(False).eval()
         if DTYPES[dtype] != torch.float32:
             self.backbone.convert(DTYPES[dtype])
+        self._compile, self._forward = compile, self.backbone
         self.to(device)
-        self._forward = torch.compile(self.backbone) if compile else self.backbone
 
     @property
     def version(self) -> str:
@@ -205,6 +206,9 @@ class Extractor:
         self._check_device(device)
         self.backbone.to(device)
         self.device = torch.device(device)
+        if self._compile:
+            graphs = "reduce-overhead" if self.device.type == "cuda" else None
+            self._forward = torch.compile(self.backbone, mode=graphs)
         return self
 
     @torch.no_grad()
@@ -234,7 +238,8 @@ class Extractor:
         precision = "tf32" if self.dtype == "tf32" else "ieee"
         with _float32_products(self.device, precision), run_in:
             found = self._forward(prepared, tuple(taps))
-        return {tap: found[tap].float() for tap in taps}
+        # A replayed graph writes its next features where these are.
+        return {tap: found[tap].to(torch.float32, copy=self._compile) for tap in taps}
 
     def _check_device(self, device: torch.device | str) -> None:
         if self.dtype == "tf32" and torch.device(device).type != "cuda":
