@@ -77,6 +77,7 @@ def show_plan(plan: Plan, look: Look) -> None:
         if of_set.rows:
             columns, rows = figures_table(of_set)
             note = "Brackets are intervals of the figure at this number of pictures."
+            note += "".join(f" {sentence}." for sentence in plan.short.get(name, ()))
             page.table(look.id(f"figures-{_word(name)}"), name, columns, rows, note, order=place)
         if name in plan.shown:
             _show_pictures(plan.shown[name], look, place + 0.05)

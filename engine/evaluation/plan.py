@@ -19,6 +19,7 @@ from etude.core.recipe import Recipe
 from etude.core.rng import Stream, permute
 from etude.core.run import Run
 from etude.diffusion.samplers import SamplerConfig
+from etude.metrics import registry
 from etude.metrics.extractors import Extractor, load_extractor
 from etude.metrics.figures import measure
 from etude.metrics.intervals import (
@@ -31,6 +32,7 @@ from etude.metrics.intervals import (
 from etude.metrics.memorisation import label_agreement, nearest_pictures
 from etude.metrics.prdc import PrdcOptions
 from etude.metrics.registry import METRICS, Pair
+from etude.metrics.shortages import shortages
 from etude.metrics.store import FeatureSet, FeatureStore
 
 from .extract import extract_set, feature_key
@@ -169,9 +171,9 @@ def evaluate(
     features = {name: opened.load(name, opened.extractor) for name in ("real", "generated")}
     if recipe.real_against == "train":
         features["train"] = opened.load("train", opened.extractor)
-    pairs = _pairs(recipe, features, opened.extractor.name)
-    _warn_few(pairs, log)
+    pairs = _pairs(recipe, features, opened.extractor.called(opened.extractor.name))
     families = [metric for metric in recipe.metrics if metric in FAMILIES]
+    _warn_few(pairs["generated"], families, recipe, log)
     measured = {name: _measured(pair, families, recipe) for name, pair in pairs.items()}
     figures = {
         figure: {name: of_pair[figure].as_dict() for name, of_pair in measured.items()}
@@ -289,11 +291,15 @@ def _measured(pair: Pair, families: list[str], recipe: EvaluateRecipe) -> dict[s
     """Every figure of a pair with its interval."""
     found = {}
     for name in families:
-        metric = METRICS.get(name)
-        options = PrdcOptions(k=recipe.k) if name == "prdc" else metric.options()
+        metric, options = _asked(name, recipe)
         estimates = measure(replace(pair, options=options), metric, recipe.interval, recipe.seed)
         found |= {figure: one.interval(recipe.interval) for figure, one in estimates.items()}
     return found
+
+
+def _asked(name: str, recipe: EvaluateRecipe) -> tuple[registry.Metric, Config]:
+    metric = METRICS.get(name)
+    return metric, PrdcOptions(k=recipe.k) if name == "prdc" else metric.options()
 
 
 def _halves(real: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
@@ -305,14 +311,12 @@ def _halves(real: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
     return real.rows(torch.from_numpy(one)), real.rows(torch.from_numpy(two))
 
 
-def _warn_few(pairs: dict[str, Pair], log: Log) -> None:
-    pair = pairs["generated"]
-    fewest, dim = min(len(pair.real), len(pair.generated)), pair.real.shape[1]
-    if fewest < dim:
-        log.warn(
-            f"{fewest} pictures in {dim} dimensions: the Frechet distance mostly reflects the "
-            f"number of pictures; add kid to metrics, or use more pictures"
-        )
+def _warn_few(pair: Pair, families: list[str], recipe: EvaluateRecipe, log: Log) -> None:
+    for name in families:
+        metric, options = _asked(name, recipe)
+        counts = len(pair.real), len(pair.generated)
+        for short in shortages(metric, options, pair.generated.shape[1], *counts):
+            log.warn(str(short))
 
 
 def _protocol(recipe: EvaluateRecipe, opened: Opened) -> Protocol:
@@ -325,7 +329,7 @@ def _protocol(recipe: EvaluateRecipe, opened: Opened) -> Protocol:
     profile = stated(drawn, "profile")
     seeds = {key: drawn[key] for key in ("seed", "labels") if key in drawn}
     return Protocol(
-        extractor=opened.extractor.name,
+        extractor=opened.extractor.called(opened.extractor.name),
         extractor_version=opened.extractor.version,
         weights_sha256=opened.extractor.weights_sha256,
         resize=f"{opened.extractor.resize} to {opened.extractor.input_size}",

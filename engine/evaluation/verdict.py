@@ -27,6 +27,7 @@ from etude.metrics.comparing import (
     POWER,
     Error,
     error_of_contrast,
+    level_of_each,
     needed,
     tested,
     with_holm,
@@ -216,7 +217,7 @@ def _verdict(
     sign = 1.0 if rows[0].better == "lower" else -1.0
     ranked = sorted(sides, key=lambda side: sign * side.value)
     pairs = list(itertools.combinations(ranked, 2))
-    level = 1.0 - (1.0 - config.level) / len(pairs)
+    level = level_of_each(config.level, len(pairs))
     found = with_holm({(b.title, a.title): compare_sides(b, a, level) for b, a in pairs})
     alike = tuple(
         pair

@@ -64,7 +64,7 @@ def cmmd_of_subsets(
 @metric("cmmd", features="clip", better="lower", kind="distance", options=CmmdOptions)
 def discrepancy(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """CMMD of R pairs of subsets; features other than CLIP's are named."""
-    options = pair.options if isinstance(pair.options, CmmdOptions) else CmmdOptions()
+    options = pair.options_as(CmmdOptions)
     found = cmmd_of_subsets(pair.real, pair.generated, real, generated, options)
     name = "CMMD" if pair.features == "clip" else f"Gaussian discrepancy ({pair.features} features)"
     return {name: found.cpu().numpy()}

@@ -6,7 +6,6 @@ each other by Holm (1979, Scandinavian Journal of Statistics 6:65-70), and their
 Bonferroni's level; both are right however the comparisons depend on each other.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,35 +87,12 @@ def tested(value: float, error: Error, level: float) -> Interval:
     )
 
 
-def all_differences(
-    estimates: Mapping[str, Estimate], config: IntervalConfig | None = None
-) -> dict[tuple[str, str], Interval]:
-    """(b, a) -> figure of b minus figure of a, for every pair, all held against each other.
+def level_of_each(level: float, count: int) -> float:
+    """The level of each of `count` intervals that hold at once with at least `level` (Bonferroni).
 
-    Intervals hold at once with at least `config.level`. Holm rejects more than they do, so an
-    interval may hold 0 beside a small adjusted p-value.
+    Holm rejects more than they do, so an interval may hold 0 beside a small adjusted p-value.
     """
-    pairs = list(itertools.combinations(estimates, 2))
-    return simultaneous(
-        {(b, a): (estimates[b], estimates[a]) for a, b in pairs}, config or IntervalConfig()
-    )
-
-
-def differences_from(
-    reference: str, estimates: Mapping[str, Estimate], config: IntervalConfig | None = None
-) -> dict[str, Interval]:
-    """Figure of each other model minus that of `reference`, held against each other."""
-    one = estimates[reference]
-    others = {name: (two, one) for name, two in estimates.items() if name != reference}
-    return simultaneous(others, config or IntervalConfig())
-
-
-def simultaneous(pairs: Mapping, config: IntervalConfig) -> dict:
-    """Key -> b minus a of key -> (b, a), at Bonferroni's level and with Holm's p-values."""
-    if not pairs:
-        return {}
-    each = config.model_copy(update={"level": 1.0 - (1.0 - config.level) / len(pairs)})
-    return with_holm({key: difference(b, a, each) for key, (b, a) in pairs.items()})
+    return 1.0 - (1.0 - level) / max(count, 1)
 
 
 def with_holm(found: Mapping) -> dict:
@@ -157,12 +133,13 @@ def _error_of_same(terms: Sequence[tuple[float, Estimate]]) -> Error:
         errors = sum(weight * estimate.errors for weight, estimate in terms)
         return Error(root_of_errors(errors), len(errors) - 1)
     kind = terms[0][1].kind
-    half, middle = 0.0, 0.0
+    half, middle, units = 0.0, 0.0, math.inf
     for weight, estimate in terms:
         spread, scale = estimate.spread, 1.0
         if estimate.name in PROPORTIONS:
             scale = proportion_scale(estimate.name, estimate.value, estimate.drawn, estimate.count)
         half = half + weight * scale * spread.half
         middle = middle + weight * spread.middle
-    spread = Spread(half, middle)
+        units = min(units, spread.units)
+    spread = Spread(half, middle, units)
     return Error(spread.variance(kind) ** 0.5, spread.degrees(kind))

@@ -27,6 +27,7 @@ class Estimate:
         kind: as in `registry.Metric`.
         at_least, at_most: the smallest and the largest value that the figure can have.
         count: for a proportion, the rows that it is a share of; else 0.
+        units: independent pictures, or prompts, of the side that has fewer.
         drawn_by: what fixes the halves of generated pictures (numbers, labels, seed) as text;
             estimates with equal ones are compared halving by halving.
         errors: of a mean, (G,) float64, what each of G independent units adds to its error; their
@@ -38,6 +39,7 @@ class Estimate:
     replicates: dict[float, np.ndarray] = field(default_factory=dict)
     kind: Kind = "smooth"
     count: int = 0
+    units: float = math.inf
     at_least: float = -math.inf
     at_most: float = math.inf
     drawn_by: str = ""
@@ -51,7 +53,7 @@ class Estimate:
     @property
     def spread(self) -> Spread:
         """What the halvings say of its error."""
-        return Spread.of(self.value, self.drawn)
+        return Spread.of(self.value, self.drawn, self.units)
 
     def interval(self, config: IntervalConfig) -> Interval:
         """The interval for the expected value of the figure at this number of pictures."""
@@ -71,6 +73,7 @@ class Estimate:
             config,
             kind=self.kind,
             count=self.count,
+            units=self.units,
             at_least=self.at_least,
             at_most=self.at_most,
         )
@@ -101,6 +104,7 @@ class Estimate:
             "value": self.value,
             "kind": self.kind,
             "count": self.count,
+            "units": self.units if math.isfinite(self.units) else None,
             "at_least": self.at_least if math.isfinite(self.at_least) else None,
             "at_most": self.at_most if math.isfinite(self.at_most) else None,
             "drawn_by": self.drawn_by,
@@ -121,7 +125,7 @@ class Estimate:
             shares = about.pop("shares")
             replicates = {share: arrays[f"share_{i}"] for i, share in enumerate(shares)}
             errors = arrays["errors"] if "errors" in arrays else None
-        about = {k: v for k, v in about.items() if v is not None}  # a range without that end
+        about = {k: v for k, v in about.items() if v is not None}  # what is infinite
         return cls(**about, replicates=replicates, errors=errors)
 
 

@@ -88,7 +88,7 @@ def influences_of_extrapolated(
     pair: Pair, keep_real: torch.Tensor, keep_generated: torch.Tensor
 ) -> Influences:
     """What each row adds, by the influences on the distance and the row's places in the parts."""
-    options = pair.options if isinstance(pair.options, FdInfinityOptions) else FdInfinityOptions()
+    options = pair.options_as(FdInfinityOptions)
     one, two = influences.of_frechet(pair.real, pair.generated, keep_real, keep_generated)
     # Rows that are not kept have places too: what they would add is asked for as well.
     count = len(keep_generated)
@@ -101,9 +101,8 @@ def influences_of_extrapolated(
 
 def enough_of_extrapolated(options: Config, dim: int) -> tuple[int, str]:
     """Pictures with which the smallest part follows the line."""
-    return 10 * (
-        dim + 1
-    ), "with fewer the distance does not follow 1 / n and the extrapolation is off"
+    why = "with fewer the distance does not follow 1 / n and the extrapolation is off"
+    return 10 * (dim + 1), why
 
 
 @metric(
@@ -117,6 +116,6 @@ def enough_of_extrapolated(options: Config, dim: int) -> tuple[int, str]:
 )
 def extrapolated(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """FID at infinitely many pictures, or that of other features, of R pairs of subsets."""
-    options = pair.options if isinstance(pair.options, FdInfinityOptions) else FdInfinityOptions()
+    options = pair.options_as(FdInfinityOptions)
     found = _of_subsets(pair.real, pair.generated, real, generated, options.points)
     return {f"{frechet_name(pair.features)} at infinity": found}

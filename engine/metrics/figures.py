@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from etude.core.errors import UserError
+
 from .estimates import Estimate
 from .intervals import HALF, IntervalConfig, halves
 from .registry import METRICS, Metric, Pair
@@ -36,11 +38,20 @@ def measure(
 
     Args:
         seed: names the halvings. Estimates that will be compared need the same one.
+
+    Raises:
+        UserError: a side has fewer pictures than the metric needs (`Metric.least`).
     """
     metric = METRICS.get(metric) if isinstance(metric, str) else metric
+    options = pair.options_as(metric.options)
+    least = metric.least(options, 1.0)
+    there = min(len(pair.generated), len(pair.real) if metric.needs_real else len(pair.generated))
+    if there < least:
+        raise UserError(f"{metric.name} needs {least} pictures on each side and has {there}")
     values = metric.values(pair, 1.0, *pair.everything())
     drawn: dict[str, np.ndarray] = {}
-    if config.replicates:
+    units = _units(pair, metric)
+    if config.replicates and units > 1:
         split = (
             halves(len(pair.real), config.replicates, seed, 0, pair.real_labels),
             halves(
@@ -52,7 +63,10 @@ def measure(
                 pair.generated_prompts,
             ),
         )
-        if metric.influences is not None and _is_large(pair):
+        fewest = min(int(side.sum(1).min()) for side in split if side.shape[1])
+        if fewest < metric.least(options, HALF):
+            pass  # of a half the figure says nothing: the value stands without an interval
+        elif metric.influences is not None and _is_large(pair):
             drawn = _by_influence(pair, metric, split, values)
         else:
             drawn = metric.values(pair, HALF, *split)
@@ -64,6 +78,7 @@ def measure(
             {HALF: np.asarray(drawn[name], np.float64)} if drawn else {},
             kind=metric.kind,
             count=len(pair.real) if name in _OF_REAL else len(pair.generated),
+            units=units,
             at_least=metric.at_least,
             drawn_by=f"{config.replicates} halvings of {drawn_by}, seed {seed}",
         )
@@ -92,8 +107,7 @@ def mean_of_scores(
         at_least, at_most: the smallest and the largest value that a score can have.
         seed: as in `measure`.
 
-    Raises:
-        ValueError: there are fewer than two pictures or prompts.
+    The mean of one picture or prompt has no known error.
     """
     scores = torch.as_tensor(scores).to("cpu", torch.float64)
     clusters = None if prompts is None else torch.as_tensor(prompts).cpu()
@@ -101,9 +115,9 @@ def mean_of_scores(
     if clusters is not None:
         _, units = torch.unique(clusters, return_inverse=True)
     number = int(units.max()) + 1 if len(units) else 0
-    if number < 2:
-        raise ValueError(f"the error of a mean needs 2 pictures or prompts, got {number}")
     value = float(scores.mean())
+    if number < 2:
+        return Estimate(name, value, at_least=at_least, at_most=at_most)
     errors = torch.zeros(number, dtype=torch.float64).index_add_(0, units, scores - value)
     drawn: dict[float, np.ndarray] = {}
     if config.replicates:
@@ -120,6 +134,13 @@ def mean_of_scores(
         drawn_by=f"{config.replicates} halvings of {drawn_by}, seed {seed}",
         errors=(errors / len(scores)).numpy(),
     )
+
+
+def _units(pair: Pair, metric: Metric) -> int:
+    """Independent pictures, or prompts, of the side that has fewer."""
+    prompts = pair.generated_prompts
+    generated = len(pair.generated) if prompts is None else len(torch.unique(prompts))
+    return min(generated, len(pair.real)) if metric.needs_real else generated
 
 
 def _is_large(pair: Pair) -> bool:
@@ -150,8 +171,10 @@ def _by_influence(
     if fewest > pair.generated.shape[1]:
         one, other = (along((split[0][i], split[1][i])) for i in (0, count))
         for name, half in whole.items():
-            share = float(np.mean(one[name] * other[name]) / np.mean(half**2))
-            shrink[name] = (0.5 * (1.0 + min(max(share, 0.0), 1.0))) ** 0.5
+            total = float(np.mean(half**2))
+            share = float(np.mean(one[name] * other[name])) / total if total > 0.0 else 1.0
+            if math.isfinite(share):  # else rows outside of a half have no influence on it
+                shrink[name] = (0.5 * (1.0 + min(max(share, 0.0), 1.0))) ** 0.5
     return {
         name: float(values[name][0]) + np.concatenate([half, -half]) * shrink[name]
         for name, half in whole.items()

@@ -16,7 +16,6 @@ of X Y^T, centred again, so that nothing of size D is touched per subset.
 """
 
 import warnings
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -48,10 +47,6 @@ class FrechetReference:
     def distance(self, generated: torch.Tensor | Moments, *, warn: bool = True) -> float:
         """The distance to another set of features or its moments."""
         return self.measured(generated, warn=warn)[0]
-
-    def distances(self, generated: Iterable[torch.Tensor | Moments]) -> list[float]:
-        """The distances to several sets: checkpoints, or groups of pictures."""
-        return [self.distance(side) for side in generated]
 
     def measured(
         self, generated: torch.Tensor | Moments, *, warn: bool = True

@@ -48,12 +48,14 @@ def score_of_subsets(logits: torch.Tensor, keep: torch.Tensor, part: torch.Tenso
         rows = (part == number).nonzero()[:, 0]
         log_p = logits[rows.to(logits.device)].to(torch.float64).log_softmax(1)
         mask = keep[:, rows].to(log_p.device, torch.float64)
-        mask = mask / mask.sum(1, keepdim=True)
+        count = mask.sum(1)
+        mask = mask / count.clamp_min(1)[:, None]
         p = log_p.exp()
         negative_entropy = mask @ torch.where(p > 0, p * log_p, 0.0).sum(1)
         marginal = mask @ p
-        scores.append((negative_entropy - torch.xlogy(marginal, marginal).sum(1)).exp())
-    return torch.stack(scores).mean(0)
+        score = (negative_entropy - torch.xlogy(marginal, marginal).sum(1)).exp()
+        scores.append(torch.where(count > 0, score, torch.nan))
+    return torch.stack(scores).nanmean(0)  # of the parts that have rows
 
 
 def parts(count: int, splits: int) -> torch.Tensor:
@@ -87,11 +89,12 @@ def enough_of_score(options: Config, dim: int) -> tuple[int, str]:
     needs_real=False,
     options=InceptionScoreOptions,
     enough=enough_of_score,
+    least=lambda options, share: options.splits if share == 1.0 else 5 * options.splits,
+    check=lambda features: score_name(features),
 )
 def score(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """The Inception score of R subsets of generated pictures."""
-    options = pair.options
-    options = options if isinstance(options, InceptionScoreOptions) else InceptionScoreOptions()
+    options = pair.options_as(InceptionScoreOptions)
     part = parts(len(pair.generated), options.splits)
     found = score_of_subsets(pair.generated, generated, part)
     return {score_name(pair.features): np.asarray(found.cpu())}

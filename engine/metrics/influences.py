@@ -21,6 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .moments import Moments
+
+_BLOCK = 4096  # rows in float64 at a time
+
 
 def of_frechet(
     first: torch.Tensor, second: torch.Tensor, keep_first: torch.Tensor, keep_second: torch.Tensor
@@ -29,22 +33,29 @@ def of_frechet(
 
     Args:
         keep_first, keep_second: (N,) and (M,) bool, the rows whose distance is meant. Where they
-            are no more than D on a side, nan for the quadratic form of the other rows.
+            are no more than D on a side, nan for the other rows of that side.
     """
-    sides = [side.to(torch.float64) for side in (first, second)]
-    keeps = [keep.to(first.device) for keep in (keep_first, keep_second)]
-    means = [side[keep].mean(0) for side, keep in zip(sides, keeps, strict=True)]
-    centred = [side - mean for side, mean in zip(sides, means, strict=True)]
-    kept = [side[keep] for side, keep in zip(centred, keeps, strict=True)]
-    known = [len(rows) > rows.shape[1] for rows in kept]
-    forms = _of_full_rank(centred, kept) if all(known) else None
-    if forms is None:
-        forms = _of_few_rows(centred, kept, keeps)
-    offset = means[0] - means[1]
-    return tuple(
-        2.0 * sign * (rows @ offset) + rows.square().sum(1) - form
-        for sign, rows, form in zip((1.0, -1.0), centred, forms, strict=True)
-    )
+    sides, keeps = (first, second), [keep.to(first.device) for keep in (keep_first, keep_second)]
+    parts = [
+        Moments.of(side if bool(keep.all()) else side[keep])
+        for side, keep in zip(sides, keeps, strict=True)
+    ]
+    known = [part.count > len(part.mean) for part in parts]
+    maps = _of_full_rank(parts) if all(known) else None
+    forms: list[torch.Tensor | None] = [None, None]
+    if maps is None:
+        maps, forms = _of_few_rows(sides, keeps, parts)
+    offset = parts[0].mean - parts[1].mean
+    found = []
+    for sign, side, part, of_row, form in zip((1.0, -1.0), sides, parts, maps, forms, strict=True):
+        psi = []
+        for rows in side.split(_BLOCK):
+            x = rows.to(torch.float64) - part.mean
+            psi.append(2.0 * sign * (x @ offset) + x.square().sum(1))
+            if of_row is not None:
+                psi[-1] -= (x @ of_row).square().sum(1)
+        found.append(torch.cat(psi) if form is None else torch.cat(psi) - form)
+    return tuple(found)
 
 
 def of_vendi(features: torch.Tensor, keep: torch.Tensor, q: float) -> torch.Tensor:
@@ -66,11 +77,11 @@ def of_vendi(features: torch.Tensor, keep: torch.Tensor, q: float) -> torch.Tens
     return q / (1.0 - q) * (along @ values.pow(q - 1.0)) / values.pow(q).sum()
 
 
-def _of_full_rank(
-    centred: list[torch.Tensor], kept: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both quadratic forms of all rows; None where a covariance is singular."""
-    covariances = [rows.T @ rows / (len(rows) - 1) for rows in kept]
+def _of_full_rank(parts: list[Moments]) -> list[torch.Tensor] | None:
+    """Matrices (D, D) whose products with a row, squared and added, are the quadratic forms; None
+    where a covariance is singular.
+    """
+    covariances = [part.covariance() for part in parts]
     lower, failed = torch.linalg.cholesky_ex(covariances[0])
     if bool(failed):
         return None
@@ -79,35 +90,41 @@ def _of_full_rank(
         return None
     root = values.sqrt().sqrt()
     forward = torch.linalg.solve_triangular(lower.T, vectors * root, upper=True)
-    back = lower @ (vectors / root)
-    return (centred[0] @ forward).square().sum(1), (centred[1] @ back).square().sum(1)
+    return [forward, lower @ (vectors / root)]
 
 
 def _of_few_rows(
-    centred: list[torch.Tensor], kept: list[torch.Tensor], keeps: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Both quadratic forms of the kept rows, nan for others."""
-    counts = [len(rows) - 1 for rows in kept]
-    factors = [
-        rows.T / count**0.5 if len(rows) <= rows.shape[1] else _root(rows.T @ rows / count)
-        for rows, count in zip(kept, counts, strict=True)
-    ]
+    sides: tuple[torch.Tensor, torch.Tensor], keeps: list[torch.Tensor], parts: list[Moments]
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Such matrices (D, K) of sides with more kept rows than dimensions; of other sides the forms
+    (N,) of the kept rows, nan for those that are not kept.
+    """
+    roots = [None if p.count <= len(p.mean) else _root(p.covariance()) for p in parts]
+    factors = []
+    for side, keep, part, root in zip(sides, keeps, parts, roots, strict=True):
+        if root is None:
+            kept = side[keep].to(torch.float64) - part.mean
+            factors.append(kept.T / (part.count - 1) ** 0.5)
+        else:
+            factors.append(root[0] * root[1])
     left, values, right = torch.linalg.svd(factors[0].T @ factors[1], full_matrices=False)
     there = values > 1e-12 * values[0]
-    values, sides = values[there], (left[:, there], right.T[:, there])
-    found = []
-    for rows, keep, side, factor, every in zip(kept, keeps, sides, factors, centred, strict=True):
-        form = torch.full((len(every),), torch.nan, dtype=torch.float64, device=every.device)
-        if len(rows) > rows.shape[1]:
-            # rows = A z: the form is that of z = A^+ x.
-            side = torch.linalg.lstsq(factor, rows.T, driver="gelsd").solution.T @ side
-            form[keep] = side.square() @ values
-        else:
-            form[keep] = (len(rows) - 1) * (side.square() @ values)
-        found.append(form)
-    return found
+    values, vectors = values[there].sqrt(), (left[:, there], right.T[:, there])
+    maps: list[torch.Tensor | None] = [None, None]
+    forms: list[torch.Tensor | None] = [None, None]
+    for place, (keep, part, root) in enumerate(zip(keeps, parts, roots, strict=True)):
+        turned = vectors[place] * values
+        if root is None:
+            form = torch.full((len(keep),), torch.nan, dtype=torch.float64, device=keep.device)
+            form[keep] = (part.count - 1) * turned.square().sum(1)
+            forms[place] = form
+        else:  # x = V s z, and the form is that of z = s^-1 V^T x
+            maps[place] = (root[0] / root[1]) @ turned
+    return maps, forms
 
 
-def _root(covariance: torch.Tensor) -> torch.Tensor:
+def _root(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors (D, K) and the roots (K,) of the eigenvalues that are not zero."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp_min(0).sqrt()
+    there = values > 1e-12 * values[-1]
+    return vectors[:, there], values[there].sqrt()

@@ -107,16 +107,18 @@ class Spread:
     Attributes:
         half: L (R,) float64, half of the differences of the two halves.
         middle: D (R,) float64, means of the two halves less the figure of all pictures.
+        units: independent pictures, or prompts, of the side that has fewer.
     """
 
     half: np.ndarray
     middle: np.ndarray
+    units: float = math.inf
 
     @classmethod
-    def of(cls, value: float, halves: np.ndarray) -> "Spread":
+    def of(cls, value: float, halves: np.ndarray, units: float = math.inf) -> "Spread":
         """From the figure's values (2 R,) on R halves, then on their complements."""
         one, other = np.split(np.asarray(halves, np.float64), 2)
-        return cls((one - other) / 2, (one + other) / 2 - value)
+        return cls((one - other) / 2, (one + other) / 2 - value, units)
 
     def variance(self, kind: Kind) -> float:
         """The variance of the figure of all pictures."""
@@ -131,14 +133,18 @@ class Spread:
         return float(np.var(self.middle, ddof=1)) if len(self.middle) > 1 else 0.0
 
     def degrees(self, kind: Kind) -> float:
-        """Degrees of freedom of `variance`, by the scatter of its terms over halvings."""
+        """Degrees of freedom of `variance`, by the scatter of its terms over halvings.
+
+        No more than units less one: of two prompts every halving is the same.
+        """
         terms = self.half**2
         if kind != "local":
             # Where a is 0 only c is left, and its own scatter counts.
             second = (self.middle - self.middle.mean()) ** 2
             terms = terms - second if terms.mean() > 2 * second.mean() else second
         noise = float(np.var(terms, ddof=1)) / len(terms) if len(terms) > 1 else 0.0
-        return 2 * float(terms.mean()) ** 2 / noise if noise > 0 else math.inf
+        scattered = 2 * float(terms.mean()) ** 2 / noise if noise > 0 else math.inf
+        return min(scattered, max(self.units - 1, 1))
 
 
 def halves(
@@ -193,6 +199,7 @@ def interval(
     *,
     kind: Kind = "smooth",
     count: int = 0,
+    units: float = math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> Interval:
@@ -203,11 +210,12 @@ def interval(
             no row and every row, and has width where every half gives the same.
         drawn: the figure's values (2 R,) on halves and on their complements.
         count: for a proportion, the rows that it is a share of.
+        units: as of `Spread`.
         at_least, at_most: the smallest and the largest value that the figure can have.
     """
     if not config.replicates or not len(drawn):
         return Interval(value, None, None, None, config.level, "none")
-    spread = Spread.of(value, drawn)
+    spread = Spread.of(value, drawn, units)
     degrees = spread.degrees(kind)
     error, z = spread.variance(kind) ** 0.5, quantile(config.level, degrees)
     if name in PROPORTIONS:

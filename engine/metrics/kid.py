@@ -10,6 +10,7 @@ with numbers made so.
 """
 
 import torch
+from pydantic import model_validator
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
@@ -67,21 +68,36 @@ class KidOptions(Config):
     parts: int = option(0, "random parts whose mean is taken; 0: all pairs, once", ge=0)
     part_size: int = option(1000, "pictures of each side in a part", unit="pictures", ge=2)
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "KidOptions":
+        if not self.parts and self.differs("part_size"):
+            raise ValueError("part_size has no effect without parts; set parts=100 too")
+        return self
+
 
 def kernel_name(features: str) -> str:
     """KID for Inception features alone, else the features are named."""
     return "KID" if features == "inception" else f"kernel distance ({features} features)"
 
 
-@metric("kid", features="inception", better="lower", kind="distance", options=KidOptions)
+@metric(
+    "kid",
+    features="inception",
+    better="lower",
+    kind="distance",
+    options=KidOptions,
+    least=lambda options, share: options.part_size if options.parts and share == 1.0 else 2,
+)
 def kernel_distance(
     pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor
 ) -> Values:
-    """KID, or the kernel distance of other features, of R pairs of subsets."""
-    options = pair.options if isinstance(pair.options, KidOptions) else KidOptions()
-    if not options.parts:
-        if options.differs("part_size"):
-            raise UserError("kid.part_size has no effect without kid.parts; set kid.parts=100 too")
+    """KID, or the kernel distance of other features, of R pairs of subsets.
+
+    Parts are taken of whole sets alone: of their halves all pairs count, whose mean is the same and
+    whose spread is that of the pictures, to which a hundred parts add little.
+    """
+    options = pair.options_as(KidOptions)
+    if not options.parts or share < 1.0:
         found = kid_of_subsets(pair.real, pair.generated, real, generated)
         return {kernel_name(pair.features): found.cpu().numpy()}
     means = []

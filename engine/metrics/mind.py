@@ -92,7 +92,7 @@ def _kept(values: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch
 )
 def monge(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """MIND, or the like distance of other features, of R pairs of subsets."""
-    options = pair.options if isinstance(pair.options, MindOptions) else MindOptions()
+    options = pair.options_as(MindOptions)
     found = mind_of_subsets(pair.real, pair.generated, real, generated, options.directions)
     name = "MIND" if pair.features == "inception" else f"Monge distance ({pair.features} features)"
     return {name: found.cpu().numpy()}

@@ -216,7 +216,7 @@ def enough(k: int, kept_share: float, count: int) -> int:
 class PrdcOptions(Config):
     """Options of precision, recall, density and coverage."""
 
-    k: int = option(5, "neighbours that make a ball; torch-fidelity takes 3", ge=1)
+    k: int = option(5, "neighbours that make a ball; torch-fidelity takes 3", ge=1, le=256)
     convention: Convention = option(
         "prdc", "prdc: strictly inside a ball; torch-fidelity: on its edge too"
     )
@@ -236,10 +236,11 @@ def enough_of_prdc(options: Config, dim: int) -> tuple[int, str]:
     at_least=0.0,
     options=PrdcOptions,
     enough=enough_of_prdc,
+    least=lambda options, share: options.k + 1,
 )
 def neighbourhoods(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """Precision, recall, density and coverage of R pairs of subsets."""
-    options = pair.options if isinstance(pair.options, PrdcOptions) else PrdcOptions()
+    options = pair.options_as(PrdcOptions)
     near = Neighbourhoods.of(
         pair.real, pair.generated, options.k, kept_share=share, convention=options.convention
     )

@@ -8,7 +8,7 @@ metric is one file in this folder, or anywhere, with a function under `@metric(.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from etude.core.errors import UserError
 from etude.core.registry import Registry
 
 Values = dict[str, np.ndarray]
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 Influences = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -47,6 +48,10 @@ class Pair:
     generated_labels: torch.Tensor | None = None
     generated_prompts: torch.Tensor | None = None
 
+    def options_as(self, kind: type[AnyConfig]) -> AnyConfig:
+        """The options where they are of this kind, else that kind's defaults."""
+        return self.options if isinstance(self.options, kind) else kind()
+
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The one subset that keeps all rows: (1, N) and (1, M) bool."""
         return tuple(
@@ -75,6 +80,9 @@ class Metric:
             many subsets (figures.py).
         enough: (options, dimensions) -> the fewest pictures of a side that the figure is worth
             something with, and why.
+        least: (options, share) -> the fewest pictures of a side that it can be computed of at all,
+            of the whole set (share 1) and of its halves, without which there is no interval.
+        check: given the name of features, `UserError` where the figure cannot be made of them.
     """
 
     name: str
@@ -87,6 +95,8 @@ class Metric:
     options: type[Config] = NoOptions
     influences: Callable[[Pair, torch.Tensor, torch.Tensor], Influences] | None = None
     enough: Callable[[Config, int], tuple[int, str]] | None = None
+    least: Callable[[Config, float], int] = lambda options, share: 2
+    check: Callable[[str], Any] = lambda features: None
 
     def better_of(self, figure: str) -> Literal["lower", "higher"]:
         """Which side of a figure is the good one."""

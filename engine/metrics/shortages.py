@@ -1,4 +1,7 @@
-"""Which figures have too few pictures, how many they need, and why; called by evaluation/."""
+"""Which figures have too few pictures, how many they need, and why.
+
+Called by evaluation/plan.py and evaluation/planned/running.py.
+"""
 
 from dataclasses import dataclass
 

@@ -190,10 +190,7 @@ class EntryWriter:
 
     def has(self, start: int, stop: int) -> bool:
         """Whether the shard of pictures [start, stop) is there and whole."""
-        try:
-            return len(_read_shard(self._shard(start))[2]["keys"]) == stop - start
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return False
+        return _is_whole(self._shard(start), stop - start)
 
     def write(
         self,
@@ -228,17 +225,14 @@ class EntryWriter:
         write_bytes_atomic(path, data, keep=not damaged)
 
     def adopt(self, shard: Path) -> None:
-        """Copy a shard that another store's writer wrote, unless it is here already."""
+        """Copy a shard that another store's writer wrote, unless it is here already and whole."""
         target = self.folder / shard.name
-        if target.exists():
+        damaged = target.exists()  # unless it turns out to be whole
+        if _is_whole(target):
             return
-        data = shard.read_bytes()
-        write_bytes_atomic(target, data)
-        try:
-            _read_shard(target)
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            target.unlink()
-            raise UserError(f"features {shard} are damaged; extract them again") from None
+        if not _is_whole(shard):
+            raise UserError(f"features {shard} are damaged; extract them again")
+        write_bytes_atomic(target, shard.read_bytes(), keep=not damaged)
 
     def finish_if_whole(self) -> bool:
         """Finish the entry if no shard is missing; whether it did."""
@@ -283,6 +277,15 @@ def _read_shard(path: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:
     if _tensor_sha256(tensors) != about.get("sha256", note.get("sha256")):
         raise ValueError(f"{path} is damaged")
     return tensors["features"], tensors["labels"], about
+
+
+def _is_whole(path: Path, count: int | None = None) -> bool:
+    """Whether a shard is there, as it was written, and of so many rows."""
+    try:
+        found = len(_read_shard(path)[2]["keys"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+    return count is None or found == count
 
 
 def _shard_size(entry: Path) -> int:

@@ -81,7 +81,7 @@ def influences_of_vendi(
     pair: Pair, keep_real: torch.Tensor, keep_generated: torch.Tensor
 ) -> Influences:
     """What each row adds to the score of the kept ones."""
-    order = pair.options.q if isinstance(pair.options, VendiOptions) else 1.0
+    order = pair.options_as(VendiOptions).q
     value = float(scores_of_subsets(pair.generated, keep_generated[None], order)[0])
     found = value * influences.of_vendi(pair.generated, keep_generated, order)
     return {_name(pair.features, order): (pair.real.new_zeros(len(pair.real)), found)}
@@ -98,7 +98,7 @@ def influences_of_vendi(
 )
 def vendi(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """The Vendi score of R subsets of generated pictures."""
-    options = pair.options if isinstance(pair.options, VendiOptions) else VendiOptions()
+    options = pair.options_as(VendiOptions)
     found = scores_of_subsets(pair.generated, generated, options.q)
     return {_name(pair.features, options.q): found}
 

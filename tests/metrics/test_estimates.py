@@ -1,10 +1,13 @@
 """Estimates: draws, means of scores, files; and the influences that stand in for halves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from etude.core.errors import UserError
 from etude.metrics import influences
 from etude.metrics.comparing import error_of_contrast
 from etude.metrics.estimates import Estimate
@@ -51,8 +54,8 @@ def test_the_mean_of_scores_is_scipys_and_of_several_a_prompt_that_of_prompts() 
     assert clustered.spread.variance("local") ** 0.5 == pytest.approx(
         clustered.standard_error(), rel=0.2
     )
-    with pytest.raises(ValueError, match="got 1"):
-        mean_of_scores("CLIPScore", scores, CONFIG, prompts=np.zeros(60))
+    alone = mean_of_scores("CLIPScore", scores, CONFIG, prompts=np.zeros(60))
+    assert alone.value == pytest.approx(scores.mean()) and alone.interval(CONFIG).low is None
 
 
 def test_ends_stay_where_scores_can_be() -> None:
@@ -72,6 +75,60 @@ def test_a_percentage_has_the_interval_of_its_share() -> None:
         assert 0.9 < one.low < share and one.high <= 1.0 and other.low < 100.0
         errors = [error_of_contrast([(1.0, estimate)]) for estimate in (whole, percent)]
         assert errors[1].standard_error == pytest.approx(100 * errors[0].standard_error)
+
+
+@pytest.mark.parametrize("name", ["frechet", "fd_infinity", "kid", "prdc", "vendi", "mind"])
+def test_pictures_of_one_prompt_have_a_value_and_no_interval(name: str) -> None:
+    pair = Pair(rows(0, 60, 3), rows(1, 60, 3), "test")
+    alone = replace(pair, generated_prompts=torch.zeros(60, dtype=torch.int64))
+    expected = measure(pair, name, CONFIG)
+    for figure, found in measure(alone, name, CONFIG).items():
+        assert found.value == expected[figure].value
+        assert found.interval(CONFIG).method == "none"
+
+
+def test_few_prompts_have_few_degrees_of_freedom() -> None:
+    """Of two prompts every halving is the same, and its scatter says nothing."""
+    prompts = torch.arange(60) % 2
+    pair = Pair(rows(0, 60, 3), rows(1, 60, 3), "test", generated_prompts=prompts)
+    (found,) = measure(pair, "kid", CONFIG).values()
+    assert found.interval(CONFIG).degrees_of_freedom <= 1
+    assert Estimate.from_bytes(found.to_bytes()).units == 2
+    assert error_of_contrast([(1.0, found), (-0.5, found)]).degrees == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["frechet", "fd_infinity", "vendi"])
+@pytest.mark.parametrize("fault", ["a dead feature", "one picture"])
+def test_singular_sets_have_an_interval_where_rows_are_many(name: str, fault: str) -> None:
+    """By influences: more than 64 dimensions, and halves with more rows than dimensions."""
+    real, drawn = rows(2, 300, 70), rows(3, 300, 70)
+    if fault == "a dead feature":
+        real[:, 3] = drawn[:, 3] = 0.0
+    else:
+        drawn[:] = drawn[:1]
+    for found in measure(Pair(real, drawn, "test"), name, CONFIG).values():
+        interval = found.interval(CONFIG)
+        assert interval.low - 1e-9 <= found.value <= interval.high + 1e-9
+
+
+def test_a_dead_feature_changes_no_error() -> None:
+    real, drawn = rows(4, 400, 70), 1.1 * rows(5, 400, 70)
+    dead = [torch.cat([side, torch.zeros(400, 1, dtype=side.dtype)], 1) for side in (real, drawn)]
+    (one,) = measure(Pair(real, drawn, "test"), "frechet", CONFIG).values()
+    (two,) = measure(Pair(*dead, "test"), "frechet", CONFIG).values()
+    assert two.value == pytest.approx(one.value, rel=1e-6)
+    np.testing.assert_allclose(two.drawn - two.value, one.drawn - one.value, rtol=1e-4, atol=1e-7)
+
+
+def test_halves_that_are_too_small_give_no_interval() -> None:
+    pair = Pair(rows(0, 11, 3), rows(1, 11, 3), "test")
+    found = measure(pair, "prdc", CONFIG)  # k = 5 needs six rows, and a half has five
+    assert all(one.interval(CONFIG).method == "none" for one in found.values())
+    with pytest.raises(UserError, match="prdc needs 6 pictures on each side and has 5"):
+        measure(Pair(rows(0, 5, 3), rows(1, 11, 3), "test"), "prdc", CONFIG)
+    logits = Pair(torch.zeros(0, 4), rows(2, 60, 4), "test/logits")
+    for value in measure(logits, "inception_score", CONFIG).values():
+        assert np.isfinite(value.value) and value.interval(CONFIG).low is None
 
 
 def test_files_give_everything_back() -> None:

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from etude.core.errors import UserError
+from etude.metrics.figures import measure
+from etude.metrics.intervals import IntervalConfig
 from etude.metrics.kid import KidOptions, drawn_parts, kid, kid_of_parts, kid_of_subsets
 from etude.metrics.registry import METRICS, Pair
 
@@ -81,8 +84,20 @@ def test_the_registered_figure_takes_all_pairs_or_parts() -> None:
     assert many == pytest.approx(kid(x, y), abs=0.15)  # the mean over parts has its expectation
     with pytest.raises(UserError, match="part_size=50 or less"):
         value(parts=2, part_size=51)
-    with pytest.raises(UserError, match="no effect"):
+    with pytest.raises(ValidationError, match="part_size has no effect without parts"):
         value(part_size=10)
+
+
+def test_with_parts_the_halves_take_all_pairs() -> None:
+    rng = np.random.default_rng(6)
+    x, y = (torch.from_numpy(rng.normal(size=(count, 4))) for count in (60, 50))
+    metric, config = METRICS.get("kid"), IntervalConfig(replicates=20)
+    found = {}
+    for parts in (0, 3):  # parts of 40 rows cannot be had from halves
+        options = metric.options(**({"parts": parts, "part_size": 40} if parts else {}))
+        found[parts] = measure(Pair(x, y, "inception", options), metric, config)["KID"]
+    assert found[0].value != found[3].value
+    np.testing.assert_array_equal(found[0].drawn, found[3].drawn)
 
 
 def test_what_is_kept_of_a_side_does_not_change_a_value() -> None:

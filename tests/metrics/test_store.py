@@ -150,6 +150,17 @@ def test_moments_of_a_group_are_those_of_its_rows(tmp_path) -> None:
     np.testing.assert_allclose(store.moments(KEY).mean, ROWS.double().mean(0), atol=1e-12)
 
 
+def test_merging_mends_a_damaged_shard_and_keeps_a_whole_one(tmp_path) -> None:
+    mine, other = FeatureStore(tmp_path / "mine"), FeatureStore(tmp_path / "other")
+    fill(mine, only=0)
+    fill(other)
+    shard = next((tmp_path / "mine").rglob("000000000-4.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-7])
+    assert mine.merge(other) == 1 and shard.read_bytes() == whole
+    assert torch.equal(mine.load(KEY).features, ROWS)
+
+
 def test_stores_filled_apart_merge_to_the_whole(tmp_path) -> None:
     first, second, whole = (FeatureStore(tmp_path / name) for name in ("a", "b", "c"))
     fill(whole)

@@ -16,7 +16,7 @@ import numpy as np
 from etude.core.config import option
 from etude.core.errors import UserError
 from etude.core.log import number
-from etude.metrics.comparing import holm, tested
+from etude.metrics.comparing import holm, level_of_each, tested
 
 from ..results import Results, Row
 from . import Choice, Finding, Plot, Table, drawing, exercise
@@ -176,16 +176,11 @@ def gap_interval(joint: Joint, level: float) -> tuple[float, float]:
         tested(
             abs(float(joint.values[i] - joint.values[j])),
             joint.error({i: 1.0, j: -1.0}),
-            _simultaneous(level, len(pairs)),
+            level_of_each(level, len(pairs)),
         )
         for i, j in pairs
     ]
     return max(0.0, *(one.low for one in apart)), max(one.high for one in apart)
-
-
-def _simultaneous(level: float, count: int) -> float:
-    """The level of each of `count` intervals that hold at once with `level` (Bonferroni)."""
-    return 1.0 - (1.0 - level) / count
 
 
 def _differences(
@@ -197,7 +192,7 @@ def _differences(
         tested(
             float(values[place]),
             joint.error({k: float(k == place) - 1.0 / count for k in range(count)}),
-            _simultaneous(options.level, count),
+            level_of_each(options.level, count),
         )
         for place in range(count)
     ]

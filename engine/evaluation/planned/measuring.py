@@ -79,6 +79,10 @@ class Features:
         """Give a set's memory back."""
         self._read = {k: v for k, v in self._read.items() if k[0] != pictures.fingerprint}
 
+    def called(self, features: str) -> str:
+        """What figures call these features."""
+        return self._owner[features].called(features)
+
     def stated(self, features: str) -> dict[str, Any]:
         """What fixes the numbers of these features."""
         one = self._owner[features]
@@ -135,9 +139,10 @@ def measured(
     drawn = features.of(sides.drawn, wanted.features)
     looks_at_real = wanted.metric.needs_real
     real = features.of(sides.real, wanted.features) if looks_at_real else None
+    fewest = max(FEWEST, wanted.metric.least(wanted.options, 1.0))
     for group in ["", *(_groups(real, drawn) if by_group else ())]:
         one, other = (_rows(side, group) if side is not None else None for side in (real, drawn))
-        if group and min(len(side) for side in (one, other) if side is not None) < FEWEST:
+        if group and min(len(side) for side in (one, other) if side is not None) < fewest:
             continue
         about = {
             "metric": wanted.metric.name,
@@ -152,7 +157,7 @@ def measured(
         pair = Pair(
             one.features if one is not None else other.features[:0],
             other.features,
-            wanted.features,
+            features.called(wanted.features),
             wanted.options,
             _labels(one),
             labels,

@@ -159,7 +159,8 @@ def opened_metrics(recipe: PlanRecipe) -> list[tuple[Metric, str, Config]]:
     """(metric, features, options) of the plan's metrics of sets, in its order.
 
     Raises:
-        UserError: there is no such metric, or an option that it does not have.
+        UserError: there is no such metric, an option that it does not have, features that it cannot
+            take, or too few pictures.
     """
     found = []
     for asked in asked_metrics(recipe):
@@ -175,7 +176,15 @@ def opened_metrics(recipe: PlanRecipe) -> list[tuple[Metric, str, Config]]:
             options = metric.options(**asked.options)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"metrics: {metric.name} {where}: {first['msg']}") from None
+            where = ".".join(map(str, (metric.name, *first["loc"])))
+            said = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"metrics: {where}: {said}") from None
+        least = metric.least(options, 1.0)
+        if recipe.samples < least:
+            raise UserError(
+                f"metrics: {metric.name} needs {least} pictures and the plan draws"
+                f" {recipe.samples}; set samples={least} or more"
+            )
+        metric.check(features)
         found.append((metric, features, options))
     return found

@@ -23,6 +23,7 @@ from etude.core.registry import load_file
 from etude.core.run import Run
 from etude.metrics.alignment import SCORERS, Scorer, open_scorer
 from etude.metrics.extractors import FETCHED, Extractor, taps_by_kind
+from etude.metrics.shortages import shortages
 from etude.metrics.store import FeatureStore
 
 from ..datasets import DataSet, Prompts, open_data_set
@@ -94,6 +95,7 @@ class Plan:
         self.form = Form(recipe.image_size, recipe.fit, recipe.channels)
         self.features = Features(self.store, self.extractors)
         self.rates: dict[str, dict[str, float]] = {}
+        self.short: dict[str, list[str]] = {}  # data set -> what has too few pictures, and why
         self.shown: dict[str, Shown] = {}
         self._opened: tuple[str, Any] | None = None
         self.sets = [self._open(name, config) for name, config in recipe.data_sets.items()]
@@ -264,6 +266,7 @@ class Plan:
             drawn.draw(self.log, self.world)
         self._extract(f"{candidate.title}, {one.name}", drawn, self.extractors)
         if not selected:
+            self._say_what_is_short(one, count)
             self._show(candidate, one, drawn)
         row = template(candidate, sides, seed, selected)
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
@@ -293,6 +296,23 @@ class Plan:
             texts = [prompt.text for prompt in one.prompts.prompts[:count]]
             shown = self.shown.setdefault(one.name, Shown(one.name, texts, {}))
             shown.pictures[candidate.title] = images
+
+    def _say_what_is_short(self, one: _Set, count: int) -> None:
+        """Warn, once a data set, of figures that have too few pictures to be worth much."""
+        if one.name in self.short:
+            return
+        dims = {name: length for e in self.extractors for name, length in e.dims.items()}
+        real = len(one.real) if one.real is not None else 0
+        found = [
+            str(short)
+            for wanted in self.wanted
+            for short in shortages(
+                wanted.metric, wanted.options, dims[wanted.features], real, count
+            )
+        ]
+        self.short[one.name] = found
+        for sentence in found if self._leads else ():
+            self.log.warn(f"{one.name}: {sentence}")
 
     def _measure(self, wanted: Wanted, sides: Sides, row: Row, selected: bool) -> None:
         by_group = self.recipe.by_group and not selected

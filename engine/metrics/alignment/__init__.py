@@ -120,6 +120,12 @@ def _parsed(made: Any, name: str, options: dict[str, Any]) -> Config:
     try:
         return made.Options(**options)
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown name first: it may be what is missing, misspelt.
+        first = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")[0]
         place = ".".join(map(str, (name, *first["loc"])))
-        raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            said = f"there is no such option; {name} has {', '.join(made.Options.model_fields)}"
+        if first["type"] == "missing":
+            said = f"set it, as options: {{{first['loc'][-1]}: ...}}"
+        raise UserError(f"{place}: {said}") from None

@@ -60,7 +60,7 @@ class DSGOptions(VQAOptions):
 
 @dataclass(frozen=True)
 class Assessed:
-    """What DSG found: figure -> (B,) float32, and the answers of each picture for galleries."""
+    """What DSG found: figure -> (B,) float32, and the answers of each picture."""
 
     scores: dict[str, torch.Tensor]
     answers: list[tuple[Answer, ...]]

@@ -60,6 +60,7 @@ class Backbone(nn.Module):
         channels: 1 or 3, what `prepare` is given.
         taps: name -> length of every feature vector that `forward` can give, the default first.
         needs_weights: False for what has none; its constructor is then given None.
+        verified: False where nobody checked that weights that have a name of their own are those.
         half: how bfloat16 and float16 are meant: "weights" converts the network once, "autocast"
             lets torch choose per operation and keeps the weights.
     """
@@ -71,6 +72,7 @@ class Backbone(nn.Module):
     channels: int = 3
     taps: Mapping[str, int]
     needs_weights: ClassVar[bool] = True
+    verified: bool = True
     half: ClassVar[Literal["weights", "autocast"]] = "weights"
 
     def check(self, taps: Sequence[str]) -> None:
@@ -200,6 +202,10 @@ class Extractor:
                 (H, W, C) of different sizes, each brought to the network's size by itself.
         """
         return self.infer(self.prepare(images))
+
+    def called(self, features: str) -> str:
+        """What figures call features of this name: FID is of the published network's alone."""
+        return features if self.backbone.verified else f"unverified {features}"
 
     def to(self, device: torch.device | str) -> "Extractor":
         """Move to a device; returns itself."""

@@ -73,10 +73,9 @@ class CLIP(Backbone):
         weights: a transformers folder, or a file in OpenAI's and open_clip's layout.
         preset: how a picture comes in, "clip" or "cmmd".
         activation: "quick_gelu" (OpenAI's weights) or "gelu" (most of open_clip's) for a file,
-            which does not say it; by default quick_gelu. A folder says it itself.
+            which does not say it; a folder says it itself.
 
     Attributes:
-        logit_scale: what cosines are multiplied by before a softmax; 1 where nothing says it.
         text_dim: length of a text's features, that of a picture's.
     """
 
@@ -92,8 +91,6 @@ class CLIP(Backbone):
         state, _ = read_tensors(weights, "CLIP")
         stated = _stated(weights)
         activation = _activation(weights, stated, activation)
-        logit_scale = state.get("logit_scale")
-        self.logit_scale = 1.0 if logit_scale is None else float(logit_scale.double().exp())
         tower = _own_names(state, weights)
         try:
             width, _, patch, _ = tower["tower.patch_embed.proj.weight"].shape
@@ -185,7 +182,12 @@ def _activation(weights: Path, stated: dict[str, Any], asked: str) -> str:
     found = stated.get("hidden_act", "")
     if found and asked not in ("", found):
         raise UserError(f"{weights} says activation={found} itself; leave out activation")
-    found = found or asked or "quick_gelu"
+    found = found or asked
+    if not found:
+        raise UserError(
+            f"{weights} does not say its activation; set activation=quick_gelu for weights that"
+            " OpenAI trained, activation=gelu for most others"
+        )
     if found not in _ACTIVATIONS:
         raise UserError(f"activation={found!r} is not known; choose {' or '.join(_ACTIVATIONS)}")
     return found

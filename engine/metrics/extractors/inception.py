@@ -65,6 +65,7 @@ class InceptionBackbone(Backbone):
             raise UserError(f"inception has no resize {resize!r}; choose one of {', '.join(RULES)}")
         self.rule, self.resize = resize, RULES[resize]
         self.network, self.weights_sha256 = load_inception(weights, check)
+        self.verified = check
         self._weights, self._layout = weights, "channels_last" if fold else "BCHW"
         if fold:
             self.network.fold()

@@ -103,7 +103,8 @@ def load_inception(place: Path, check: bool = True) -> tuple[Inception, str]:
     if check and not _known(network, path):
         raise UserError(
             f"{path} holds other weights than those of inception-2015-12-05, whose distances alone "
-            f"are called FID; type: etude data fetch inception, or set check=false"
+            f"are called FID; type: etude data fetch inception, or set check=false, and figures "
+            f"say that their features are unverified"
         )
     return network, sha256
 

@@ -9,9 +9,10 @@ For users' own training loops; nothing of Etude imports this file.
     metrics.compute()
 
 Metrics that share an extractor share its forward: features of a batch are found once and kept while
-the batch lives. The Fréchet distance keeps moments alone, merged exactly over batches and ranks in
-float64; the others keep float32 features and gather them. Shard pictures over ranks without
-padding: a picture seen twice counts twice.
+the batch lives (under `torch.no_grad`; nothing can be kept of tensors of `torch.inference_mode`).
+The Fréchet distance keeps moments alone, merged exactly over batches and ranks in float64; the
+others keep float32 features and gather them. Shard pictures over ranks without padding: a picture
+seen twice counts twice.
 """
 
 from collections.abc import Callable
