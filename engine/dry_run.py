@@ -87,6 +87,11 @@ def shrink(recipe: Recipe, root: Path) -> Recipe:
         }
     else:  # the figures need some pictures more than neighbours and halves
         changes = {"samples": min(recipe.samples, 128), "store": str(root / "features")}
+        if recipe.kind == "plan":
+            changes |= {"table": "", "watch_minutes": None}
+            if recipe.screen is not None:
+                few = {"samples": min(recipe.screen.samples, 32)}
+                changes["screen"] = recipe.screen.model_copy(update=few)
     return recipe.model_copy(update=changes)
 
 

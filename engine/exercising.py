@@ -42,7 +42,12 @@ def run_exercise(
     for text in overrides:
         tree = lay(tree, parse_override(text))
     options = to_plain(tree)
-    results, beside, notes = _read(Path(source), options.pop("better", {}))
+    better = options.pop("better", {})
+    if not isinstance(better, Mapping):
+        raise UserError(
+            "the option better names no column; write better.COLUMN=higher, or better.COLUMN=lower"
+        )
+    results, beside, notes = _read(Path(source), better)
     folder = Path(folder) if folder is not None else beside / "exercises" / name
     return show_exercise(name, results, options, folder, notes)
 

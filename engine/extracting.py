@@ -85,6 +85,8 @@ def open_named(
             raise UserError(f"--weights {given} names no file: write --weights {name}=PATH")
         if name not in taps_by_kind(names):
             raise UserError(f"--weights {given} has no effect: {name} is not in --extractors")
+        if not EXTRACTORS.get(name).needs_weights:
+            raise UserError(f"--weights {given} has no effect: {name} needs no weights")
         places[name] = path
     opened = []
     for kind, asked in taps_by_kind(names).items():

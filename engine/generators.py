@@ -24,7 +24,10 @@ def checkpoints(source: str) -> list[int]:
     """Images seen of a run's checkpoints; none for one set of weights."""
     if is_published(source) or is_stable_diffusion(source):
         return []
-    found = checkpoints_of(source)
+    try:
+        found = checkpoints_of(source)
+    except UserError as error:  # it may be trained while a plan watches
+        raise NoCheckpointYet(f"{error}, or add --watch to wait for it") from None
     if not found:
         raise NoCheckpointYet(f"{source} has no complete checkpoint yet: train it, or add --watch")
     return found

@@ -107,7 +107,7 @@ def _run(
     ) as opened:
         distributed.barrier(world, "the run's folder")
         finished = opened.finished()
-        if finished is not None and _is_over(recipe, finished, world):
+        if finished is not None and _is_over(recipe):
             return opened.folder, finished
         log = Log(opened.folder, rank=world.rank, quiet=quiet)
         if lead:
@@ -134,16 +134,11 @@ def _run(
         return opened.folder, result
 
 
-def _is_over(recipe: Recipe, finished: dict, world: distributed.World) -> bool:
+def _is_over(recipe: Recipe) -> bool:
     """Whether a finished run stays as it is: the recipes of a study's jobs may have changed, and a
-    plan's models may keep checkpoints that it has not seen.
+    plan's pictures and checkpoints; both make nothing again that is there.
     """
-    if recipe.kind == "plan":
-        from .planning import has_seen_all
-
-        lead = world.rank == 0
-        return distributed.exchange(world, "over", has_seen_all(recipe, finished) if lead else 0)[0]
-    return recipe.kind != "study"
+    return recipe.kind not in ("study", "plan")
 
 
 def _work(recipe: Recipe, desk: Desk) -> dict:

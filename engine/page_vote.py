@@ -2,7 +2,8 @@
 
 Called by page.py. Which pairs come, in which order and on which side is fixed when the page is
 made; the votes stay in the browser, which counts them with an interval and gives them as a file.
-They outlast a reload: the page of a run that goes on reloads itself.
+They outlast a reload and new makers: the page of a run that goes on reloads itself and grows.
+Rounds that have a vote are not asked again.
 """
 
 import html
@@ -73,21 +74,30 @@ border:1px solid var(--rule);border-radius:99px;padding:3px 16px}
 # Wilson's interval of a share of decided votes; ties are counted beside.
 SCRIPT = """
 document.querySelectorAll('.ballot').forEach(function(box){
- var data=JSON.parse(box.parentNode.querySelector('script.votes').textContent),votes=[];
- var kept='votes '+JSON.stringify([box.dataset.for,data.prompts,data.makers]);
- try{votes=JSON.parse(sessionStorage.getItem(kept))||[]}catch(e){}
- var at=votes.length;
+ var data=JSON.parse(box.parentNode.querySelector('script.votes').textContent),all=[];
+ var kept='votes '+JSON.stringify([location.pathname,box.dataset.for]),given={};
+ function known(v){return data.prompts.includes(v.prompt)&&data.makers.includes(v.left)
+  &&data.makers.includes(v.right)}
+ try{all=JSON.parse(sessionStorage.getItem(kept))||[]}catch(e){}
+ var votes=all.filter(known); // the others wait: a plan that goes on shows its makers one by one
+ function asked(prompt,one,other){return JSON.stringify([prompt].concat([one,other].sort()))}
+ votes.forEach(function(v){var key=asked(v.prompt,v.left,v.right);given[key]=(given[key]||0)+1});
+ // Prompts of the same words are rounds of their own: each vote answers one of them.
+ var open=data.rounds.filter(function(r){
+  var key=asked(data.prompts[r[0]],data.makers[r[1]],data.makers[r[2]]);
+  if(given[key]){given[key]-=1;return false}return true});
  function q(s){return box.querySelector(s)}
- function show(){var over=at>=data.rounds.length;
+ function show(){var over=!open.length;
   q('.sides').style.display=over?'none':'';q('.tie').style.display=over?'none':'';
-  q('.count').textContent=votes.length+' of '+data.rounds.length+' votes';
+  q('.count').textContent=votes.length+' of '+(votes.length+open.length)+' votes';
   if(over){tell();return}
-  var r=data.rounds[at];q('.asked').textContent=data.prompts[r[0]];
+  var r=open[0];q('.asked').textContent=data.prompts[r[0]];
   q('.left img').src=data.pictures[r[1]][r[0]];q('.right img').src=data.pictures[r[2]][r[0]]}
- function vote(side){var r=data.rounds[at];if(!r)return;
-  votes.push({prompt:data.prompts[r[0]],left:data.makers[r[1]],right:data.makers[r[2]],
-   better:side===0?'left':side===1?'right':'tie'});at+=1;
-  try{sessionStorage.setItem(kept,JSON.stringify(votes))}catch(e){}
+ function vote(side){var r=open.shift();if(!r)return;
+  var v={prompt:data.prompts[r[0]],left:data.makers[r[1]],right:data.makers[r[2]],
+   better:side===0?'left':side===1?'right':'tie'};
+  votes.push(v);all.push(v);
+  try{sessionStorage.setItem(kept,JSON.stringify(all))}catch(e){}
   show()}
  function tell(){var pairs={};votes.forEach(function(v){
    var names=[v.left,v.right].sort(),key=names.join('\\u0000');

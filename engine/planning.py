@@ -1,9 +1,11 @@
 """A plan of evaluation as a job: its models opened, its page written; called by jobs.py.
 
-The page shows the verdicts in words, every figure with its interval, what the candidates drew side
-by side from the same seeds, and a blind vote between them.
+The page shows the verdicts in words and pair by pair, every figure with its interval, what the
+candidates drew side by side from the same seeds, and a blind vote between them.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,18 @@ from PIL import Image
 from etude.core.distributed import World
 from etude.core.errors import UserError
 from etude.core.log import Log
-from etude.core.registry import load_file
 from etude.core.run import Run
-from etude.evaluation.planned.candidates import candidates
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan, Shown
 from etude.evaluation.results import Results, Row
-from etude.evaluation.verdict import verdicts
+from etude.evaluation.verdict import TOLD_BY_PAIR, Verdict, verdicts
 from etude.metrics.intervals import IntervalConfig
 
 from . import generators as _registers  # noqa: F401
 from .pictures import as_rgb, enlarge, fitting_scale
 from .training import Look
+
+MOST_PAIRS = 200  # rows of the table of pairs, all figures together
 
 
 def run_plan(
@@ -44,24 +46,11 @@ def run_plan(
     if world.rank != 0:
         return result
     found = plan.table.read()
-    said = in_words(found, recipe.interval)
+    said = in_words(judged(found, recipe.interval))
     for line in said:
         log.info(line)
     log.table("figures", *figures_table(_reported(found)))
     return result | {"verdicts": said, "rows": len(found.rows)}
-
-
-def has_seen_all(recipe: PlanRecipe, finished: dict[str, Any]) -> bool:
-    """Whether a finished plan has nothing to look at: no new checkpoint, and none to wait for."""
-    if recipe.watch_minutes is not None:
-        return False
-    try:
-        for path in recipe.files:
-            load_file(path)
-        found = {candidate.title for candidate in candidates(recipe)}
-    except UserError:  # a run that is gone has nothing new
-        return True
-    return found <= set(finished.get("seen", found))
 
 
 def show_plan(plan: Plan, look: Look) -> None:
@@ -69,8 +58,12 @@ def show_plan(plan: Plan, look: Look) -> None:
     page, order, results = look.page, look.order, plan.table.read()
     reported = _reported(results)
     if reported.rows:
-        said = in_words(results, plan.recipe.interval)
-        page.note(look.id("verdict"), "\n\n".join(said), "In words", order=order)
+        found = judged(results, plan.recipe.interval)
+        page.note(look.id("verdict"), "\n\n".join(in_words(found)), "In words", order=order)
+        columns, rows, note = pairs_table(found)
+        if rows:
+            page.table(look.id("pairs"), "All pairs", columns, rows, note, order=order + 0.5)
+    words = words_of_ids(plan.recipe.data_sets)
     for number, name in enumerate(plan.recipe.data_sets):
         of_set = reported.where(data_set=name)
         place = order + 1 + 0.1 * number
@@ -78,30 +71,70 @@ def show_plan(plan: Plan, look: Look) -> None:
             columns, rows = figures_table(of_set)
             note = "Brackets are intervals of the figure at this number of pictures."
             note += "".join(f" {sentence}." for sentence in plan.short.get(name, ()))
-            page.table(look.id(f"figures-{_word(name)}"), name, columns, rows, note, order=place)
+            page.table(look.id(f"figures-{words[name]}"), name, columns, rows, note, order=place)
         if name in plan.shown:
-            _show_pictures(plan.shown[name], look, place + 0.05)
+            _show_pictures(plan.shown[name], words[name], look, place + 0.05)
     page.write()
 
 
-def in_words(results: Results, config: IntervalConfig) -> list[str]:
-    """What the table says of every figure of all pictures, where two models or more have it."""
+def judged(results: Results, config: IntervalConfig) -> list[Verdict | UserError]:
+    """Verdicts on every figure of all pictures that two models or more have, or why there is none.
+
+    Rows of two plans that share a table may not compare.
+    """
     models: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
     for row in results.rows:
         if not row.group and not row.selected:
             figure = row.data_set, row.metric, row.features
             models.setdefault(figure, set()).add((row.model, row.checkpoint))
-    said = []
+    found: list[Verdict | UserError] = []
     for (data_set, metric, features), of in models.items():
         if len(of) < 2:
             continue
         try:
-            found = verdicts(results, metric, data_set=data_set, features=features, config=config)
-        except UserError as error:  # rows of two plans that share a table
-            said.append(f"{metric} on {data_set}: {error}.")
-        else:
-            said += [str(one) for one in found]
-    return said
+            found += verdicts(results, metric, data_set=data_set, features=features, config=config)
+        except UserError as error:
+            found.append(error)
+    return found
+
+
+def in_words(found: list[Verdict | UserError]) -> list[str]:
+    """What the table says, a paragraph a verdict."""
+    return [f"{one}." if isinstance(one, UserError) else str(one) for one in found]
+
+
+def pairs_table(found: list[Verdict | UserError]) -> tuple[list[str], list[list[object]], str]:
+    """Columns, rows and a note: the pairs of verdicts whose words do not tell every pair.
+
+    At most `MOST_PAIRS` rows: of every verdict equally many, those of its best models first.
+    """
+    long = [v for v in found if isinstance(v, Verdict) and len(v.ranking) > TOLD_BY_PAIR]
+    share = -(-MOST_PAIRS // max(len(long), 1))
+    rows: list[list[object]] = []
+    for verdict in long:
+        alike = set(verdict.alike)
+        what = [
+            verdict.metric + (f" @{verdict.features}" if verdict.features else ""),
+            verdict.data_set,
+            verdict.at or "-",
+        ]
+        for pair, one in itertools.islice(verdict.differences.items(), share):
+            numbers = one.value, one.low, one.high, one.adjusted_p_value
+            shown = ["-" if number is None else number for number in numbers]
+            rows.append([*what, *pair, *shown, "no" if pair in alike else "yes"])
+    rows = rows[:MOST_PAIRS]
+    left_out = sum(len(verdict.differences) for verdict in long) - len(rows)
+    note = (
+        "This minus that. The pairs of one figure, data set and guidance are held against each "
+        "other: intervals hold together, p-values are Holm's."
+    )
+    if left_out:
+        note += (
+            f" At most {MOST_PAIRS} pairs are shown, those of the best models first: {left_out:,} "
+            "are left out. The results table has the figures of all."
+        )
+    columns = ["figure", "data set", "at", "this", "that", "difference", "low", "high"]
+    return [*columns, "adjusted p", "decided"], rows, note
 
 
 def figures_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -122,13 +155,16 @@ def _reported(results: Results) -> Results:
     return results.where(selected=False)
 
 
-def _show_pictures(shown: Shown, look: Look, order: float) -> None:
-    """Rows of prompts, columns of candidates; and the same pictures for a blind vote."""
+def _show_pictures(shown: Shown, name: str, look: Look, order: float) -> None:
+    """Rows of prompts, columns of candidates; and the same pictures for a blind vote.
+
+    Args:
+        name: of the data set, as part of a section's identifier.
+    """
     titles = list(shown.pictures)
     cells = _enlarged(list(shown.pictures.values()))
     grid = np.concatenate([np.concatenate(list(column), axis=0) for column in cells], axis=1)
     caption = "Columns: " + "; ".join(titles) + ". Rows: " + "; ".join(shown.prompts)
-    name = _word(shown.data_set)
     title = f"{shown.data_set}: the same prompts and seeds"
     look.page.grid(look.id(f"pictures-{name}"), title, grid, caption, "side by side", order=order)
     if len(titles) > 1:
@@ -180,7 +216,13 @@ def _shown_value(row: Row) -> str:
     return f"{row.value:.4g} [{row.low:.4g}, {row.high:.4g}]"
 
 
-def _word(name: str) -> str:
-    """A name as part of a section's identifier."""
-    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
-    return "-".join(filter(None, plain.split("-"))) or "set"
+def words_of_ids(names: Iterable[str]) -> dict[str, str]:
+    """Names as parts of sections' identifiers, all different; later names change no earlier one."""
+    found: dict[str, str] = {}
+    for number, name in enumerate(names, start=1):
+        plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
+        word = "-".join(filter(None, plain.split("-"))) or "set"
+        while word in found.values():
+            word = f"{word}-{number}"
+        found[name] = word
+    return found

@@ -131,6 +131,9 @@ def test_a_plans_table_and_an_evalgim_file_are_asked_by_their_path(tmp_path: Pat
     assert "extra (" not in found["sentences"][-1]
     with pytest.raises(UserError, match="better.extra is for EvalGIM's CSV"):
         run_exercise("trade-offs", tmp_path / "plan", ["better.extra=lower"])
+    for option in ("better=higher", "better="):
+        with pytest.raises(UserError, match="names no column; write better.COLUMN=higher"):
+            run_exercise("ranking", wide, [option])
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:

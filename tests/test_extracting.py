@@ -122,6 +122,10 @@ def test_options_of_pictures_reach_them(sources, tmp_path) -> None:
         (("SOURCE", "--extractors", "classifier"), "add --weights classifier=PATH"),
         (("SOURCE", "--extractors", "pixels", "--weights", "x"), "write --weights x=PATH"),
         (("SOURCE", "--extractors", "pixels", "--weights", "clip=x"), "clip is not in"),
+        (
+            ("SOURCE", "--extractors", "pixels", "pixels.input_size=4", "--weights", "pixels=x"),
+            "--weights pixels=x has no effect: pixels needs no weights",
+        ),
         (("SOURCE", "--extractors", "pixels", "size=3"), "pictures have the options image_size"),
         (("SOURCE", "--extractors", "pixels", "image_size=big"), "such as image_size=3"),
         (("SOURCE", "--extractors", "pixels", "image_size=-3"), "such as image_size=3"),

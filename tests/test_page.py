@@ -1,11 +1,18 @@
 """The run's page: values, self-containment, resumption, atomic publication; pictures and charts."""
 
 import base64
+import html
 import io
+import json
 import os
 import re
+import shutil
+import subprocess
+import threading
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -183,6 +190,66 @@ def test_a_part_emptied_by_a_power_cut_is_skipped(tmp_path: Path) -> None:
     page.note("b", "lost")
     (tmp_path / "page" / "b.json").write_text("")
     assert "kept" in page.render() and "lost" not in page.render()
+
+
+# At each load: the count of votes, one vote for the left, the count again; at the end the result.
+VOTER = """<script>
+var kept = JSON.parse(sessionStorage.getItem('counts') || '[]');
+function count() {return document.querySelector('.count').textContent}
+var before = count();
+document.querySelector('.left').click();
+kept.push([before, count()]);
+sessionStorage.setItem('counts', JSON.stringify(kept));
+if (kept.length < LOADS) location.reload();
+else {document.querySelector('.end').click(); document.body.dataset.counts = JSON.stringify(kept)}
+</script></body>"""
+
+
+def test_votes_outlast_new_makers(tmp_path: Path) -> None:
+    """In a browser, whose page is another one at every reload."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    pages = []
+    for turn, makers in enumerate(("ab", "abc", "cb", "abc")):
+        page = Page(tmp_path / str(turn), "t")
+        pictures = dict.fromkeys(makers, np.repeat(digits(2), 3, axis=3))
+        page.vote("vote", "Vote", ["red", "blue"], pictures)
+        pages.append(page.render().replace("</body>", VOTER))
+    waiting = [text.replace("LOADS", str(len(pages))).encode() for text in pages]
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = waiting.pop(0) if self.path == "/page.html" else b""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(found)))
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(found)
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/page.html"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+        options += [f"--user-data-dir={tmp_path}/browser", "--dump-dom", address]
+        shown = subprocess.run([browser, *options], capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    counts = re.search(r'data-counts="([^"]*)"', shown.stdout)
+    assert counts, shown.stderr
+    # Two prompts are two votes a pair. The second vote is on b and c, so the third page has that
+    # one alone, and the vote on a and b comes back with a.
+    expected = [("0 of 2", "1 of 2"), ("1 of 6", "2 of 6"), ("1 of 2", "2 of 2")]
+    expected.append(("3 of 6", "4 of 6"))
+    found = json.loads(html.unescape(counts[1]))
+    assert found == [[f"{count} votes" for count in pair] for pair in expected]
+    file = re.search(r'href="data:application/json,([^"]*)"', shown.stdout)[1]
+    votes = json.loads(unquote(file))
+    asked = {(vote["prompt"], *sorted((vote["left"], vote["right"]))) for vote in votes}
+    assert len(votes) == len(asked) == 4  # no round twice
 
 
 def test_grid_places_every_picture() -> None:

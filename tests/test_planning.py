@@ -25,7 +25,13 @@ from etude.evaluation.datasets import Prompt, Prompts, open_data_set
 from etude.evaluation.generators import Wanted
 from etude.evaluation.picture_set import Stages
 from etude.evaluation.planned import running
-from etude.evaluation.planned.drawing import BLOCK, DrawnPictures, class_prompts, noise_position
+from etude.evaluation.planned.drawing import (
+    BLOCK,
+    DrawnPictures,
+    class_prompts,
+    mixed,
+    noise_position,
+)
 from etude.evaluation.table import read_table
 from etude.generators import PromptedGenerator, run_generator
 from etude.jobs import run_recipe
@@ -206,7 +212,7 @@ def test_a_plan_on_real_runs(tiny, runs, etude, tmp_path) -> None:
 
 
 def opened_prompts(tiny) -> list[Prompt]:
-    return list(open_data_set("shards", tiny.folder / "train").prompts(limit=10).prompts)
+    return list(mixed(open_data_set("shards", tiny.folder / "train").prompts(), 10).prompts)
 
 
 def test_the_votes_of_a_page() -> None:
@@ -285,10 +291,9 @@ def test_watching_takes_checkpoints_as_they_come(tiny, runs, etude, tmp_path, mo
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/plan/pictures").rglob("*.npy")}
     assert len(made) == 2
 
-    result = tmp_path / "runs/plan/result.json"
-    before = result.stat().st_mtime_ns
+    rows = {p: p.stat().st_mtime_ns for p in Path(table).rglob("rows/*.json")}
     assert etude("evaluate", path, "--run", "plan")[0] == 0
-    assert result.stat().st_mtime_ns == before  # nothing new: it is over
+    assert rows == {p: p.stat().st_mtime_ns for p in Path(table).rglob("rows/*.json")}
     keep(runs, source, 144)
     assert etude("evaluate", path, "--run", "plan")[0] == 0
     assert evaluated() == [48, 96, 144]

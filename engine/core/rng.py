@@ -51,6 +51,7 @@ class Stream(IntEnum):
     PROBE = 36  # vectors that matrix factorisations are checked with
     VOTE = 37  # the rounds of a blind vote
     DRAW_OF_INTERVAL = 40  # values that a figure with an interval could have had
+    SPREAD = 41  # which pictures or prompts of a set are taken first
     HALF = 31  # which pictures are in a half of a set
 
 

@@ -16,7 +16,7 @@ import torch
 from etude.core.errors import UserError
 
 from .decoding import Form, files_sha256
-from .picture_set import Pictures, Stages, digest, group_of, stacked
+from .picture_set import Pictures, Stages, digest, group_of, spread, stacked
 
 _LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
 
@@ -33,7 +33,7 @@ class ArrayPictures:
         classes: class names.
         name: shown to people.
         size, fit, channels: as in `Form`; by default pictures are kept as they are.
-        limit: the first so many pictures only; 0 all.
+        limit: so many pictures only, spread over classes and groups; 0 all.
 
     Raises:
         UserError: other types or shapes, or other numbers of keys, labels or groups.
@@ -54,18 +54,21 @@ class ArrayPictures:
         limit: int = 0,
     ) -> None:
         whole = images.cpu().numpy() if isinstance(images, torch.Tensor) else images
-        count = min(limit or len(whole), len(whole))
-        self.name, self.classes, self._images = name, list(classes), whole[:count]
+        count = len(whole)
+        self.name, self.classes = name, list(classes)
         for image in whole[:1] if isinstance(whole, np.ndarray) else whole:
             _check(image, name)
-        self._keys = [f"{i:09d}" for i in range(count)] if keys is None else list(keys)[:count]
-        given = [-1] * count if labels is None else np.asarray(labels)[:count].tolist()
-        self._labels = np.array(given, np.int64)
+        names = [f"{i:09d}" for i in range(count)] if keys is None else list(keys)
+        given = [-1] * count if labels is None else np.asarray(labels).tolist()
         own = [group_of(self.classes, n) for n in given] if groups is None else list(groups)
-        self._groups = own[:count]
-        for what, found in (("keys", self._keys), ("labels", given), ("groups", self._groups)):
+        for what, found in (("keys", names), ("labels", given), ("groups", own)):
             if len(found) != count:
                 raise UserError(f"{name}: {len(found)} {what} for {count} pictures; give as many")
+        some = spread(list(zip(given, own, strict=True)), limit)
+        if len(some) < count:
+            whole = whole[some] if isinstance(whole, np.ndarray) else [whole[i] for i in some]
+        self._images, self._labels = whole, np.array([given[i] for i in some], np.int64)
+        self._keys, self._groups = [names[i] for i in some], [own[i] for i in some]
         self._form = Form(size, fit, channels)
         self.protocol: dict[str, Any] = self._form.protocol
 

@@ -30,6 +30,7 @@ METRICS = {
     "vqascore": ("VQAScore", "", "higher"),
 }
 MODEL, DATA_SET, GUIDANCE = "model_id", "dataset", "cfg_scale"
+SPREADS = ("_std", "_err", "_stderr", "_var")  # ends of columns that say how a figure scatters
 IGNORED = ("output_dir", "")  # a path, and the index column of pandas
 PROTOCOL = "EvalGIM, not stated"
 
@@ -39,8 +40,8 @@ class EvalgimTable:
     """What a table holds.
 
     Attributes:
-        unknown: columns that are neither metrics nor groups of one; nothing of them is in the
-            results.
+        unknown: columns that are neither metrics nor groups of one, spreads of a figure among them;
+            nothing of them is in the results.
     """
 
     results: Results
@@ -111,7 +112,8 @@ def _figure(column: str, known: dict) -> tuple[str, str, str, str] | None:
     for name in sorted(known, key=len, reverse=True):
         if column == name:
             return (*known[name], "")
-        if column.startswith(f"{name}_") and len(column) > len(name) + 1:
+        begins = column.startswith(f"{name}_") and len(column) > len(name) + 1
+        if begins and not column.lower().endswith(SPREADS):
             return (*known[name], column[len(name) + 1 :])
     return None
 

@@ -7,12 +7,14 @@ and groups for any range of its consecutive numbers, so extraction resumes anywh
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from etude.core.rng import Stream, permute
 
 
 @dataclass
@@ -88,6 +90,29 @@ def stacked(images: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     """Arrays (H, W, C) of one shape as (B, H, W, C); the list itself where shapes differ."""
     alike = len({image.shape for image in images}) == 1
     return np.stack(list(images)) if alike else list(images)
+
+
+def spread_order(strata: Sequence[Hashable]) -> list[int]:
+    """Numbers 0 to N - 1, mixed so that any first n hold every stratum by its share, within one.
+
+    What lies together in a set, as classes of a folder, is so taken evenly. The order depends on
+    the strata (N,) alone.
+    """
+    mixed = permute(np.arange(len(strata)), len(strata), 0, Stream.SPREAD, 0) if strata else []
+    members: dict[Hashable, list[int]] = {}
+    for place in mixed:
+        members.setdefault(strata[place], []).append(int(place))
+    due = {
+        place: (rank + 0.5) / len(of) for of in members.values() for rank, place in enumerate(of)
+    }
+    return sorted(map(int, mixed), key=due.__getitem__)
+
+
+def spread(strata: Sequence[Hashable], limit: int) -> list[int]:
+    """The numbers of `limit` of N, by `spread_order`, ascending; all where limit is 0 or N."""
+    if not limit or limit >= len(strata):
+        return list(range(len(strata)))
+    return sorted(spread_order(strata)[:limit])
 
 
 def group_of(classes: Sequence[str], label: int) -> str:

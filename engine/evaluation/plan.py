@@ -36,6 +36,7 @@ from etude.metrics.shortages import shortages
 from etude.metrics.store import FeatureSet, FeatureStore
 
 from .extract import extract_set, feature_key
+from .picture_set import spread
 from .protocol import NOT_STATED, Protocol, stated
 from .report import result_table
 from .sets import (
@@ -90,6 +91,8 @@ class ExtractRecipe(Recipe):
             raise ValueError("generator and generated are both set; keep one")
         if self.sampler is not None and not self.generator:
             raise ValueError("sampler has no effect without a generator; set generator=RUN")
+        if self.weights and not self.generator:
+            raise ValueError("weights has no effect without a generator; set generator=RUN")
         if "memorisation" in self.metrics and not self.train:
             raise ValueError("memorisation needs the training pictures; set train=FOLDER")
         if "agreement" in self.metrics and not self.judge and self.extractor.kind != "classifier":
@@ -278,12 +281,11 @@ def _pairs(
         one, other = real, features["train"]
         order = permute(np.arange(len(other)), len(other), recipe.seed, Stream.SPLIT, 1)
         two = other.rows(torch.from_numpy(order))
-    some = torch.arange(min(len(two), len(drawn)))
-    # Generated pictures come with the classes in turn, so their first ones are balanced.
+    count = min(len(two), len(drawn))
     return {
         "generated": pair(real, drawn),
-        "matched": pair(one, drawn.rows(some)),
-        "real": pair(one, two.rows(some)),
+        "matched": pair(one, _spread(drawn, count)),
+        "real": pair(one, two.rows(torch.arange(count))),
     }
 
 
@@ -300,6 +302,11 @@ def _measured(pair: Pair, families: list[str], recipe: EvaluateRecipe) -> dict[s
 def _asked(name: str, recipe: EvaluateRecipe) -> tuple[registry.Metric, Config]:
     metric = METRICS.get(name)
     return metric, PrdcOptions(k=recipe.k) if name == "prdc" else metric.options()
+
+
+def _spread(side: FeatureSet, count: int) -> FeatureSet:
+    """So many rows with the class shares of all."""
+    return side.rows(torch.tensor(spread(side.labels.tolist(), count)))
 
 
 def _halves(real: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:

@@ -1,7 +1,9 @@
 """A row of results and a set of rows: what plans write (table.py) and exercises read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from etude.core.errors import UserError
 from etude.metrics.estimates import Estimate
 
 
@@ -28,6 +30,8 @@ class Row:
         selected: whether the pictures behind it chose or promoted the model: such a figure is shown
             beside, never as a result.
         estimate: digest of the row's estimate; "" where there is none.
+        source: what drew the pictures, as the plan names it: rows of one model with two sources are
+            rows of two models, and refused.
         date, revision: when, and of which code.
     """
 
@@ -52,8 +56,22 @@ class Row:
     protocol: str = ""
     selected: bool = False
     estimate: str = ""
+    source: str = ""
     date: str = ""
     revision: str = ""
+
+
+def refuse_two_sources(rows: Iterable[Row]) -> None:
+    """`UserError` where one model, checkpoint and training run was drawn from two sources."""
+    found: dict[tuple, str] = {}
+    for row in rows:
+        who = row.model, row.checkpoint, row.training_seed
+        first = found.setdefault(who, row.source)
+        if first != row.source:
+            raise UserError(
+                f"the table has {row.model} from {first or 'an unknown source'} and from"
+                f" {row.source or 'an unknown source'}; give each a name of its own, or a table"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 `open_pictures` takes a folder of shards, a folder of picture files, or an `.npz` archive.
 """
 
-import csv
 import functools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from etude.core.errors import UserError
+from etude.core.files import read_json
 from etude.data.picture import BadPicture
 from etude.data.shards import ShardSet
 
 from .arrays import ArrayPictures, NpzPictures
 from .decoding import FIT, FITS, Form, files_sha256, pool
-from .picture_set import Generator, Pictures, PictureSet, Stages, digest, group_of, stacked
+from .picture_set import Generator, Pictures, PictureSet, Stages, digest, group_of, spread, stacked
+from .text_files import METADATA, read_metadata
 
 __all__ = [
     "FIT",
@@ -44,7 +44,7 @@ class ShardPictures:
 
     Args:
         size, fit, channels: as in `Form`.
-        limit: the first so many pictures only; 0 all.
+        limit: so many pictures only, spread over classes and groups; 0 all.
         rows: numbers of the samples that are the set, in its order; by default all as stored.
         groups: of each of these pictures; by default its class.
     """
@@ -62,13 +62,16 @@ class ShardPictures:
     ) -> None:
         self.shards = ShardSet(folder)
         self.name, self.classes = str(folder), list(self.shards.classes)
-        self._rows = list(range(len(self.shards)) if rows is None else rows)[: limit or None]
-        self._groups = None if groups is None else list(groups)[: limit or None]
+        every = list(range(len(self.shards)) if rows is None else rows)
+        if groups is not None and len(groups) != len(every):
+            raise ValueError(f"{len(groups)} groups for {len(every)} pictures")
+        strata = self.shards.labels[every].tolist() if groups is None else list(groups)
+        some = spread(strata, limit)
+        self._rows = [every[i] for i in some]
+        self._groups = None if groups is None else [groups[i] for i in some]
         self._form = Form(size, fit, channels)
-        if self._groups is not None and len(self._groups) != len(self._rows):
-            raise ValueError(f"{len(self._groups)} groups for {len(self._rows)} pictures")
         # A set as stored keeps the fingerprint that it had before there were rows and groups.
-        own = [] if rows is None else [self._rows]
+        own = [] if rows is None and len(some) == len(self.shards) else [self._rows]
         own += [] if groups is None else [self._groups]
         parts = [size, channels, len(self._rows), *self._form.parts[2:], *own]
         self.fingerprint = digest(["shards", self.shards.fingerprint, *parts])
@@ -105,11 +108,11 @@ class ListedPictures:
         labels: class indices, -1 for none; by default none.
         groups: "" for none; by default the class of each.
         size, fit, channels: as in `Form`.
-        limit: the first so many pictures only; 0 all.
+        limit: so many pictures only, spread over classes and groups; 0 all.
         stated: more that the set says for an evaluation's protocol.
 
     Attributes:
-        files, keys, labels (N,) int64, groups: as given, limited.
+        files, keys, labels (N,) int64, groups: as given, of the pictures that are taken.
 
     Raises:
         UserError: a file is not there.
@@ -131,18 +134,18 @@ class ListedPictures:
         limit: int = 0,
         stated: dict[str, Any] | None = None,
     ) -> None:
-        some = slice(limit or None)
         self.root, self.name, self.classes = Path(root), name or str(root), list(classes)
-        self.files = list(files)[some]
-        self.keys = self.files if keys is None else list(keys)[some]
-        given = [-1] * len(self.files) if labels is None else list(labels)[some]
+        every = list(files)
+        given = [-1] * len(every) if labels is None else list(labels)
+        own = [group_of(self.classes, n) for n in given] if groups is None else list(groups)
+        whole = every, every if keys is None else list(keys), given, own
+        if len({len(column) for column in whole}) != 1:
+            raise ValueError(f"{self.name}: files, keys, labels and groups differ in number")
+        some = spread(list(zip(given, own, strict=True)), limit)
+        self.files, self.keys, given, self.groups = ([of[i] for i in some] for of in whole)
         self.labels = np.array(given, np.int64)
-        own = [group_of(self.classes, n) for n in given] if groups is None else list(groups)[some]
-        self.groups = own
         self._form = Form(size, fit, channels)
         self.protocol = (stated or {}) | self._form.protocol
-        if len({len(self.files), len(self.keys), len(self.labels), len(self.groups)}) != 1:
-            raise ValueError(f"{self.name}: files, keys, labels and groups differ in number")
         absent = first_absent(self.root, self.files)
         if absent:
             raise UserError(f"{self.name}: {absent} is not in {self.root}; copy the pictures again")
@@ -333,22 +336,20 @@ def first_absent(root: Path, files: Sequence[str]) -> str:
 
 def _table(folder: Path) -> list[_Row]:
     """The rows of a folder's `metadata.csv`, sorted by file; empty where there is none."""
-    path = folder / "metadata.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
-    found = {
-        Path(row["file_name"]).as_posix(): (row.get("label") or "", row.get("group") or "")
-        for row in rows
-    }
+    found = read_metadata(folder)
     missing = next((name for name in found if not (folder / name).is_file()), None)
     if missing is not None:
-        raise UserError(f"{path} names {missing}, which is not there: copy the folder again")
-    return [_Row(file, *found[file]) for file in sorted(found, key=Path)]
+        raise UserError(
+            f"{folder / METADATA} names {missing}, which is not there: copy the folder again"
+        )
+    rows = [(file, found[file]) for file in sorted(found, key=Path)]
+    return [_Row(file, row.get("label", ""), row.get("group", "")) for file, row in rows]
 
 
 def _stated(folder: Path) -> dict[str, Any]:
     """What the writer of a folder says for the protocol."""
     path = folder / "protocol.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    stated = read_json(path) if path.exists() else {}
+    if not isinstance(stated, dict):
+        raise UserError(f"{path} holds no fields of a protocol; delete it or copy it again")
+    return stated

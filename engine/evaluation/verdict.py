@@ -2,8 +2,10 @@
 
 One figure on one data set at a time. Which model is best, which cannot be told apart from which,
 and how many more pictures would tell: every pair is compared (metrics/comparing.py), all pairs of a
-verdict are held against each other by Holm. Guidance moves a figure as much as training does, so
-models are compared at every scale that all of them have, and each at its own best one.
+verdict are held against each other by Holm. The words tell every pair of up to three models, and
+of more only the best against its rivals; the differences have all. Guidance moves a figure as much
+as training does, so models are compared at every scale that all of them have, and each at its own
+best one.
 
 Rows whose pictures chose something never count; where a plan has such rows, they choose the best
 guidance, and other pictures give the figure. Otherwise the figures themselves choose, which is
@@ -38,6 +40,12 @@ from etude.metrics.intervals import Interval, IntervalConfig
 from .results import Results, Row
 
 OWN_BEST = "each model's own best guidance"
+TOLD_BY_PAIR = 3  # models, up to which the words tell every pair
+NAMED = 3  # of a longer list; the others are a number
+ASSUMED = (
+    f"So many pictures tell apart with probability {POWER:g}, if the true difference is the one "
+    "measured and the error falls with the root of their number."
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Verdict:
         alike: pairs that cannot be told apart at the level asked for.
         wanted: pair that is alike -> pictures a side that would tell them apart with probability
             0.8; None where that cannot be said.
-        sentences: all of it in words.
+        sentences: what matters of it in words, however many models there are.
     """
 
     metric: str
@@ -164,7 +172,7 @@ def refuse_unlike(rows: Iterable[Row]) -> None:
         for row in rows:
             found.setdefault(getattr(row, name), row)
         if len(found) > 1:
-            shown = "; ".join(f"{value} ({_title(row)})" for value, row in found.items())
+            shown = "; ".join(_first([f"{value} ({_title(row)})" for value, row in found.items()]))
             raise UserError(
                 f"rows of {rows[0].metric} on {rows[0].data_set} have different {what} and cannot "
                 f"be compared: {shown}; evaluate all models the same way, or choose among the rows"
@@ -246,42 +254,56 @@ def _sides(results: Results, rows: Sequence[Row]) -> list[Side]:
     for row in rows:
         runs = found.setdefault(_model(row), {})
         runs.setdefault(row.training_seed, []).append((row, results.estimate(row)))
-    names = [model for model, _ in found]
+    titles = _titles(list(found))
     return [
-        Side(
-            model if names.count(model) == 1 or not checkpoint else f"{model} at {checkpoint}",
-            {seed: tuple(run) for seed, run in runs.items()},
-        )
-        for (model, checkpoint), runs in found.items()
+        Side(titles[who], {seed: tuple(run) for seed, run in runs.items()})
+        for who, runs in found.items()
     ]
+
+
+def _titles(models: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What to call each model and checkpoint; a model without others is called by its name."""
+    names = [model for model, _ in models]
+    return {
+        (model, checkpoint): (
+            model if names.count(model) == 1 or not checkpoint else f"{model} at {checkpoint}"
+        )
+        for model, checkpoint in models
+    }
 
 
 def _at_own_best(
     counted: Sequence[Row], selecting: Sequence[Row], models: Sequence[tuple[str, str]]
 ) -> tuple[list[Row], list[str]]:
     """Each model's rows at the guidance where it does best, and what to say about the choice."""
-    rows, scales, itself = [], [], []
+    rows, found, titles = [], [], _titles(models)
     for model in models:
         own = [row for row in counted if _model(row) == model]
         judges = [row for row in selecting if _model(row) == model]
         offered = {row.guidance for row in own}
         judges = [row for row in judges if row.guidance in offered]
         # Selecting rows that know one scale only have chosen something else.
-        if len({row.guidance for row in judges}) < 2:
-            judges = own
-            if len(offered) > 1:
-                itself.append(model[0])
+        itself = len({row.guidance for row in judges}) < 2
+        judges = own if itself else judges
         sign = 1.0 if own[0].better == "lower" else -1.0
         best = min(
             {row.guidance for row in judges},
             key=lambda scale: sign * np.mean([r.value for r in judges if r.guidance == scale]),
         )
-        rows += [row for row in own if row.guidance == best]
-        scales.append(f"{model[0]} {'none' if best is None else f'{best:g}'}")
-    notes = [f"Guidance: {', '.join(scales)}."]
-    if itself:
+        at_best = [row for row in own if row.guidance == best]
+        rows += at_best
+        worth = sign * np.mean([row.value for row in at_best])
+        found.append((worth, titles[model], best, itself and len(offered) > 1))
+    if len(found) > TOLD_BY_PAIR:
+        found.sort(key=lambda one: one[0])  # the best are named
+    scales = [f"{name} {'none' if best is None else f'{best:g}'}" for _, name, best, _ in found]
+    notes = [f"Guidance: {', '.join(_first(scales))}."]
+    chosen_by_itself = [name for _, name, _, itself in found if itself]
+    if chosen_by_itself:
+        every = len(chosen_by_itself) == len(found)
+        which = "Each" if every else f"The guidance of {_listed(chosen_by_itself)}"
         notes.append(
-            f"The guidance of {_listed(sorted(set(itself)))} was chosen by these same figures, "
+            f"{which} was chosen by these same figures, "
             "which makes them look better than fresh pictures would."
         )
     return rows, notes
@@ -308,14 +330,7 @@ def _sentences(
             f"apart from {_listed(rivals)}."
         )
     yield from notes
-    for pair, one in verdict.differences.items():
-        if pair in verdict.alike:
-            yield _alike(verdict, pair, one, best.pictures)
-        else:
-            yield (
-                f"{pair[0]} is better than {pair[1]}: {pair[0]} minus {pair[1]} is {one}, "
-                f"p = {one.adjusted_p_value:.2g}."
-            )
+    yield from _pairs(verdict, best) if len(ranked) <= TOLD_BY_PAIR else _rivals(verdict, best)
     if len(verdict.differences) > 1:
         yield (
             f"The {len(verdict.differences)} comparisons are held against each other: intervals "
@@ -331,11 +346,50 @@ def _sentences(
         yield f"Training-run noise not included where it counts {_listed(single)}: one run each."
 
 
+def _pairs(verdict: Verdict, best: Side) -> Iterable[str]:
+    """A sentence for every pair."""
+    for pair, one in verdict.differences.items():
+        if pair in verdict.alike:
+            yield _alike(verdict, pair, one, best.pictures)
+        else:
+            yield (
+                f"{pair[0]} is better than {pair[1]}: {pair[0]} minus {pair[1]} is {one}, "
+                f"p = {one.adjusted_p_value:.2g}."
+            )
+    if any(verdict.wanted.values()):
+        yield ASSUMED
+
+
+def _rivals(verdict: Verdict, best: Side) -> Iterable[str]:
+    """The best against all others: counts, and the nearest by name."""
+    title, alike = best.title, set(verdict.alike)
+    of_best = {pair: one for pair, one in verdict.differences.items() if pair[0] == title}
+    worse = [pair for pair in of_best if pair not in alike]
+    near = [pair for pair in of_best if pair in alike]
+    if worse:
+        one = of_best[worse[0]]
+        yield (
+            f"{title} is better than {len(worse)} of {len(of_best)} others, the nearest first: "
+            f"{_listed([pair[1] for pair in worse])}. Its value minus that of the first of them "
+            f"is {one}, p = {one.adjusted_p_value:.2g}."
+        )
+    counts = {pair[1]: verdict.wanted.get(pair) for pair in near[:NAMED]}
+    told = [f"from {name} {_round(count):,}" for name, count in counts.items() if count]
+    if told:
+        yield (
+            f"About so many pictures of each side, in place of {best.pictures:,}, would tell "
+            f"{title} apart: {_listed(told)}."
+        )
+        yield ASSUMED
+    elif near:
+        yield _alike(verdict, near[0], of_best[near[0]], best.pictures)
+
+
 def _alike(verdict: Verdict, pair: tuple[str, str], one: Interval, pictures: int) -> str:
     if one.p_value is None:
         return f"{pair[0]} and {pair[1]} have no interval, so nothing is said of their order."
     said = (
-        f"{pair[0]} and {pair[1]} cannot be told apart ({pair[0]} minus {pair[1]} is {one}, "
+        f"{pair[0]} and {pair[1]} cannot be told apart (the first minus the second is {one}, "
         f"p = {one.adjusted_p_value:.2g})"
     )
     if pair not in verdict.wanted:
@@ -346,8 +400,7 @@ def _alike(verdict: Verdict, pair: tuple[str, str], one: Interval, pictures: int
     more = _round(max(count - pictures, 1))
     return (
         f"{said}; about {more:,} more pictures of each side, {_round(pictures + more):,} in place "
-        f"of {pictures:,}, would tell them apart with probability {POWER:g}, if the true "
-        f"difference is the one measured and the error falls with the root of their number."
+        f"of {pictures:,}, would tell them apart."
     )
 
 
@@ -370,7 +423,15 @@ def _round(count: int) -> int:
     return -(-count // unit) * unit
 
 
+def _first(names: Sequence[str]) -> list[str]:
+    """The names; of a long list the first and how many there are beside."""
+    if len(names) <= NAMED:
+        return list(names)
+    return [*names[:NAMED], f"{len(names) - NAMED} more"]
+
+
 def _listed(names: Sequence[str]) -> str:
+    names = _first(names)
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from .estimates import Estimate, root_of_errors
-from .intervals import PROPORTIONS, Interval, IntervalConfig, Spread, proportion_scale, quantile
+from .intervals import Interval, IntervalConfig, Spread, kind_of, proportion_scale, quantile
 
 POWER = 0.8
 
@@ -132,11 +132,11 @@ def _error_of_same(terms: Sequence[tuple[float, Estimate]]) -> Error:
     if all(estimate.errors is not None for _, estimate in terms):
         errors = sum(weight * estimate.errors for weight, estimate in terms)
         return Error(root_of_errors(errors), len(errors) - 1)
-    kind = terms[0][1].kind
+    kind = kind_of(terms[0][1].name, terms[0][1].kind)
     half, middle, units = 0.0, 0.0, math.inf
     for weight, estimate in terms:
         spread, scale = estimate.spread, 1.0
-        if estimate.name in PROPORTIONS:
+        if kind == "share":
             scale = proportion_scale(estimate.name, estimate.value, estimate.drawn, estimate.count)
         half = half + weight * scale * spread.half
         middle = middle + weight * spread.middle

@@ -11,9 +11,9 @@ and B are the figure on disjoint random halves of both sides, T the figure of al
 A and B have no picture in common, so E L^2 = Var(figure of n / 2 pictures) / 2 exactly, whatever
 the figure is. What follows for n pictures depends on the kind of figure.
 
-"local": averages of local terms, as those of nearest neighbours. Their variance is nearly constant
-over n, so the variance is E L^2. For a proportion it is scaled from p (1 - p) of the halves' to
-that of the whole's.
+"local": averages of local terms, as those of nearest neighbours. The variance is E L^2 + Var D, as
+that of T = (A + B) / 2 - D whose parts have little in common. For a proportion it is E L^2 alone,
+scaled from p (1 - p) of the halves' to that of the whole's.
 
 "smooth": functions of moments, of all pairs. With the Hoeffding parts a of first and c of second
 order E L^2 = a + 2 c and Var D = c, so the variance a + c is E L^2 - Var D. (The difference is
@@ -52,7 +52,7 @@ from etude.core.rng import Stream, bits
 PROPORTIONS = {"precision": 1.0, "recall": 1.0, "coverage": 1.0, "AuthPct": 100.0}
 HALF = 0.5
 FEWEST = 10  # halvings from which a variance can be told
-Kind = Literal["smooth", "local", "distance"]
+Kind = Literal["smooth", "local", "distance", "share"]
 
 
 class IntervalConfig(Config):
@@ -123,9 +123,11 @@ class Spread:
     def variance(self, kind: Kind) -> float:
         """The variance of the figure of all pictures."""
         total = float(np.mean(self.half**2))
-        if kind == "local":
+        if kind == "share":
             return total
         second = self.second_order()
+        if kind == "local":
+            return total + second
         return second + max(total - 2 * second, 0.0)
 
     def second_order(self) -> float:
@@ -138,7 +140,7 @@ class Spread:
         No more than units less one: of two prompts every halving is the same.
         """
         terms = self.half**2
-        if kind != "local":
+        if kind not in ("local", "share"):
             # Where a is 0 only c is left, and its own scatter counts.
             second = (self.middle - self.middle.mean()) ** 2
             terms = terms - second if terms.mean() > 2 * second.mean() else second
@@ -215,10 +217,11 @@ def interval(
     """
     if not config.replicates or not len(drawn):
         return Interval(value, None, None, None, config.level, "none")
+    kind = kind_of(name, kind)
     spread = Spread.of(value, drawn, units)
     degrees = spread.degrees(kind)
     error, z = spread.variance(kind) ** 0.5, quantile(config.level, degrees)
-    if name in PROPORTIONS:
+    if kind == "share":
         error *= proportion_scale(name, value, drawn, count)
         one = PROPORTIONS[name]
         low, high = (one * end for end in _score_interval(value / one, error / one, count, z))
@@ -230,6 +233,11 @@ def interval(
     return Interval(
         value, low, high, error, config.level, "halves", degrees_of_freedom=_finite(degrees)
     )
+
+
+def kind_of(name: str, kind: Kind) -> Kind:
+    """The kind of one figure of a metric of that kind: proportions are "share"."""
+    return "share" if name in PROPORTIONS else kind
 
 
 def quantile(level: float, degrees: float = math.inf) -> float:

@@ -59,7 +59,6 @@ def test_a_folder_of_classes_is_asked_for_by_class(tmp_path) -> None:
     assert found.prompts().classes == ("cat", "dog")
     read = everything(found)
     assert reds(read) == [1, 2, 3] and read.groups == ["cat", "cat", "dog"]
-    assert asked(found, limit=1) == [("cat/1.png", "", 0, "cat")]
 
 
 def test_a_folder_with_captions_is_asked_for_by_them(tmp_path) -> None:
@@ -215,8 +214,8 @@ def test_a_file_of_ones_own_registers_a_data_set(tmp_path) -> None:
         '        self.found = ["rain", "snow", "fog"][:words]\n\n'
         "    def pictures(self, **form):\n"
         "        return None\n\n"
-        "    def prompts(self, *, limit=0):\n"
-        "        rows = [Prompt(w, w) for w in self.found[: limit or None]]\n"
+        "    def prompts(self):\n"
+        "        rows = [Prompt(w, w) for w in self.found]\n"
         "        return Prompts(self.name, tuple(rows))\n"
     )
     load_file(tmp_path / "mine.py")

@@ -158,6 +158,30 @@ def test_t2icompbench_has_a_file_a_category(tmp_path) -> None:
     assert asked(found) == [("weather/0", "rain", "weather")]
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\x0b", "\x1c"])
+def test_a_line_ends_at_a_line_feed_alone(tmp_path, inside) -> None:
+    """Characters that `str.splitlines` cuts at, inside the prompts of every kind of file."""
+    text = f"a{inside}b"
+    files = {
+        "partiprompts": ("PartiPrompts.tsv", f"Prompt\tCategory\tChallenge\r\n{text}\tA\tB\r\n"),
+        "drawbench": ("drawbench.csv", f"Prompts,Category\r\n{text},A\r\n"),
+        "t2icompbench": ("own.txt", f"{text}\r\n"),
+        "tifa160": ("tifa160-dev-anns.csv", HEADER + row("1", text, "1", "0", f"{text}?")),
+        "csv": ("metadata.csv", f'caption\n"{text}"\n'),
+    }
+    for name, (file, content) in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(content.encode())
+        whole = {} if name == "csv" else {"whole": False}
+        found = open_data_set(name, tmp_path / name, **whole).prompts().prompts
+        assert [prompt.text for prompt in found] == [text], name
+        assert [q.text for p in found for q in p.questions] == [f"{text}?"] * (name == "tifa160")
+    (tmp_path / "drawbench" / "drawbench.csv").unlink()
+    (tmp_path / "drawbench" / "drawbench.txt").write_bytes(f"{text}\r\n \r\nc\r\n".encode())
+    found = open_data_set("drawbench", tmp_path / "drawbench", whole=False)
+    assert asked(found) == [("0", text, ""), ("1", "c", "")]
+
+
 def test_prompts_need_ids_of_their_own() -> None:
     with pytest.raises(ValueError, match="the prompt id 'a' is there twice"):
         Prompts("own", (Prompt("a", "one"), Prompt("a", "two")))

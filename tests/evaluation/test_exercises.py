@@ -1,6 +1,7 @@
 """The exercises on small tables with made-up figures: what they find, leave out and refuse."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -142,6 +143,15 @@ def test_figures_that_do_not_compare_are_refused_in_one_sentence() -> None:
     twice = row("a", "FID", 1.5)
     with pytest.raises(UserError, match="two values of FID of a .*1 and 1.5"):
         answer("trade-offs", results(*rows, twice))
+
+
+def test_one_name_for_two_sources_is_refused() -> None:
+    rows = [row(m, f, v) for m, v in (("a", 1.0), ("b", 2.0)) for f in ("FID", "recall")]
+    rows = [replace(one, source=f"runs/{one.model}") for one in rows]
+    assert answer("trade-offs", results(*rows)).data
+    rows[1] = replace(rows[1], source="runs/other")  # the recall of another run
+    with pytest.raises(UserError, match="the table has a from runs/a and from runs/other; give"):
+        answer("trade-offs", results(*rows))
 
 
 def test_what_the_table_lacks_is_named_with_what_it_has() -> None:

@@ -1,6 +1,7 @@
 """The exercises' drawings as SVG: their colours, words and independence of anything outside."""
 
 import re
+import warnings
 import xml.etree.ElementTree as tree
 
 import numpy as np
@@ -63,6 +64,21 @@ def test_names_are_shown_as_they_are(drawn: dict[str, str]) -> None:
         if "radar" in name or "forest" in name or "front" in name:
             shown = "".join(tree.fromstring(text).itertext())
             assert "a <b>" in shown and "$c_1$ & d" in shown, name
+
+
+def test_every_name_is_in_the_legend_and_none_warns() -> None:
+    """Also one that begins as matplotlib's hidden labels do, and glyphs that its font lacks."""
+    names = ["_baseline", "\N{CJK UNIFIED IDEOGRAPH-4EBA}_1", "plain"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with drawing.panels(1) as (figure, axes):
+            drawing.strip(axes[0, 0], ["line"], [(name, [1.0], [None]) for name in names])
+            figure.legend(loc="outside lower center")
+            svg = drawing.finish(figure, "legend", "Legend", "three series")
+            with pytest.raises(UserWarning, match="another"):  # only that one is silent
+                warnings.warn("another", stacklevel=1)
+    texts = [(e.text or "").strip() for e in tree.fromstring(svg).iter(f"{SVG}text")]
+    assert all(texts.count(name) == 1 for name in names)
 
 
 def test_every_drawn_colour_is_of_the_palette_and_has_a_light_and_a_dark_form(

@@ -55,6 +55,18 @@ def test_a_column_of_ones_own_needs_a_direction(wide: Path) -> None:
         read_evalgim_table(wide, {"spede": "higher"})
 
 
+def test_how_a_figure_scatters_is_no_group(tmp_path: Path) -> None:
+    path = tmp_path / "spread.csv"
+    spreads = ["precision_std", "precision_Err", "fid_North_stderr", "fid_var"]
+    path.write_text(f"model_id,fid,fid_North,precision,{','.join(spreads)}\na,3,4,0.5,1,1,1,1\n")
+    table = read_evalgim_table(path)
+    found = [(row.metric, row.group, row.value) for row in table.results.rows]
+    assert found == [("FID", "", 3.0), ("FID", "North", 4.0), ("precision", "", 0.5)]
+    assert table.unknown == tuple(spreads)
+    own = read_evalgim_table(path, {"precision_std": "lower"})
+    assert [row.metric for row in own.results.rows][3:] == ["precision_std"]
+
+
 def test_exercises_work_on_what_is_read(wide: Path) -> None:
     results = read_evalgim_table(wide).results
     fronts = answer("trade-offs", results, {"metrics": ["FID", "CLIPScore"]}).data["fronts"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from etude.core.errors import UserError
 from etude.core.files import to_json
@@ -145,6 +146,29 @@ def test_copies_of_training_pictures_are_seen(digits, judge, tmp_path) -> None:
     assert near["real"]["median nearest distance"] > near["real"]["train-train quantile"]
 
 
+def test_pictures_that_lie_class_by_class_are_matched_over_all_classes(digits, judge, tmp_path):
+    """The real pictures as the generated ones, in class folders: as good as real against real."""
+    real = ShardPictures(digits / "test", size=16, channels=1)
+    found = real.read(0, len(real), Stages())
+    for number, (image, label) in enumerate(zip(found.images, found.labels, strict=True)):
+        place = tmp_path / "drawn" / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(place / f"{number:04d}.png")
+    made = recipe(
+        digits,
+        judge,
+        tmp_path / "store",
+        generator="",
+        generated=str(tmp_path / "drawn"),
+        metrics=("prdc",),
+        interval=IntervalConfig(replicates=0),
+    )
+    figures = job(tmp_path, made, None)["figures"]
+    for name in ("recall", "coverage"):
+        matched, floor = (figures[name][column]["value"] for column in ("matched", "real"))
+        assert matched > floor - 0.08
+
+
 def test_the_same_job_again_reads_the_store(digits, judge, tmp_path) -> None:
     made = recipe(digits, judge, tmp_path / "store", metrics=("frechet",))
     first = job(tmp_path, made, Noisy(digits, 4))
@@ -196,6 +220,7 @@ def test_extract_fills_the_store_for_a_later_evaluation(digits, judge, tmp_path)
         ({"generated": "x"}, "keep one"),
         ({"train": ""}, "set train=FOLDER"),
         ({"extractor": ExtractorConfig(kind="inception")}, "set judge=FOLDER"),
+        ({"generator": "", "generated": "x", "weights": "ema:0.9"}, "weights has no effect"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(digits, judge, tmp_path, changes, message) -> None:

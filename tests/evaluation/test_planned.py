@@ -12,6 +12,7 @@ from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.run import Run
 from etude.data.digits import write_digits
+from etude.dry_run import shrink
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan
 from etude.evaluation.sets import ShardPictures, Stages
@@ -121,12 +122,12 @@ def test_figures_are_those_of_the_pictures(digits, noisy, tmp_path) -> None:
     better = {row.metric: row.better for row in results.rows}
     assert better["recall"] == "higher" and better["Fréchet distance (pixels features)"] == "lower"
     # The prompts are the real pictures' classes; a group of fewer than ten has no figures.
-    asked = collections.Counter(real.groups[:150])
+    drawn = [prompt.group for prompt in plan.sets[0].prompts.prompts[:150]]
+    asked = collections.Counter(drawn)
     assert {row.group for row in results.rows} == {"", *(g for g, n in asked.items() if n >= 10)}
     of_three = {row.metric: row for row in results.where(model="rough", group="3").rows}
     kept = [n for n, group in enumerate(real.groups) if group == "3"]
-    drawn = [n for n in kept if n < 150]
-    expected = frechet_distance(x[kept], y[drawn], warn=False)
+    expected = frechet_distance(x[kept], y[[g == "3" for g in drawn]], warn=False)
     assert of_three["Fréchet distance (pixels features)"].value == pytest.approx(expected, rel=1e-5)
 
 
@@ -160,6 +161,57 @@ def test_a_screen_promotes_and_marks_its_rows(digits, noisy, tmp_path) -> None:
     assert len(screened) == 4 and {row.n_generated for row in screened} == {60}
     assert [(r.model, r.guidance, r.n_generated) for r in reported] == [("clean", 1.0, 150)]
     assert {row.seed for row in screened}.isdisjoint({row.seed for row in reported})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": {"f": {"kind": "pictures", "source": "F"}}}, "both choose and be reported"),
+        ({"screen": {"metrics": ["frechet@pixels"]}}, "frechet@pixels, which is a metric: name"),
+        ({"screen": {"seed": 0}}, "screen.seed is seed"),
+        ({"screen": None, "metrics": ["kid", "kid"]}, "names kid twice"),
+    ],
+)
+def test_a_screen_or_list_that_would_mislead_is_refused(digits, noisy, tmp_path, changes, said):
+    screen = {"samples": 60, "metrics": ["FID"]}
+    if changes.get("screen", {}) is not None:
+        changes = changes | {"screen": screen | changes.get("screen", {})}
+    with pytest.raises(ValueError, match=said):
+        recipe(digits, noisy, tmp_path / "s", **changes)
+
+
+def test_a_rehearsal_writes_below_its_root_alone(digits, noisy, tmp_path) -> None:
+    screen = {"samples": 500, "metrics": ["FID"]}
+    made = recipe(
+        digits, noisy, tmp_path / "s", table=str(tmp_path / "shared"), screen=screen, samples=900,
+        watch_minutes=60.0,
+    )  # fmt: skip
+    small = shrink(made, tmp_path / "tried")
+    assert (small.table, small.watch_minutes) == ("", None)
+    assert small.store == str(tmp_path / "tried" / "features")
+    assert small.samples <= 128 and small.screen.samples <= 32
+
+
+def test_pictures_of_several_sizes_stand_side_by_side(digits, noisy, tmp_path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    lines = ["file_name,caption"]
+    for number in range(12):
+        Image.new("L", (8 + number, 20), 20 * number).save(files / f"{number}.png")
+        lines.append(f"{number}.png,picture {number}")
+    (files / "metadata.csv").write_text("\n".join(lines))
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("\n".join(["caption", *(f"picture {n}" for n in range(12))]))
+    made = recipe(
+        digits, noisy, tmp_path / "s", samples=12, image_size=0, metrics=["vendi@pixels"],
+        models={"files": {"kind": "pictures", "source": str(files)}},
+        data_sets={"words": {"kind": "csv", "folder": str(prompts)}},
+        interval={"replicates": 0},
+    )  # fmt: skip
+    plan, _ = carried_out(made, tmp_path / "runs")
+    images = plan.shown["words"].pictures["files"]
+    for text, image in zip(plan.shown["words"].prompts, images, strict=True):
+        assert image.shape == (256, 256, 3) and image[0, 0, 0] == 20 * int(text.split()[1])
 
 
 def test_checkpoints_are_candidates(digits, noisy, tmp_path) -> None:
@@ -207,6 +259,35 @@ def test_a_folder_of_pictures_is_a_candidate(digits, noisy, tmp_path) -> None:
         assert value == pytest.approx(drawn[group], rel=1e-6)
 
 
+def test_few_pictures_are_spread_over_prompts_whose_classes_lie_together(
+    digits, noisy, tmp_path
+) -> None:
+    """A folder lists its classes one after the other; 100 of 400 must not be four of ten."""
+    real = tmp_path / "real"
+    rng = np.random.default_rng(0)
+    for number in range(400):
+        place = real / f"{number // 40}"
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8))
+        image.save(place / f"{number:03d}.png")
+    sets = {"real": {"kind": "folder", "folder": str(real)}}
+    models = {
+        "drawn": {"kind": "noisy", "source": f"{digits / 'monitor'}:20"},
+        "files": {"kind": "pictures", "source": str(real)},
+    }
+    made = recipe(
+        digits, noisy, tmp_path / "s", data_sets=sets, models=models, samples=100,
+        metrics=["frechet@pixels"], by_group=False, interval={"replicates": 0},
+    )  # fmt: skip
+    plan, _ = carried_out(made, tmp_path / "runs")
+    for place in plan.store.folder.rglob("manifest.json"):
+        found = plan.store.load(place.parent.name)
+        counts = collections.Counter(found.labels.tolist())
+        assert len(counts) == 10 and len(found) in (100, 400)
+        assert len(found) == 400 or max(counts.values()) < 20
+    assert set(plan.shown["real"].pictures) == {"drawn"}
+
+
 def test_folders_without_classes_or_prompts_compare(digits, noisy, tmp_path) -> None:
     rng = np.random.default_rng(0)
     sides = {"real": rng.integers(0, 200, (40, 8, 8)), "drawn": rng.integers(0, 255, (30, 8, 8))}
@@ -234,7 +315,7 @@ def test_folders_without_classes_or_prompts_compare(digits, noisy, tmp_path) -> 
     [
         ({"metrics": ["frechet@nothing"], "extractors": {}}, "no extractor 'nothing'"),
         ({"metrics": ["fretchet"]}, "no metric 'fretchet'.*clipscore"),
-        ({"metrics": [{"metric": "prdc@pixels", "options": {"q": 3}}]}, "prdc q: Extra inputs"),
+        ({"metrics": [{"metric": "prdc@pixels", "options": {"q": 3}}]}, "prdc.q: Extra inputs"),
         ({"extractors": {"inception": {}}}, "extractors.inception has no effect"),
         ({"samples": 10**6, "models": {"f": {"kind": "pictures", "source": "F"}}}, "F"),
     ],

@@ -13,6 +13,7 @@ from PIL import Image
 from etude.core.errors import UserError
 from etude.data.shards import write_shards
 from etude.evaluation import decoding
+from etude.evaluation.picture_set import spread, spread_order
 from etude.evaluation.sets import (
     FITS,
     ArrayPictures,
@@ -85,12 +86,20 @@ def test_a_table_names_the_pictures_and_their_classes(tmp_path) -> None:
     assert turned.read(0, 2, Stages()).labels.tolist() == [1, 0]
     (tmp_path / "metadata.csv").write_text("file_name,label\n2.png,even\n0.png,odd\n")
     assert FolderPictures(tmp_path, channels=1).fingerprint != found.fingerprint
-    (tmp_path / "metadata.csv").write_bytes(b"file_name,label\n2.png,\xe9t\xe9\n")
-    assert FolderPictures(tmp_path, channels=1).classes == ["\ufffdt\ufffd"]
-    (tmp_path / "metadata.csv").write_text("file_name,label\n2.png,even\n0.png,odd\n")
     (tmp_path / "2.png").unlink()
     with pytest.raises(UserError, match="metadata.csv names 2.png, which is not there"):
         FolderPictures(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [files, shards])
+def test_a_damaged_protocol_is_named(tmp_path, kind) -> None:
+    kind(tmp_path, list(IMAGES))
+    (tmp_path / "protocol.json").write_text('{"guidance": 3}')
+    assert open_pictures(tmp_path).protocol["guidance"] == 3
+    for text, message in (('{"guidance": ', "cannot be read as JSON"), ("[3]", "holds no fields")):
+        (tmp_path / "protocol.json").write_text(text)
+        with pytest.raises(UserError, match=f"protocol.json {message}"):
+            open_pictures(tmp_path)
 
 
 def test_fingerprints_follow_content_and_form(tmp_path) -> None:
@@ -252,11 +261,31 @@ def test_listed_files_keep_their_order_and_their_groups(tmp_path) -> None:
     np.testing.assert_array_equal(read.images[..., 0], IMAGES[[3, 0, 1]])
     assert read.keys == list("xyz") and read.groups == groups and read.labels.tolist() == [-1] * 3
     short = ListedPictures(folder, names, keys=list("xyz"), groups=groups, channels=1, limit=2)
-    assert len(short) == 2 and short.read(1, 2, Stages()).keys == ["y"]
+    kept = short.read(0, 2, Stages())
+    assert len(short) == 2 and kept.keys == sorted(kept.keys)
+    assert kept.groups == [dict(zip("xyz", groups, strict=True))[key] for key in kept.keys]
     other = ListedPictures(folder, names, keys=list("xyz"), groups=["north"] * 3, channels=1)
     assert len({found.fingerprint, short.fingerprint, other.fingerprint}) == 3
     with pytest.raises(UserError, match="odd/4.png is not in"):
         ListedPictures(folder, [*names, "odd/4.png", "odd/5.png"])
+
+
+def test_a_limit_takes_every_class_by_its_share(tmp_path) -> None:
+    strata = [0] * 60 + [1] * 30 + [2] * 10
+    order = spread_order(strata)
+    assert sorted(order) == list(range(100))
+    for n in range(1, 101):
+        for stratum, size in ((0, 60), (1, 30), (2, 10)):
+            taken = sum(strata[place] == stratum for place in order[:n])
+            assert abs(taken - n * size / 100) <= 1.5
+    assert order[:5] != sorted(order[:5]) or order[:60] != list(range(60))
+    assert spread(strata, 0) == spread(strata, 100) == list(range(100))
+    images = np.zeros((100, 2, 2, 3), np.uint8)
+    images[..., 0] = np.arange(100)[:, None, None]
+    labels, some = np.array(strata), spread(strata, 20)
+    arrays = ArrayPictures(images, labels=labels, limit=20).read(0, 20, Stages())
+    assert arrays.images[:, 0, 0, 0].tolist() == some
+    assert np.bincount(arrays.labels).tolist() == [12, 6, 2]
 
 
 def test_a_table_may_name_groups_and_shards_may_be_given_some(tmp_path) -> None:

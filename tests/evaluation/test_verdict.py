@@ -9,7 +9,7 @@ from scipy import stats
 
 from etude.core.errors import UserError
 from etude.evaluation.results import Results, Row
-from etude.evaluation.verdict import OWN_BEST, verdicts
+from etude.evaluation.verdict import OWN_BEST, refuse_unlike, verdicts
 from etude.metrics.figures import mean_of_scores
 from etude.metrics.intervals import IntervalConfig
 
@@ -163,3 +163,70 @@ def test_rows_without_intervals_say_nothing() -> None:
     (verdict,) = verdicts(Results(rows), "CLIPScore", data_set="coco", config=CONFIG)
     assert "have no interval, so nothing is said of their order" in str(verdict)
     assert verdict.alike == (("b", "a"),)
+
+
+def many(count: int, **fields) -> list[tuple[Row, np.ndarray]]:
+    """Checkpoints of a model at two scales, in groups of four that are close to each other."""
+    return [
+        (
+            row("a model of some length", checkpoint=str(10**9 + k), guidance=scale, **fields),
+            scores(k, 0.5 * (k // 4) + 0.01 * scale),
+        )
+        for k in range(count)
+        for scale in (2.0, 4.0)
+    ]
+
+
+def test_of_many_models_the_words_tell_the_best_against_its_rivals() -> None:
+    found = verdicts(results(*many(24)), "CLIPScore", data_set="coco", config=CONFIG)
+    assert [v.at for v in found] == ["guidance 2", "guidance 4", OWN_BEST]
+    for verdict in found:
+        best, text = verdict.ranking[0], str(verdict)
+        assert len(verdict.differences) == 24 * 23 / 2 and len(text) < 1500
+        rivals = [pair[1] for pair in verdict.alike if pair[0] == best]
+        worse = [name for name in verdict.ranking[1:] if name not in rivals]
+        assert 2 <= len(rivals) <= 3 and verdict.ranking[20] in worse
+        apart = re.search(r"cannot be told apart from (.*?)\. ", text)[1]
+        assert re.split(", | and ", apart) == rivals
+        better = re.search(r"better than (\d+) of (\d+) others, .*?: (.*?)\. ", text)
+        assert better[1] == str(len(worse)) and better[2] == "23"
+        assert re.split(", | and ", better[3]) == [*worse[:3], f"{len(worse) - 3} more"]
+        difference = verdict.differences[best, worse[0]]
+        assert f"Its value minus that of the first of them is {difference}, p = " in text
+        said = re.search(r"in place of 400, would tell .*? apart: (.*?)\. ", text)[1]
+        for part, rival in zip(re.split(", | and ", said), rivals, strict=True):
+            number = int(part.removeprefix(f"from {rival} ").replace(",", ""))
+            assert verdict.wanted[best, rival] <= number <= 1.1 * verdict.wanted[best, rival]
+    # The guidance of the best is named, with the checkpoint.
+    said = re.search(r"Guidance: (.*?)\. ", str(found[-1]))[1].split(", ")
+    values = {(r.checkpoint, r.guidance): r.value for r in results(*many(24)).rows}
+    scales = []
+    for name in found[-1].ranking[:3]:
+        of_name = {g: value for (c, g), value in values.items() if name.endswith(f" at {c}")}
+        scales.append(f"{name} {max(of_name, key=of_name.get):g}")
+    assert said == [*scales, "21 more"]
+
+
+def test_words_do_not_grow_with_the_models() -> None:
+    second = [(replace(r, training_seed=1), x + 0.01) for r, x in many(40)]
+    half = [(r, x) for r, x in second if int(r.checkpoint) % 2]  # the others have one run
+    for made in (many(4), many(12), many(40), [*many(40), *second], [*many(40), *half]):
+        for one in verdicts(results(*made), "CLIPScore", data_set="coco", config=CONFIG):
+            assert len(str(one)) < 1500
+    plain = [replace(r, protocol=str(k)) for k, (r, _) in enumerate(many(40))]
+    with pytest.raises(UserError, match="; 77 more; evaluate"):
+        refuse_unlike(plain)
+
+
+def test_the_guidance_of_checkpoints_of_one_model_is_told_apart() -> None:
+    shifts = {("48", 1.0): 0.0, ("48", 2.0): 1.0, ("96", 1.0): 3.0, ("96", 2.0): 2.0}
+    made = [
+        (row("small", checkpoint=checkpoint, guidance=scale), scores(k, shift))
+        for k, ((checkpoint, scale), shift) in enumerate(shifts.items())
+    ]
+    best = verdicts(results(*made), "CLIPScore", data_set="coco", config=CONFIG)[-1]
+    assert "Guidance: small at 48 2, small at 96 1." in str(best)
+    assert "Each was chosen by these same figures" in str(best)
+    judges = [(replace(r, selected=True), x) for r, x in made if r.checkpoint == "48"]
+    best = verdicts(results(*made, *judges), "CLIPScore", data_set="coco", config=CONFIG)[-1]
+    assert "The guidance of small at 96 was chosen by these same figures" in str(best)

@@ -77,11 +77,11 @@ class DataSet(Protocol):
     def pictures(
         self, *, size: int = 0, fit: str = "crop", channels: int = 3, limit: int = 0
     ) -> PictureSet | None:
-        """Its real pictures, the first `limit` of them (0: all); None for prompts alone."""
+        """Its real pictures, `limit` of them spread over all (0: all); None for prompts alone."""
         ...
 
-    def prompts(self, *, limit: int = 0) -> Prompts | None:
-        """Its prompts, the first `limit` (0: all); None for pictures alone."""
+    def prompts(self) -> Prompts | None:
+        """Its prompts; None for pictures alone."""
         ...
 
 

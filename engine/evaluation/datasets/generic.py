@@ -7,6 +7,7 @@ from etude.core.errors import UserError
 from etude.data.shards import ShardSet
 
 from ..sets import SUFFIXES, FolderPictures, ShardPictures, first_absent
+from ..text_files import METADATA, read_metadata
 from . import Prompt, Prompts, data_set
 from .items import Item, ItemDataSet, read_table, read_text
 
@@ -31,22 +32,19 @@ class Folder:
     def pictures(
         self, *, size: int = 0, fit: str = "crop", channels: int = 3, limit: int = 0
     ) -> FolderPictures:
-        """Its pictures, sorted by name, the first `limit` of them (0: all)."""
+        """Its pictures, sorted by name, `limit` of them spread over all (0: all)."""
         return FolderPictures(self.folder, size=size, fit=fit, channels=channels, limit=limit)
 
-    def prompts(self, *, limit: int = 0) -> Prompts | None:
-        """Its captions or classes, the first `limit` (0: all); None where there are neither."""
-        found = self.pictures(limit=limit)
+    def prompts(self) -> Prompts | None:
+        """Its captions or classes; None where there are neither."""
+        found = self.pictures()
         captions = self._captions(found.files)
         asked = zip(found.files, found.labels.tolist(), found.groups, strict=True)
         return _asked(self.name, list(asked), captions, found.classes)
 
     def _captions(self, files: list[str]) -> list[str]:
-        table = self.folder / "metadata.csv"
-        if table.exists():
-            rows = {
-                Path(row["file_name"]).as_posix(): row for row in read_table(table, ["file_name"])
-            }
+        rows = read_metadata(self.folder)
+        if rows:
             return [rows[file].get("caption", "").strip() for file in files]
         beside = [str(Path(file).with_suffix(".txt")) for file in files]
         if first_absent(self.folder, beside):
@@ -81,8 +79,8 @@ class Shards:
     def pictures(
         self, *, size: int = 0, fit: str = "crop", channels: int = 3, limit: int = 0
     ) -> ShardPictures:
-        """Its pictures in stored order, the first `limit` of them (0: all)."""
-        described = self._described(limit) if self.grouped else []
+        """Its pictures in stored order, `limit` of them spread over all (0: all)."""
+        described = self._described() if self.grouped else []
         return ShardPictures(
             self.folder,
             size=size,
@@ -93,18 +91,18 @@ class Shards:
             groups=[self.group(key, label) for key, label, _ in described] or None,
         )
 
-    def prompts(self, *, limit: int = 0) -> Prompts | None:
-        """Its captions or classes, the first `limit` (0: all); None where there are neither."""
-        found = self._described(limit)
+    def prompts(self) -> Prompts | None:
+        """Its captions or classes; None where there are neither."""
+        found = self._described()
         asked = [(key, label, self.group(key, label)) for key, label, _ in found]
         captions = [caption.strip() for _, _, caption in found]
         return _asked(self.name, asked, captions, self._shards.classes)
 
-    def _described(self, limit: int) -> list[tuple[str, int, str]]:
-        """(key, label, caption) of the first so many samples of the set."""
+    def _described(self) -> list[tuple[str, int, str]]:
+        """(key, label, caption) of the samples of the set."""
         rows = self.rows()
         numbers = range(len(self._shards)) if rows is None else rows
-        return [self._shards.described(i) for i in numbers[: limit or None]]
+        return [self._shards.described(i) for i in numbers]
 
 
 @data_set("csv")
@@ -123,7 +121,7 @@ class Table(ItemDataSet):
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder)
         super().__init__(path if path.is_dir() else path.parent)
-        self._table = path / "metadata.csv" if path.is_dir() else path
+        self._table = path / METADATA if path.is_dir() else path
         if not self._table.is_file():
             raise UserError(f"{self.name}: {self._table} is not there; name a CSV table")
         self._rows = read_table(self._table, [])

@@ -1,6 +1,5 @@
 """Data sets that are lists of items, each a picture, a prompt, or both; the base of the others."""
 
-import csv
 import functools
 import random
 from collections import Counter
@@ -12,7 +11,19 @@ from typing import TypeVar
 from etude.core.errors import UserError
 
 from ..sets import ListedPictures
+from ..text_files import read_table, read_text
 from . import Prompt, Prompts, Question
+
+__all__ = [
+    "BALANCED",
+    "Item",
+    "ItemDataSet",
+    "balanced",
+    "expect",
+    "first_file",
+    "read_table",
+    "read_text",
+]
 
 T = TypeVar("T")
 BALANCED = 14_749  # pictures of CC12M's part; the number that other sets are brought to
@@ -77,8 +88,8 @@ class ItemDataSet:
     def pictures(
         self, *, size: int = 0, fit: str = "crop", channels: int = 3, limit: int = 0
     ) -> ListedPictures | None:
-        """Its real pictures, the first `limit` of them (0: all); None for prompts alone."""
-        items = [item for item in self.items if item.file][: limit or None]
+        """Its real pictures, `limit` of them spread over all (0: all); None for prompts alone."""
+        items = [item for item in self.items if item.file]
         if not items:
             return None
         return ListedPictures(
@@ -92,11 +103,12 @@ class ItemDataSet:
             size=size,
             fit=fit,
             channels=channels,
+            limit=limit,
         )
 
-    def prompts(self, *, limit: int = 0) -> Prompts | None:
-        """Its prompts, the first `limit` (0: all); None for pictures alone."""
-        items = [item for item in self.items if item.text is not None][: limit or None]
+    def prompts(self) -> Prompts | None:
+        """Its prompts; None for pictures alone."""
+        items = [item for item in self.items if item.text is not None]
         if not items:
             return None
         found = [Prompt(i.id, i.text, i.label, i.group, i.questions) for i in items]
@@ -134,37 +146,3 @@ def first_file(folder: Path, names: Sequence[str], what: str) -> Path:
     if found is None:
         raise UserError(f"{what}: {folder} has no {' or '.join(names)}; copy its files there")
     return found
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, a byte-order mark left out; `UserError` where it is not."""
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path} is not UTF-8 text that can be read; copy it again") from None
-
-
-def read_table(
-    path: Path, columns: Sequence[str], *, delimiter: str = ",", quoted: bool = True
-) -> list[dict[str, str]]:
-    """The rows of a table with a header, as column -> text; a missing last cell is "".
-
-    Args:
-        columns: those that it must have.
-        quoted: whether a quotation mark at the start of a cell is none of its text.
-
-    Raises:
-        UserError: it cannot be read, or a column is missing.
-    """
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    lines = read_text(path).splitlines(keepends=True)
-    table = csv.DictReader(lines, delimiter=delimiter, quoting=quoting, restval="")
-    missing = [name for name in columns if name not in (table.fieldnames or ())]
-    if missing:
-        raise UserError(
-            f"{path} has no column {' or '.join(missing)} in its first line; copy it again"
-        )
-    try:
-        return [{name: row[name] or "" for name in table.fieldnames} for row in table]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: {error}; copy it again") from None

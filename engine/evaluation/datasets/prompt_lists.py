@@ -9,8 +9,9 @@ from typing import Literal
 
 from etude.core.errors import UserError
 
+from ..text_files import read_lines
 from . import data_set
-from .items import Item, ItemDataSet, expect, first_file, read_table, read_text
+from .items import Item, ItemDataSet, expect, first_file, read_table
 
 PER_CATEGORY = 300
 CATEGORIES = (  # of T2I-CompBench and, the last two, T2I-CompBench++
@@ -90,7 +91,7 @@ class DrawBench(ItemDataSet):
             table = read_table(self._table, ["Prompts", "Category"])
             rows = [(row["Prompts"].strip(), row["Category"].strip()) for row in table]
         else:
-            rows = [(line.strip(), "") for line in read_text(self._table).splitlines()]
+            rows = [(line, "") for line in read_lines(self._table)]
         rows = [row for row in rows if row[0]]
         expect(len(rows), self.count, self.whole, f"{self._table}: the prompts")
         return [Item(str(i), "", text, group=group) for i, (text, group) in enumerate(rows)]
@@ -126,8 +127,7 @@ class T2ICompBench(ItemDataSet):
         found = []
         for path in self._files:
             category = path.stem.removesuffix("_val").replace("-", "_")
-            lines = [line.strip() for line in read_text(path).splitlines()]
-            lines = [line for line in lines if line]
+            lines = read_lines(path)
             if category in CATEGORIES:
                 expect(len(lines), PER_CATEGORY, self.whole, f"{path}: the prompts")
             found += [

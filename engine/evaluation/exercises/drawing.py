@@ -8,6 +8,7 @@ line of its own, and a filled marker means something else than a hollow one.
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -96,7 +97,9 @@ def panels(
     from matplotlib import rc_context  # half a second that only drawings need
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(_STYLE), warnings.catch_warnings():
+        # Text is written as text: what shows the drawing has other fonts than this one.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -237,6 +240,8 @@ def name_rows(axes: Any, names: Sequence[str]) -> None:
 
 def cut(name: str, most: int = 34) -> str:
     """A name that fits beside a panel; its middle is left out where it is long."""
+    if name.startswith("_"):
+        name = f" {name}"  # matplotlib keeps labels that begin with "_" out of legends
     half = (most - 3) // 2
     return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from etude.core.errors import UserError
 
-from ..results import Results, Row
+from ..results import Results, Row, refuse_two_sources
 from . import Choice, Table
 
 
@@ -129,6 +129,7 @@ def choose(results: Results, options: Choice, *, groups: bool = False) -> Chosen
         ("n_generated", (options.n_generated,) if options.n_generated else ()),
     ):
         rows = _keep(rows, name, wanted)
+    refuse_two_sources(rows)
     figures = _figures(rows, options.metrics)
     rows = [row for row in rows if any(figure.has(row) for figure in figures)]
     names, notes = subject_names(rows), []

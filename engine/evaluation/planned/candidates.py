@@ -1,5 +1,6 @@
 """Who draws in a plan: every model, checkpoint and guidance scale; called by running.py."""
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,12 @@ class Candidate:
     def is_folder(self) -> bool:
         """Whether it is a folder of pictures that somebody drew."""
         return self.config.kind == "pictures"
+
+    @property
+    def source(self) -> str:
+        """What draws, beside checkpoint and guidance: rows of one model must agree in it."""
+        options = json.dumps(self.config.options, sort_keys=True) if self.config.options else ""
+        return " ".join(filter(None, (self.config.source, self.config.weights, options)))
 
     @property
     def title(self) -> str:
@@ -90,6 +97,17 @@ def candidates(recipe: PlanRecipe) -> list[Candidate]:
         scales = recipe.guidance or (None,)
         found += [Candidate.of(recipe, name, seen, scale) for seen in kept for scale in scales]
     return found
+
+
+def is_kept(candidate: Candidate) -> bool:
+    """Whether its source still has its checkpoint: a run that is being trained drops old ones."""
+    if candidate.checkpoint is None:
+        return True
+    try:
+        there = GENERATORS.get(candidate.config.kind).checkpoints(candidate.config.source)
+    except NoCheckpointYet:
+        return False
+    return candidate.checkpoint in there
 
 
 def _checkpoints(name: str, config: ModelConfig, waits: bool) -> list[int | None]:

@@ -1,15 +1,18 @@
 """Drawn pictures of a data set's prompts, kept in the plan's run; called by running.py.
 
-Picture i is of prompt i mod P in its (i div P)-th repetition, so any first n pictures are spread
-evenly over the prompts. Its noise is a function of (seed, the prompt's id, repetition): another
-order or choice of prompts, or number of pictures, jobs or processes, changes no picture beyond the
-rounding of a matrix product. Pictures are drawn in whole blocks of consecutive numbers, a file a
-block, whoever draws them; a killed job goes on with the first block that is missing.
+Picture i is of prompt i mod P in its (i div P)-th repetition. A plan mixes the prompts of a data
+set first (`mixed`), in whose own order classes or regions lie together, so that any first n
+pictures are spread evenly over them. A picture's noise is a function of (seed, the prompt's id,
+repetition): another order or choice of prompts, or number of pictures, jobs or processes, changes
+no picture beyond the rounding of a matrix product. Pictures are drawn in whole blocks of
+consecutive numbers, a file a block, whoever draws them; a killed job goes on with the first block
+that is missing.
 """
 
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from etude.core.signals import StopRequested
 from ..datasets import Prompt, Prompts
 from ..decoding import Form
 from ..generators import DrawsPictures
-from ..picture_set import Pictures, Stages, digest, stacked
+from ..picture_set import Pictures, Stages, digest, spread_order, stacked
 
 AS_DRAWN = Form(channels=0)
 BLOCK = 64  # pictures of a file; the sampler's own block
@@ -148,7 +151,7 @@ class DrawnPictures:
     def _draw_block(self, start: int) -> None:
         # Always whole, whatever the count is: a larger count goes on where a smaller one ended.
         indices = np.arange(start, start + BLOCK, dtype=np.int64)
-        asked = [self.prompts.prompts[index % len(self.prompts)] for index in indices]
+        asked = self.asked(start, start + BLOCK)
         places = [
             noise_position(prompt.id, index // len(self.prompts))
             for prompt, index in zip(asked, indices.tolist(), strict=True)
@@ -179,6 +182,13 @@ def noise_position(prompt_id: str, repetition: int) -> int:
     """
     digest = hashlib.sha256(prompt_id.encode()).digest()
     return (int.from_bytes(digest[:8], "big") + repetition) % PLACES
+
+
+def mixed(prompts: Prompts, limit: int = 0) -> Prompts:
+    """The prompts in random order, spread over classes and groups; the first `limit`, 0: all."""
+    order = spread_order([(prompt.label, prompt.group) for prompt in prompts.prompts])
+    chosen = tuple(prompts.prompts[place] for place in order[: limit or None])
+    return replace(prompts, prompts=chosen)
 
 
 def class_prompts(name: str, classes: list[str]) -> Prompts:

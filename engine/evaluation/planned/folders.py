@@ -4,7 +4,6 @@ Called by running.py. Which prompt a picture is of is read from the folder's `me
 (`prompt_id`, or `caption`, or `label`), as `etude sample --format png` and others write it.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from ..datasets import Prompt, Prompts
 from ..decoding import Form
 from ..picture_set import Pictures, Stages, digest
 from ..sets import FolderPictures
+from ..text_files import METADATA, read_metadata
 
 
 class PromptedFolder:
@@ -74,25 +74,21 @@ class PromptedFolder:
 
 def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
     """Picture's key -> its prompt; empty where the folder does not say."""
-    path = folder / "metadata.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("file_name")]
+    path = folder / METADATA
     by_id = {prompt.id: prompt for prompt in prompts.prompts}
     by_text: dict[str, Prompt] = {}
     unclear: set[str] = set()
     for prompt in prompts.prompts:
-        same = by_text.setdefault(prompt.text or _class(prompts, prompt), prompt)
-        if (same.group, same.label) != (prompt.group, prompt.label):
-            unclear.add(prompt.text)
+        text = prompt.text or _class(prompts, prompt)
+        same = by_text.setdefault(text, prompt)
+        if text and (same.group, same.label) != (prompt.group, prompt.label):
+            unclear.add(text)
     found = {}
-    for row in rows:
-        name = row["file_name"]
+    for name, row in read_metadata(folder).items():
         if row.get("prompt_id"):
             prompt = by_id.get(row["prompt_id"])
         else:
-            text = row.get("caption") or row.get("label") or ""
+            text = row.get("caption", "").strip() or row.get("label", "")
             if text in unclear:
                 raise UserError(
                     f"{path}: {prompts.name} has {text!r} in several groups; give a column"
@@ -106,7 +102,7 @@ def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
                     f"{path}: {name} was drawn of {said!r}, which is none of {prompts.name}"
                 )
             return {}
-        found[Path(name).as_posix()] = prompt
+        found[name] = prompt
     return found
 
 

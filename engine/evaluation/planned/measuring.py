@@ -114,6 +114,7 @@ def template(candidate: Candidate, sides: Sides, seed: int, selected: bool) -> R
         seed=seed,
         training_seed=candidate.config.training_seed,
         selected=selected,
+        source=candidate.source,
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
         revision=_revision(),
     )
@@ -296,5 +297,4 @@ def _protocol(
         "drawn_pictures": {n: stated.get(n) for n in ("image_size", "fit", "channels")},
         "n_real": len(real) if real is not None else 0,
         "n_generated": len(drawn),
-        "rounding": stated.get("rounding", "not stated"),
     }

@@ -18,7 +18,7 @@ from etude.core.errors import UserError
 from etude.core.recipe import Recipe
 from etude.metrics.alignment import SCORERS
 from etude.metrics.intervals import IntervalConfig
-from etude.metrics.registry import Metric, NoOptions, open_metric
+from etude.metrics.registry import METRICS, Metric, NoOptions, open_metric
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
@@ -48,8 +48,8 @@ class DataSetConfig(Config):
 
     kind: str = option(..., "its registered name: coco, geode, emoji, folder, shards, ...")
     folder: str = option("", "where its files lie")
-    real: int = option(0, "real pictures taken, the first ones; 0: all", unit="images", ge=0)
-    prompts: int = option(0, "prompts taken, the first ones; 0: all", ge=0)
+    real: int = option(0, "real pictures taken, spread over all; 0: all", unit="images", ge=0)
+    prompts: int = option(0, "prompts taken, spread over all; 0: all", ge=0)
     options: dict[str, Any] = option({}, "of the data set, such as {year: 2017}")
 
 
@@ -139,6 +139,28 @@ class PlanRecipe(Recipe):
             raise ValueError(
                 f"two runs count as model {twice[0]} with training_seed {twice[1]}; give each its"
                 " own"
+            )
+        if self.screen is not None:
+            folders = [name for name, model in self.models.items() if model.kind == "pictures"]
+            if folders:
+                raise ValueError(
+                    f"models.{folders[0]} is a folder of pictures, which would both choose and be"
+                    " reported; leave it or screen out"
+                )
+            known = METRICS.names()
+            metric = next((m for m in self.screen.metrics if m.split("@")[0] in known), "")
+            if metric:
+                raise ValueError(
+                    f"screen.metrics has {metric}, which is a metric: name the figure that it makes"
+                    " as the table shows it, such as 'FID' or 'kernel distance (pixels features)'"
+                )
+            if self.screen.seed == self.seed:
+                raise ValueError("screen.seed is seed; pictures that choose must be other ones")
+        asked = [m if isinstance(m, str) else m.metric for m in self.metrics]
+        double = next((one for one in asked if asked.count(one) > 1), None)
+        if double is not None:
+            raise ValueError(
+                f"metrics names {double} twice, whose figures would have one name; make two plans"
             )
         if self.guidance and all(model.kind == "pictures" for model in self.models.values()):
             raise ValueError("guidance has no effect on folders of pictures; leave it out")

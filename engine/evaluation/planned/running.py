@@ -32,8 +32,8 @@ from ..extract import extract_set
 from ..picture_set import PictureSet, Stages, digest
 from ..results import Row
 from ..table import ResultsTable
-from .candidates import Candidate, candidates
-from .drawing import DrawnPictures, class_prompts
+from .candidates import Candidate, candidates, is_kept
+from .drawing import DrawnPictures, class_prompts, mixed
 from .folders import PromptedFolder
 from .measuring import Features, Found, Sides, Wanted, measured, scored, template
 from .recipe import (
@@ -47,6 +47,7 @@ from .recipe import (
 from .scoring import score_set, scores_key, stated
 from .screening import promoted
 
+SHOWN_SIDE = 256  # of pictures on the page that come in several sizes, pixels
 LOOK_S = 30  # between two looks at the checkpoints of models that are being trained
 
 
@@ -135,7 +136,6 @@ class Plan:
         return {
             "table": str(self.table.folder),
             "candidates": [candidate.title for candidate in reported],
-            "seen": [candidate.title for candidate in seen],
             "images_per_second": self.rates,
         }
 
@@ -165,10 +165,10 @@ class Plan:
         return [Candidate.of(self.recipe, *one) for one in told]
 
     def _is_kept(self, candidate: Candidate) -> bool:
-        """Whether its checkpoint is still there: a run that is being trained drops old ones."""
+        """Whether its checkpoint is still there, as rank 0 sees it."""
         if self.recipe.watch_minutes is None:
             return True
-        kept = candidate in candidates(self.recipe) if self._leads else True
+        kept = is_kept(candidate) if self._leads else True
         if self.world is not None:
             kept = exchange(self.world, "whether it is kept", kept, FOREVER_S)[0]
         if not kept:
@@ -205,7 +205,7 @@ class Plan:
                 f"data_sets.{name} has prompts and no real pictures, which {first} needs; evaluate"
                 " it in a plan of its own, with metrics of drawn pictures alone"
             )
-        prompts = opened.prompts(limit=config.prompts)
+        prompts = opened.prompts()
         if prompts is None:
             classes = real.classes if real is not None else ()
             drawing = [model for model, of in recipe.models.items() if of.kind != "pictures"]
@@ -215,7 +215,7 @@ class Plan:
                     f" {drawing[0]} is to draw; name a data set that has, or folders of pictures"
                 )
             prompts = class_prompts(name, classes)
-        return _Set(name, opened, real, prompts)
+        return _Set(name, opened, real, mixed(prompts, config.prompts))
 
     def _extract_real(self, one: _Set) -> None:
         if one.real is None:
@@ -289,13 +289,20 @@ class Plan:
     def _show(self, candidate: Candidate, one: _Set, drawn: PictureSet) -> None:
         """Remember the first pictures for the page."""
         count = min(self.recipe.shown, len(one.prompts), len(drawn))
-        ids = [prompt.id for prompt in one.prompts.prompts[:count]]
-        known = isinstance(drawn, DrawnPictures) or drawn.knows_prompts
-        if count and known and [prompt.id for prompt in drawn.asked(0, count)] == ids:
-            images = np.asarray(drawn.read(0, count, Stages()).images)
-            texts = [prompt.text for prompt in one.prompts.prompts[:count]]
-            shown = self.shown.setdefault(one.name, Shown(one.name, texts, {}))
-            shown.pictures[candidate.title] = images
+        if not count or not (isinstance(drawn, DrawnPictures) or drawn.knows_prompts):
+            return
+        wanted = one.prompts.prompts[:count]
+        places: dict[str, int] = {}
+        for place, prompt in enumerate(drawn.asked(0, len(drawn))):
+            places.setdefault(prompt.id, place)
+        if not all(prompt.id in places for prompt in wanted):
+            return
+        chosen = [places[prompt.id] for prompt in wanted]
+        images = [np.asarray(drawn.read(at, at + 1, Stages()).images[0]) for at in chosen]
+        if len({image.shape for image in images}) > 1:
+            images = [Form(SHOWN_SIDE).array(image) for image in images]
+        shown = self.shown.setdefault(one.name, Shown(one.name, [p.text for p in wanted], {}))
+        shown.pictures[candidate.title] = np.stack(images)
 
     def _say_what_is_short(self, one: _Set, count: int) -> None:
         """Warn, once a data set, of figures that have too few pictures to be worth much."""

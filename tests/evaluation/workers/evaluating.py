@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,19 +91,22 @@ def plan(path: str, root: str, world: distributed.World, name: str | None = None
 
 
 def die_at(number: int) -> None:
-    """SIGKILL at a rename: nothing is cleaned up, as when the machine's memory ran out."""
-    rename, done = os.replace, 0
+    """SIGKILL where a file gets its name: nothing is cleaned up, as when memory ran out."""
+    done = 0
 
-    def counted(*paths: Path) -> None:
-        nonlocal done
-        done += 1
-        if done == number and number % 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*paths)
-        if done == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def counted(names: Callable) -> Callable:
+        def name(*paths: Path) -> None:
+            nonlocal done
+            done += 1
+            if done == number and number % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            names(*paths)
+            if done == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = counted
+        return name
+
+    os.replace, os.link = counted(os.replace), counted(os.link)
 
 
 def main(verb: str, *words: str) -> None:
