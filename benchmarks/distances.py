@@ -15,8 +15,9 @@ A rival's further checkpoint has the real side's mean and covariance ready. `ful
 `deficient` 1,500, fewer than dimensions; `from covariances` leaves the covariances of both sides
 out of everyone's time. Neighbours: k = 5, all four values; a further set for ours has the real
 side's own neighbours ready. Providers take turns in every round. A row has medians of the wall's
-time and of the processor's, and the memory above what was held before: the largest resident set of
-a process of its own that runs the provider once, less that with the inputs made.
+time and of the processor's, and the memory above what was held before: the largest resident set
+while a process of its own runs the provider, less that with the inputs made (on Linux, where the
+mark of the largest can be set back).
 """
 
 import argparse
@@ -137,23 +138,32 @@ def measure(cases: dict[str, Run], rounds: int) -> dict[str, dict]:
     }
 
 
-# A process of its own for each provider: a largest resident set never falls again.
+# The largest resident set so far, in bytes; `reset` makes the present one the largest.
+RESIDENT = """
+def resident(reset=False):
+    if reset:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    with open("/proc/self/status") as file:
+        (line,) = [line for line in file if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+"""
+# A process of its own for each provider, so that nobody's allocator holds another's memory.
 ALONE = """
-import json, resource, sys, time
+import json, sys, time
 import torch
+{resident}
 torch.set_num_threads(int(sys.argv[2]))
 real, generated = torch.load(sys.argv[1])
 x, y = real.numpy(), generated.numpy()
 {start}
-held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rounds = []
+held, rounds = resident(reset=True), []
 for _ in range(int(sys.argv[3])):
     real.add_(0), generated.add_(0)  # nothing of an earlier round is known
     begun, used = time.perf_counter(), time.process_time()
     {run}
     rounds.append((time.perf_counter() - begun, time.process_time() - used))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({{"bytes_above": 1024 * (peak - held), "rounds": rounds,
+print(json.dumps({{"bytes_above": resident() - held, "rounds": rounds,
                    "value": {{k: float(v) for k, v in value.items()}}}}))
 """
 STARTS = {
@@ -168,7 +178,7 @@ def neighbours_alone(provider: str, python: str, folder: Path, rounds: int) -> d
     if not path.exists():
         torch.save([features(ROWS["full"], seed) for seed in (1, 2)], path)
     start, run = STARTS[provider]
-    code = ALONE.format(start=start, run=run)
+    code = ALONE.format(resident=RESIDENT, start=start, run=run)
     command = [python, "-c", code, str(path), str(torch.get_num_threads()), str(rounds)]
     made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     found = json.loads(made.stdout.strip().splitlines()[-1])
@@ -186,12 +196,13 @@ def neighbours_alone(provider: str, python: str, folder: Path, rounds: int) -> d
 def peak_of(setting: str, provider: str) -> int:
     """Bytes above the inputs that one provider's first Fréchet distance takes, in a process."""
     code = (
-        "import resource, warnings; warnings.simplefilter('ignore')\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        f"{RESIDENT}\n"
         "from benchmarks import distances as d\n"
         f"sides = [d.features({ROWS[setting]}, seed) for seed in (1, 2)]\n"
-        "held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "held = resident(reset=True)\n"
         f"d.first({provider!r}, *sides)\n"
-        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held))\n"
+        "print(resident() - held)\n"
     )
     command = [sys.executable, "-c", code]
     made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
