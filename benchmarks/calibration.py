@@ -140,11 +140,16 @@ def _row(
         "below": round(float((high < truth).mean()), 4),
         "mean_width": round(float((high - low).mean()), 6),
         # Against the width that knowing the spread would give.
-        "relative_width": round(float(np.median(high - low) / (3.92 * value.std(ddof=1))), 3),
+        "relative_width": _ratio(np.median(high - low), 3.92 * value.std(ddof=1)),
         "false_different": round(float((p_value < 0.05).mean()), 4),
-        "relative_error_of_difference": round(float(np.median(error) / apart.std(ddof=1)), 3),
+        "relative_error_of_difference": _ratio(np.median(error), apart.std(ddof=1)),
         "seconds": round(seconds, 1),
     }
+
+
+def _ratio(one: float, other: float) -> float | None:
+    """None for a figure that never changes, as a precision of 1."""
+    return round(float(one / other), 3) if other > 0 else None
 
 
 def main(words: list[str] | None = None) -> None:
@@ -162,8 +167,8 @@ def main(words: list[str] | None = None) -> None:
             print(
                 f"{row['family']:15} {row['figure'][:28]:28} {setting.name:6} n={setting.rows} "
                 f"d={setting.dim} covers {row['coverage']:.3f} (-{row['above']:.3f} "
-                f"+{row['below']:.3f}), width {row['relative_width']:.2f}, false different "
-                f"{row['false_different']:.3f}, error {row['relative_error_of_difference']:.2f}, "
+                f"+{row['below']:.3f}), width {row['relative_width']}, false different "
+                f"{row['false_different']:.3f}, error {row['relative_error_of_difference']}, "
                 f"{row['seconds']:.0f} s",
                 flush=True,
             )
