@@ -33,7 +33,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.case import ROOT, hash_of
-from benchmarks.extraction import sources, used, write_for_peers, write_jpegs
+from benchmarks.extraction import PRELUDE, sources, used, write_for_peers, write_jpegs
 from etude.core.log import Log
 from etude.core.run import Run
 from etude.evaluation.planned.recipe import PlanRecipe
@@ -42,21 +42,12 @@ from etude.evaluation.planned.running import Plan
 WARM = "warm"  # drawn like the others; its evaluation makes the real side known
 
 # Run by the peers' Python: provider, root of the folders, checkpoints, weights, batch.
-PEER = """
-import json, resource, sys, time, warnings
-from importlib.metadata import version
-import torch
-warnings.simplefilter("ignore")
-library = torch.library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+PEER = (
+    PRELUDE
+    + """
 from torch_fidelity import calculate_metrics
 provider, root, checkpoints, weights, batch = sys.argv[1:]
 cached = provider == "torch-fidelity, cached"
-
-def used():
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in both)
 
 def measure(folder, **metrics):
     return calculate_metrics(
@@ -83,6 +74,7 @@ print(json.dumps({"wall_s": wall, "cpu_s": cpu, "threads": torch.get_num_threads
                   "precision": {n: f["precision"] for n, f in found.items()},
                   "recall": {n: f["recall"] for n, f in found.items()}}))
 """
+)
 
 
 def recipe(root: Path, store: Path, names: list[str], given: argparse.Namespace, **changes):

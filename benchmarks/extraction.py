@@ -64,8 +64,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16"},
 }
 
-# Run by the peers' Python: name, folder, weights, TorchScript archive, batch. One line of JSON.
-PEER = """
+# How a script for the peers' Python begins: torchvision without its operators, CPU-seconds.
+PRELUDE = """
 import json, resource, sys, time, warnings
 from importlib.metadata import version
 import torch
@@ -73,12 +73,16 @@ warnings.simplefilter("ignore")
 library = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
     library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-name, folder, weights, archive, batch = sys.argv[1:]
 
 def used():
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in both)
-
+"""
+# Name, folder, weights, TorchScript archive, batch. One line of JSON.
+PEER = (
+    PRELUDE
+    + """
+name, folder, weights, archive, batch = sys.argv[1:]
 if name == "torch-fidelity":
     from torch_fidelity import utils
     network = utils.create_feature_extractor(
@@ -113,6 +117,7 @@ print(json.dumps({"count": len(found), "wall_s": wall, "cpu_s": cpu, "batch": in
                   "threads": torch.get_num_threads(), "version": version(name),
                   "mean": found.double().mean(0)[:64].tolist()}))
 """
+)
 
 
 def write_jpegs(
