@@ -138,15 +138,21 @@ def pairs_table(found: list[Verdict | UserError]) -> tuple[list[str], list[list[
 
 
 def figures_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: a candidate a row, a figure a column, all pictures together."""
+    """Columns and rows: a candidate a row, a figure a column, all pictures together.
+
+    Pictures of several seeds, where plans share a table, have rows of their own.
+    """
     rows = [row for row in results.rows if not row.group]
     figures = list(dict.fromkeys(_figure(row) for row in rows))
+    several = len({row.seed for row in rows}) > 1
     found: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        who = _model(row), _checkpoint(row), _scale(row), row.data_set, f"{row.n_generated:,}"
-        found.setdefault(who, {})[_figure(row)] = _shown_value(row)
-    columns = ["model", "checkpoint", "guidance", "data set", "pictures", *figures]
-    return columns, [
+        who = [_model(row), _checkpoint(row), _scale(row), row.data_set, f"{row.n_generated:,}"]
+        who += [str(row.seed)] if several else []
+        found.setdefault(tuple(who), {})[_figure(row)] = _shown_value(row)
+    columns = ["model", "checkpoint", "guidance", "data set", "pictures"]
+    columns += ["seed"] if several else []
+    return [*columns, *figures], [
         [*who, *(values.get(figure, "") for figure in figures)] for who, values in found.items()
     ]
 

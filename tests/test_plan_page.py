@@ -12,7 +12,7 @@ from etude.evaluation.results import Results, Row
 from etude.metrics.figures import mean_of_scores
 from etude.metrics.intervals import IntervalConfig
 from etude.page import Page
-from etude.planning import in_words, judged, pairs_table, show_plan, words_of_ids
+from etude.planning import figures_table, in_words, judged, pairs_table, show_plan, words_of_ids
 from etude.training import Look
 
 
@@ -47,6 +47,17 @@ def test_the_table_of_pairs_has_the_best_of_every_figure_and_says_what_it_leaves
     # All pairs fit, and words tell those of three models.
     assert "left out" not in pairs_table(judged(scored(20, "one"), IntervalConfig()))[2]
     assert pairs_table(judged(scored(3, "one"), IntervalConfig()))[1] == []
+
+
+def test_pictures_of_two_seeds_have_two_rows() -> None:
+    one = scored(2, "one").rows
+    columns, rows = figures_table(Results(one))
+    assert columns == ["model", "checkpoint", "guidance", "data set", "pictures", "one"]
+    assert len(rows) == 2
+    other = [replace(row, seed=7, value=row.value + 1.0) for row in one]
+    columns, rows = figures_table(Results((*one, *other)))
+    found = {(row[0], row[columns.index("seed")]): row[-1] for row in rows}
+    assert len(rows) == 4 and found["model 0", "0"] != found["model 0", "7"]
 
 
 def test_rows_that_do_not_compare_are_said_once() -> None:
