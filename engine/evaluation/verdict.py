@@ -173,9 +173,14 @@ def refuse_unlike(rows: Iterable[Row]) -> None:
             found.setdefault(getattr(row, name), row)
         if len(found) > 1:
             shown = "; ".join(_first([f"{value} ({_title(row)})" for value, row in found.items()]))
+            files = " and ".join(f"{value}.json" for value in list(found)[:2])
+            where = (
+                f" (the table's protocols/ {files} say what differs)" if what == "protocols" else ""
+            )
             raise UserError(
                 f"rows of {rows[0].metric} on {rows[0].data_set} have different {what} and cannot "
-                f"be compared: {shown}; evaluate all models the same way, or choose among the rows"
+                f"be compared: {shown}; evaluate all models the same way{where}, or choose among "
+                "the rows"
             )
 
 

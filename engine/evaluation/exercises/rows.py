@@ -175,6 +175,8 @@ def refuse_mixture(figure: Figure, where: str, rows: list[Row], *, groups: bool 
             remedy = "evaluate both the same way"
             if name == "n_generated" and not groups:
                 remedy += " or choose with n_generated=COUNT"
+            if name == "protocol":
+                remedy += f" (the table's protocols/{a}.json and {b}.json say what differs)"
             raise UserError(
                 f"{figure.name} on {where} cannot be compared: {_who(one)} has "
                 f"{words.format(a)} and {_who(two)} {words.format(b)}; {remedy}"
