@@ -237,8 +237,10 @@ def _verdict(
         for pair, one in found.items()
         if one.adjusted_p_value is None or one.adjusted_p_value > 1.0 - config.level
     )
-    several = all(len(side.runs) > 1 for side in sides)
-    wanted = {} if several else {pair: _wanted(found[pair], ranked[0], level) for pair in alike}
+    several = {side.title for side in sides if len(side.runs) > 1}
+    # Where training runs count on both sides, more pictures do not tell models apart.
+    by_pictures = [pair for pair in alike if not several.issuperset(pair)]
+    wanted = {pair: _wanted(found[pair], ranked[0], level) for pair in by_pictures}
     verdict = Verdict(
         rows[0].metric,
         rows[0].features,

@@ -147,6 +147,21 @@ def test_training_runs_enter_as_random_effects() -> None:
     assert alone.standard_error < found.standard_error / 3
 
 
+def test_pictures_are_asked_for_only_where_they_would_help() -> None:
+    """Two models of two runs each, whose runs scatter, beside one of a single run."""
+    made = [
+        (row(model, training_seed=run), scores(10 * run + place, shift))
+        for place, model in enumerate("ab")
+        for run, shift in ((0, -0.5), (1, 0.5))
+    ]
+    made.append((row("c", training_seed=0), scores(77, 0.01)))
+    (verdict,) = verdicts(results(*made), "CLIPScore", data_set="coco", config=CONFIG)
+    runs = next(pair for pair in verdict.alike if set(pair) == {"a", "b"})
+    assert runs not in verdict.wanted
+    assert "more training runs would narrow this" in str(verdict)
+    assert verdict.wanted and all("c" in pair for pair in verdict.wanted)
+
+
 def test_equal_runs_leave_the_noise_of_pictures() -> None:
     # Without an effect of the run, S^2 / K alone would forget what all runs share: the pictures.
     shared = scores(40)

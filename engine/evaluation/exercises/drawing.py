@@ -238,7 +238,7 @@ def name_rows(axes: Any, names: Sequence[str]) -> None:
     axes.grid(False, axis="y")
 
 
-def cut(name: str, most: int = 34) -> str:
+def cut(name: str, most: int = 56) -> str:
     """A name that fits beside a panel; its middle is left out where it is long."""
     if name.startswith("_"):
         name = f" {name}"  # matplotlib keeps labels that begin with "_" out of legends

@@ -278,7 +278,7 @@ def _intervals(names: list[str], columns: list[Column], found: list[dict]) -> Pl
                 continue
             own = [e for e in found if e["column"] == shown[place].name]
             _rank_panel(panel, [own[k] for k in order])
-            panel.set_title(drawing.cut(shown[place].name))
+            panel.set_title(drawing.cut(shown[place].name, 34))
             drawing.name_rows(panel, [names[k] for k in order])
             panel.set_xlim(0.5, len(names) + 0.5)
             panel.set_xticks(range(1, len(names) + 1) if len(names) <= 10 else [1, len(names)])
