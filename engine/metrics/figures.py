@@ -64,12 +64,14 @@ def measure(
             ),
         )
         fewest = min(int(side.sum(1).min()) for side in split if side.shape[1])
-        if fewest < metric.least(options, HALF):
-            pass  # of a half the figure says nothing: the value stands without an interval
-        elif metric.influences is not None and _is_large(pair):
-            drawn = _by_influence(pair, metric, split, values)
-        else:
-            drawn = metric.values(pair, HALF, *split)
+        by_influence = metric.influences is not None and _is_large(pair)
+        # Where a half says nothing of the figure, its value stands without an interval.
+        if fewest >= metric.least(options, HALF):
+            drawn = (
+                _by_influence(pair, metric, split, values)
+                if by_influence
+                else metric.values(pair, HALF, *split)
+            )
     drawn_by = _drawn_by(pair.generated_labels, pair.generated_prompts, len(pair.generated))
     return {
         name: Estimate(
