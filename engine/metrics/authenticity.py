@@ -9,12 +9,11 @@ Higher is better. With pictures of another set than the generator was trained on
 copying. Neighbours that subsets need are listed as in prdc.py.
 """
 
-import numpy as np
 import torch
 
 from etude.kernels import nearest_neighbours
 
-from .prdc import Neighbours, enough, own_neighbours
+from .prdc import Neighbours, enough, few_subsets, own_neighbours
 from .registry import Pair, Values, metric
 
 
@@ -24,17 +23,18 @@ def authentic(generated: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
     return across.distance[:, 0] > own.distance[across.row[:, 0], 0]
 
 
-@metric("authenticity", features="inception", better="higher", kind="local", at_least=0.0)
+@metric("authenticity", features="inception", better="higher", kind="concentrated", at_least=0.0)
 def authenticity(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """AuthPct of R pairs of subsets of training and generated pictures, in percent."""
     across, own = _listed(pair.generated, pair.real, share)
+    kept_x, kept_y = (kept.to(own.row.device).T.contiguous() for kept in (real, generated))
     found = []
-    for kept_x, kept_y in zip(real.to(own.row.device), generated.to(own.row.device), strict=True):
-        nearest, radius = _first(across, kept_x), own.radius(kept_x, 1)
-        far = across.distance.gather(1, nearest[:, None])[:, 0]
-        train = across.row.gather(1, nearest[:, None])[:, 0]
-        found.append(100.0 * float((far > radius[train])[kept_y].double().mean()))
-    return {"AuthPct": np.array(found)}
+    for some in few_subsets(max(map(len, (kept_x, kept_y))), len(real)):
+        place = across.places(kept_x[:, some], 1)
+        train, far = across.row.gather(1, place), across.distance.gather(1, place)
+        true = (far > own.radii(kept_x[:, some], 1).gather(0, train)) & kept_y[:, some]
+        found.append(true.sum(0).double() / kept_y[:, some].sum(0))
+    return {"AuthPct": 100.0 * torch.cat(found).cpu().numpy()}
 
 
 def _listed(
@@ -48,9 +48,3 @@ def _listed(
         Neighbours(*nearest_neighbours(generated, train, k=listed)),
         own_neighbours(train, listed),
     )
-
-
-def _first(listed: Neighbours, kept: torch.Tensor) -> torch.Tensor:
-    """Position of the first kept neighbour of every row; the last where none is kept."""
-    none_yet = kept[listed.row].cumsum(1) == 0
-    return none_yet.sum(1).clamp_max(listed.row.shape[1] - 1)

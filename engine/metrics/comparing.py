@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from .estimates import Estimate, root_of_errors
-from .intervals import Interval, IntervalConfig, Spread, kind_of, proportion_scale, quantile
+from .intervals import Interval, IntervalConfig, Spread, kind_of, quantile
 
 POWER = 0.8
 
@@ -116,7 +116,8 @@ def needed(value: float, error: float, count: int, level: float = 0.95) -> int |
 
     Assumes that the true difference is the one measured, that its standard error falls as one over
     the root of the number of pictures, real and generated ones growing together, and a two-sided
-    test at 1 - level. None where the difference measured is 0 or its error is not known.
+    test at 1 - level. AuthPct of a collapsed model needs more, since its error falls more slowly.
+    None where the difference measured is 0 or its error is not known.
 
     Args:
         value, error: the difference and its standard error with `count` pictures a side.
@@ -133,13 +134,5 @@ def _error_of_same(terms: Sequence[tuple[float, Estimate]]) -> Error:
         errors = sum(weight * estimate.errors for weight, estimate in terms)
         return Error(root_of_errors(errors), len(errors) - 1)
     kind = kind_of(terms[0][1].name, terms[0][1].kind)
-    half, middle, units = 0.0, 0.0, math.inf
-    for weight, estimate in terms:
-        spread, scale = estimate.spread, 1.0
-        if kind == "share":
-            scale = proportion_scale(estimate.name, estimate.value, estimate.drawn, estimate.count)
-        half = half + weight * scale * spread.half
-        middle = middle + weight * spread.middle
-        units = min(units, spread.units)
-    spread = Spread(half, middle, units)
+    spread = Spread.sum([(weight, estimate.spread) for weight, estimate in terms])
     return Error(spread.variance(kind) ** 0.5, spread.degrees(kind))

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .intervals import HALF, Interval, IntervalConfig, Kind, Spread, interval, quantile
+from .intervals import (
+    HALF,
+    QUARTER,
+    Interval,
+    IntervalConfig,
+    Kind,
+    Spread,
+    interval,
+    quantile,
+)
 
 
 @dataclass(frozen=True)
@@ -22,8 +31,9 @@ class Estimate:
     """A figure of a set of pictures.
 
     Attributes:
-        replicates: {0.5: (2 R,) float64}, the values on R random halves, then on their complements;
-            empty where nothing is known of the error.
+        replicates: {0.5: (2 R,) float64}, the values on R random halves, then on their complements,
+            and where the kind asks for them {0.25: (4 R,)} on the quarters; empty where nothing is
+            known of the error.
         kind: as in `registry.Metric`.
         at_least, at_most: the smallest and the largest value that the figure can have.
         count: for a proportion, the rows that it is a share of; else 0.
@@ -53,7 +63,14 @@ class Estimate:
     @property
     def spread(self) -> Spread:
         """What the halvings say of its error."""
-        return Spread.of(self.value, self.drawn, self.units)
+        return Spread.of(
+            self.value,
+            self.drawn,
+            self.units,
+            self.replicates.get(QUARTER),
+            name=self.name,
+            count=self.count,
+        )
 
     def interval(self, config: IntervalConfig) -> Interval:
         """The interval for the expected value of the figure at this number of pictures."""
@@ -74,6 +91,7 @@ class Estimate:
             kind=self.kind,
             count=self.count,
             units=self.units,
+            quarters=self.replicates.get(QUARTER),
             at_least=self.at_least,
             at_most=self.at_most,
         )

@@ -16,7 +16,7 @@ both means the variance. L is shrunk to that, by no more than 2^(1/2): a standar
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ import torch
 from etude.core.errors import UserError
 
 from .estimates import Estimate
-from .intervals import HALF, IntervalConfig, halves
-from .registry import METRICS, Metric, Pair
+from .intervals import HALF, QUARTER, IntervalConfig, halves, quarters
+from .registry import METRICS, Metric, Pair, Values
 
 _FEW_DIMENSIONS, _FEW_ROWS = 64, 256  # up to which halves are computed as they are
 _OF_REAL = ("recall", "coverage")
@@ -49,35 +49,14 @@ def measure(
     if there < least:
         raise UserError(f"{metric.name} needs {least} pictures on each side and has {there}")
     values = metric.values(pair, 1.0, *pair.everything())
-    drawn: dict[str, np.ndarray] = {}
     units = _units(pair, metric)
-    if config.replicates and units > 1:
-        split = (
-            halves(len(pair.real), config.replicates, seed, 0, pair.real_labels),
-            halves(
-                len(pair.generated),
-                config.replicates,
-                seed,
-                1,
-                pair.generated_labels,
-                pair.generated_prompts,
-            ),
-        )
-        fewest = min(int(side.sum(1).min()) for side in split if side.shape[1])
-        by_influence = metric.influences is not None and _is_large(pair)
-        # Where a half says nothing of the figure, its value stands without an interval.
-        if fewest >= metric.least(options, HALF):
-            drawn = (
-                _by_influence(pair, metric, split, values)
-                if by_influence
-                else metric.values(pair, HALF, *split)
-            )
+    drawn = _on_subsets(pair, metric, config, seed, values) if units > 1 else {}
     drawn_by = _drawn_by(pair.generated_labels, pair.generated_prompts, len(pair.generated))
     return {
         name: Estimate(
             name,
             float(value[0]),
-            {HALF: np.asarray(drawn[name], np.float64)} if drawn else {},
+            {share: np.asarray(found[name], np.float64) for share, found in drawn.items()},
             kind=metric.kind,
             count=len(pair.real) if name in _OF_REAL else len(pair.generated),
             units=units,
@@ -86,6 +65,35 @@ def measure(
         )
         for name, value in values.items()
     }
+
+
+def _on_subsets(
+    pair: Pair, metric: Metric, config: IntervalConfig, seed: int, values: Values
+) -> dict[float, Values]:
+    """Values on halves, and on quarters where the kind of figure needs them, by share of rows.
+
+    Empty where a half says nothing of the figure: its value then stands without an interval.
+    """
+
+    def split(into: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        labels, prompts = pair.generated_labels, pair.generated_prompts
+        return (
+            into(len(pair.real), config.replicates, seed, 0, pair.real_labels),
+            into(len(pair.generated), config.replicates, seed, 1, labels, prompts),
+        )
+
+    def suffices(sides: tuple[torch.Tensor, torch.Tensor], share: float) -> bool:
+        fewest = min(int(side.sum(1).min()) for side in sides if side.shape[1])
+        return fewest >= metric.least(pair.options_as(metric.options), share)
+
+    if not config.replicates or not suffices(sides := split(halves), HALF):
+        return {}
+    if metric.influences is not None and _is_large(pair):
+        return {HALF: _by_influence(pair, metric, sides, values)}
+    drawn = {HALF: metric.values(pair, HALF, *sides)}
+    if metric.kind == "concentrated" and suffices(sides := split(quarters), QUARTER):
+        drawn[QUARTER] = metric.values(pair, QUARTER, *sides)
+    return drawn
 
 
 def mean_of_scores(

@@ -15,6 +15,12 @@ the figure is. What follows for n pictures depends on the kind of figure.
 that of T = (A + B) / 2 - D whose parts have little in common. For a proportion it is E L^2 alone,
 scaled from p (1 - p) of the halves' to that of the whole's.
 
+"concentrated": proportions that may hang on a few rows of the other side, as AuthPct of a collapsed
+model does on the training pictures beside it. More pictures find more such rows only slowly, and
+the variance falls as n^-g with g < 1, over n / 4, n / 2 and n alike. Every half is halved again:
+with Q half of the difference of its two quarters E Q^2 = Var(figure of n / 4 pictures) / 2, and the
+variance is E L^2 (2 E L^2 / E Q^2), the last factor at least 1, and at most the 2 of g = 0.
+
 "smooth": functions of moments, of all pairs. With the Hoeffding parts a of first and c of second
 order E L^2 = a + 2 c and Var D = c, so the variance a + c is E L^2 - Var D. (The difference is
 minus the covariance of A and B, for a U-statistic without bias at any order: Wang and Lindsay 2014,
@@ -37,7 +43,8 @@ benchmarks/calibration.py and, shortly, in tests/metrics/test_intervals.py.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Self
 
 import numpy as np
@@ -50,9 +57,9 @@ from etude.core.rng import Stream, bits
 
 # Shares of rows, and what a share of one is called.
 PROPORTIONS = {"precision": 1.0, "recall": 1.0, "coverage": 1.0, "AuthPct": 100.0}
-HALF = 0.5
+HALF, QUARTER = 0.5, 0.25
 FEWEST = 10  # halvings from which a variance can be told
-Kind = Literal["smooth", "local", "distance", "share"]
+Kind = Literal["smooth", "local", "distance", "share", "concentrated"]
 
 
 class IntervalConfig(Config):
@@ -108,23 +115,63 @@ class Spread:
         half: L (R,) float64, half of the differences of the two halves.
         middle: D (R,) float64, means of the two halves less the figure of all pictures.
         units: independent pictures, or prompts, of the side that has fewer.
+        quarter: Q (2 R,) float64, half of the differences of the two quarters of every half; (0,)
+            where nothing was measured on quarters.
     """
 
     half: np.ndarray
     middle: np.ndarray
     units: float = math.inf
+    quarter: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
-    def of(cls, value: float, halves: np.ndarray, units: float = math.inf) -> "Spread":
-        """From the figure's values (2 R,) on R halves, then on their complements."""
+    def of(
+        cls,
+        value: float,
+        halves: np.ndarray,
+        units: float = math.inf,
+        quarters: np.ndarray | None = None,
+        *,
+        name: str = "",
+        count: int = 0,
+    ) -> "Spread":
+        """From the figure's values (2 R,) on R halves, then on their complements.
+
+        Args:
+            quarters: the values (4 R,) on the quarters, as `quarters` draws them.
+            name, count: as of `interval`; the differences of a proportion's values are scaled to
+                those that it would have at its own p (1 - p).
+        """
         one, other = np.split(np.asarray(halves, np.float64), 2)
-        return cls((one - other) / 2, (one + other) / 2 - value, units)
+        half, middle, quarter = (one - other) / 2, (one + other) / 2 - value, np.zeros(0)
+        if quarters is not None and len(quarters):
+            first, second, third, fourth = np.split(np.asarray(quarters, np.float64), 4)
+            quarter = np.concatenate([first - second, third - fourth]) / 2
+        if name in PROPORTIONS and len(half):
+            half = half * _scale(name, value, halves, count)
+            if len(quarter):
+                quarter = quarter * _scale(name, value, quarters, count)
+        return cls(half, middle, units, quarter)
+
+    @classmethod
+    def sum(cls, terms: Sequence[tuple[float, "Spread"]]) -> "Spread":
+        """Of a weighted sum of figures on the same halves."""
+        half, middle = (
+            sum(weight * getattr(spread, part) for weight, spread in terms)
+            for part in ("half", "middle")
+        )
+        units = min(spread.units for _, spread in terms)
+        if len({len(spread.quarter) for _, spread in terms}) > 1:
+            return cls(half, middle, units)
+        return cls(half, middle, units, sum(weight * spread.quarter for weight, spread in terms))
 
     def variance(self, kind: Kind) -> float:
         """The variance of the figure of all pictures."""
         total = float(np.mean(self.half**2))
         if kind == "share":
             return total
+        if kind == "concentrated":
+            return total * self.slowness()
         second = self.second_order()
         if kind == "local":
             return total + second
@@ -134,19 +181,27 @@ class Spread:
         """c, the variance of the part of second order, at most half of E L^2 where that is less."""
         return float(np.var(self.middle, ddof=1)) if len(self.middle) > 1 else 0.0
 
+    def slowness(self) -> float:
+        """2 E L^2 / E Q^2, between 1 (the variance falls as 1 / n) and 2 (it does not fall)."""
+        quarter = float(np.mean(self.quarter**2)) if len(self.quarter) else 0.0
+        if quarter == 0.0:
+            return 1.0
+        return min(max(2 * float(np.mean(self.half**2)) / quarter, 1.0), 2.0)
+
     def degrees(self, kind: Kind) -> float:
         """Degrees of freedom of `variance`, by the scatter of its terms over halvings.
 
         No more than units less one: of two prompts every halving is the same.
         """
         terms = self.half**2
-        if kind not in ("local", "share"):
+        if kind in ("smooth", "distance"):
             # Where a is 0 only c is left, and its own scatter counts.
             second = (self.middle - self.middle.mean()) ** 2
             terms = terms - second if terms.mean() > 2 * second.mean() else second
-        noise = float(np.var(terms, ddof=1)) / len(terms) if len(terms) > 1 else 0.0
-        scattered = 2 * float(terms.mean()) ** 2 / noise if noise > 0 else math.inf
-        return min(scattered, max(self.units - 1, 1))
+        noise = _noise(terms)
+        if kind == "concentrated" and len(self.quarter):
+            noise = 4 * noise + _noise(self.quarter**2)  # of the square of one over the other
+        return min(2 / noise if noise > 0 else math.inf, max(self.units - 1, 1))
 
 
 def halves(
@@ -162,35 +217,68 @@ def halves(
     A function of its arguments, so two figures of the same rows get the same halves.
 
     Args:
+        count, replicates, seed: how many rows, how many halvings, and what names them.
         side: 0 for real pictures, 1 for generated ones; their halves are independent.
         strata: (count,) int64, such as labels; each is halved. Pictures drawn with the classes in
             turn have no chance in how many there are of each, and halves must have none either.
         clusters: (count,) int64, such as the prompt of each picture; rows of one cluster stay
             together, and clusters are halved. Takes the place of strata.
     """
+    part = _parts(2, count, replicates, seed, side, strata, clusters)
+    return torch.cat([part == 0, part == 1])
+
+
+def quarters(
+    count: int,
+    replicates: int,
+    seed: int,
+    side: int = 0,
+    strata: torch.Tensor | None = None,
+    clusters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The halves of the same arguments halved again, (4 replicates, count) bool.
+
+    First the first quarters of all halvings, then the second ones; the first two are `halves`'s
+    halves and the last two their complements.
+    """
+    part = _parts(4, count, replicates, seed, side, strata, clusters)
+    return torch.cat([part == number for number in range(4)])
+
+
+def _parts(
+    parts: int,
+    count: int,
+    replicates: int,
+    seed: int,
+    side: int,
+    strata: torch.Tensor | None,
+    clusters: torch.Tensor | None,
+) -> torch.Tensor:
+    """In which of `parts` random parts each row is, (replicates, count) int64."""
     if clusters is not None:
         _, cluster = torch.unique(clusters.cpu(), return_inverse=True)
-        drawn = halves(int(cluster.max()) + 1 if count else 0, replicates, seed, side)
-        return drawn[:, cluster]
+        number = int(cluster.max()) + 1 if count else 0
+        return _parts(parts, number, replicates, seed, side, None, None)[:, cluster]
     position = np.arange(replicates, dtype=np.int64) + (side << 32)
     strata = torch.zeros(count, dtype=torch.int64) if strata is None else strata.cpu()
     _, stratum, sizes = torch.unique(strata, return_inverse=True, return_counts=True)
     number = len(sizes)
     words = bits(seed, Stream.HALF, position, count + number).astype(np.int64)
     of_rows, of_strata = torch.from_numpy(words).split([count, number], dim=1)
+    first = sizes.cumsum(0) - sizes
+    rank = torch.arange(count) - torch.repeat_interleave(first, sizes)
     # The running total is rounded, so that odd strata together lose no more than one row, over the
     # strata in random order, so that none of them always keeps the larger part.
     turn = of_strata.argsort(dim=1, stable=True)
-    ends = sizes[turn].cumsum(1) // 2
-    kept = torch.zeros(replicates, number, dtype=torch.int64)
-    kept.scatter_(1, turn, torch.diff(ends, dim=1, prepend=torch.zeros_like(ends[:, :1])))
-    first = sizes.cumsum(0) - sizes
-    rank = torch.arange(count) - torch.repeat_interleave(first, sizes)
-    chosen = rank < torch.repeat_interleave(kept, sizes, dim=1)
+    total = sizes[turn].cumsum(1)
+    chosen = torch.zeros(replicates, count, dtype=torch.int64)
+    for end in range(1, parts):
+        ends = total * end // parts
+        kept = torch.zeros(replicates, number, dtype=torch.int64)
+        kept.scatter_(1, turn, torch.diff(ends, dim=1, prepend=torch.zeros_like(ends[:, :1])))
+        chosen += rank >= torch.repeat_interleave(kept, sizes, dim=1)
     order = (of_rows + (stratum << 32)).argsort(dim=1, stable=True)
-    found = torch.zeros(replicates, count, dtype=torch.bool)
-    found.scatter_(1, order, chosen)
-    return torch.cat([found, ~found])
+    return torch.zeros(replicates, count, dtype=torch.int64).scatter_(1, order, chosen)
 
 
 def interval(
@@ -202,6 +290,7 @@ def interval(
     kind: Kind = "smooth",
     count: int = 0,
     units: float = math.inf,
+    quarters: np.ndarray | None = None,
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> Interval:
@@ -212,17 +301,16 @@ def interval(
             no row and every row, and has width where every half gives the same.
         drawn: the figure's values (2 R,) on halves and on their complements.
         count: for a proportion, the rows that it is a share of.
-        units: as of `Spread`.
+        units, quarters: as of `Spread.of`.
         at_least, at_most: the smallest and the largest value that the figure can have.
     """
     if not config.replicates or not len(drawn):
         return Interval(value, None, None, None, config.level, "none")
     kind = kind_of(name, kind)
-    spread = Spread.of(value, drawn, units)
+    spread = Spread.of(value, drawn, units, quarters, name=name, count=count)
     degrees = spread.degrees(kind)
     error, z = spread.variance(kind) ** 0.5, quantile(config.level, degrees)
-    if kind == "share":
-        error *= proportion_scale(name, value, drawn, count)
+    if name in PROPORTIONS:
         one = PROPORTIONS[name]
         low, high = (one * end for end in _score_interval(value / one, error / one, count, z))
     elif kind == "distance":
@@ -236,20 +324,13 @@ def interval(
 
 
 def kind_of(name: str, kind: Kind) -> Kind:
-    """The kind of one figure of a metric of that kind: proportions are "share"."""
-    return "share" if name in PROPORTIONS else kind
+    """The kind of one figure of a metric of that kind: "local" proportions are "share"."""
+    return "share" if name in PROPORTIONS and kind != "concentrated" else kind
 
 
 def quantile(level: float, degrees: float = math.inf) -> float:
     """Half the width of Student's central interval at `level`, in standard errors."""
     return float(stats.t.ppf((1 + level) / 2, degrees))
-
-
-def proportion_scale(name: str, value: float, drawn: np.ndarray, count: int) -> float:
-    """Root of p (1 - p) of a proportion over that of its values on halves (2 R,)."""
-    shares = (_shrunk(found / PROPORTIONS[name], count) for found in (value, float(drawn.mean())))
-    whole, half = (share * (1 - share) for share in shares)
-    return (whole / half) ** 0.5
 
 
 def proportion(value: float, count: int, config: IntervalConfig) -> Interval:
@@ -295,6 +376,22 @@ def _score_interval(share: float, error: float, count: int, z: float) -> tuple[f
     centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * (variance / rows + z * z / (4 * rows * rows)) ** 0.5
     return centre - half, centre + half
+
+
+def _scale(name: str, value: float, drawn: np.ndarray, count: int) -> float:
+    """Root of p (1 - p) of a proportion over that of its values on subsets."""
+    found = (value, float(np.mean(drawn)))
+    whole, part = (
+        share * (1 - share) for share in (_shrunk(v / PROPORTIONS[name], count) for v in found)
+    )
+    return (whole / part) ** 0.5
+
+
+def _noise(terms: np.ndarray) -> float:
+    """The relative variance of the mean of terms (R,)."""
+    if len(terms) < 2 or not terms.any():
+        return 0.0
+    return float(np.var(terms, ddof=1)) / len(terms) / float(terms.mean()) ** 2
 
 
 def _shrunk(share: float, count: int) -> float:

@@ -40,28 +40,32 @@ _MOST = 1_000_000  # pairs times subsets at a time
 
 @dataclass(frozen=True)
 class Neighbours:
-    """One set's own neighbours: distance (N, keep) float32 ascending and row (N, keep) int64."""
+    """Neighbours in one set of every row of that or another: distance (N, keep) float32 ascending
+    and row (N, keep) int64.
+    """
 
     distance: torch.Tensor
     row: torch.Tensor
 
-    def radius(self, kept: torch.Tensor, k: int) -> torch.Tensor:
-        """Distance to the k-th nearest kept row, (N,) float32; `kept` (N,) bool."""
-        return self.radii(kept[:, None], k)[:, 0]
-
     def radii(self, kept: torch.Tensor, k: int) -> torch.Tensor:
-        """The same of R subsets at once, (N, R); `kept` (N, R) bool.
-
-        Where fewer than k of the listed neighbours are kept the last listed distance stands in;
-        `enough` makes this rarer than one row in a hundred thousand.
+        """Distance to the k-th nearest kept row, (N, R) float32, of R subsets; `kept` (M, R) bool
+        of the M rows that neighbours are of.
         """
-        rank = torch.zeros(self.row.shape[0], kept.shape[1], dtype=torch.int16, device=kept.device)
-        position = torch.zeros_like(rank)
+        return self.distance.gather(1, self.places(kept, k))
+
+    def places(self, kept: torch.Tensor, k: int) -> torch.Tensor:
+        """Where in its list every row has its k-th kept neighbour, (N, R) int64; `kept` (M, R).
+
+        Where fewer than k of the listed neighbours are kept the last one stands in; `enough` makes
+        this rarer than one row in a hundred thousand.
+        """
+        shape = self.row.shape[0], kept.shape[1]
+        rank = torch.zeros(shape, dtype=torch.int16, device=kept.device)
+        place = torch.zeros_like(rank)
         for listed in self.row.T:
             rank += kept[listed]
-            position += rank < k
-        position = position.long().clamp_max(self.distance.shape[1] - 1)
-        return self.distance.gather(1, position)
+            place += rank < k
+        return place.long().clamp_max(self.distance.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Neighbourhoods:
             ):
                 i = i + start
                 owned = (i, j)[owner]
-                for some in _few_subsets(len(i), kept_x.shape[1]):
+                for some in few_subsets(len(i), kept_x.shape[1]):
                     within = distance[:, None] < radius[:, some][owned]
                     hits.add(i, j, some, within & kept_x[:, some][i] & kept_y[:, some][j])
         count_x, count_y = kept_x.sum(0), kept_y.sum(0)
@@ -173,8 +177,8 @@ class _Hits:
         return (self.of_generated > 0).sum(0).double()
 
 
-def _few_subsets(pairs: int, subsets: int) -> Iterator[slice]:
-    """Slices of the subsets, so that pairs times subsets stay few at a time."""
+def few_subsets(pairs: int, subsets: int) -> Iterator[slice]:
+    """Slices of the subsets, so that pairs, or rows, times subsets stay few at a time."""
     size = max(1, _MOST // max(pairs, 1))
     return (slice(start, start + size) for start in range(0, subsets, size))
 

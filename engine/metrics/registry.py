@@ -70,7 +70,8 @@ class Metric:
         better: "lower" or "higher", by figure where they differ.
         kind: "smooth" for functions of moments and of all pairs of rows, "distance" for those that
             are least where both sides are equal and grow as a square from there, "local" for
-            nearest neighbours; decides how intervals are made (intervals.py).
+            nearest neighbours, "concentrated" for shares of rows that may hang on a few rows of the
+            other side; decides how intervals are made (intervals.py).
         at_least: the smallest value that the figures can have.
         needs_real: False for what looks at generated pictures alone (its real side may be empty).
         options: the section of a recipe that holds its options.
@@ -81,7 +82,8 @@ class Metric:
         enough: (options, dimensions) -> the fewest pictures of a side that the figure is worth
             something with, and why.
         least: (options, share) -> the fewest pictures of a side that it can be computed of at all,
-            of the whole set (share 1) and of its halves, without which there is no interval.
+            of the whole set (share 1) and of its halves, without which there is no interval, and
+            quarters.
         check: given the name of features, `UserError` where the figure cannot be made of them.
     """
 
@@ -89,7 +91,7 @@ class Metric:
     values: Callable[[Pair, float, torch.Tensor, torch.Tensor], Values]
     features: str
     better: Literal["lower", "higher"] | Mapping[str, Literal["lower", "higher"]]
-    kind: Literal["smooth", "local", "distance"] = "smooth"
+    kind: Literal["smooth", "local", "distance", "concentrated"] = "smooth"
     at_least: float = -math.inf
     needs_real: bool = True
     options: type[Config] = NoOptions

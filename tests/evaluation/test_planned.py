@@ -169,7 +169,8 @@ def test_a_screen_promotes_and_marks_its_rows(digits, noisy, tmp_path) -> None:
         ({"models": {"f": {"kind": "pictures", "source": "F"}}}, "both choose and be reported"),
         ({"screen": {"metrics": ["frechet@pixels"]}}, "frechet@pixels, which is a metric: name"),
         ({"screen": {"seed": 0}}, "screen.seed is seed"),
-        ({"screen": None, "metrics": ["kid", "kid"]}, "names kid twice"),
+        ({"screen": None, "metrics": ["kid", "kid"]}, "names kid and kid,"),
+        ({"screen": None, "metrics": ["kid", "kid@inception"]}, "names kid and kid@inception,"),
     ],
 )
 def test_a_screen_or_list_that_would_mislead_is_refused(digits, noisy, tmp_path, changes, said):

@@ -6,6 +6,7 @@ number of trials to the nominal 90%. benchmarks/calibration.py is the long versi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -22,6 +23,7 @@ from etude.metrics.intervals import (
     interval,
     proportion,
     quantile,
+    quarters,
 )
 from etude.metrics.registry import METRICS, Pair
 
@@ -208,6 +210,59 @@ def test_strata_are_halved_and_clusters_stay_together() -> None:
     for first in range(20):
         assert torch.equal(split[:, first], split[:, first + 40])
     assert torch.equal(split.sum(1), torch.full((40,), 50))
+
+
+ROWS = torch.arange(103)
+
+
+@pytest.mark.parametrize("kind", ["strata", "clusters"])
+@pytest.mark.parametrize("group", [0 * ROWS, ROWS * 37 % 7, ROWS % 23, ROWS])
+def test_quarters_are_the_halves_halved(kind: str, group: torch.Tensor) -> None:
+    found = quarters(103, 50, seed=3, **{kind: group})
+    a, b, c, d = found.split(50)
+    assert torch.equal(a.int() + b.int() + c.int() + d.int(), torch.ones(50, 103).int())
+    assert torch.equal(torch.cat([a | b, c | d]), halves(103, 50, seed=3, **{kind: group}))
+    of_group = torch.stack([found[:, group == one].sum(1) for one in group.unique()], dim=1)
+    sizes = group.unique(return_counts=True)[1]
+    if kind == "clusters":
+        assert ((of_group == 0) | (of_group == sizes)).all()
+        of_group, sizes = (of_group > 0).sum(1, keepdim=True), torch.tensor([len(sizes)])
+    assert (of_group - sizes / 4).abs().max() < 1
+
+
+@pytest.mark.parametrize("falls", [0.0, 0.5, 1.0])
+def test_quarters_say_how_the_variance_falls(falls: float) -> None:
+    """Var(n) = n^-falls: half of the difference of two parts has half the variance of a part."""
+    rng, n = np.random.default_rng(8), 400
+    parts = {k: rng.normal(size=40_000) * ((n / k) ** -falls / 2) ** 0.5 for k in (2, 4)}
+    spread = Spread(parts[2], np.zeros(40_000), quarter=parts[4])
+    assert spread.variance("concentrated") == pytest.approx(n**-falls, rel=0.04)
+    # By the delta method, of a square of a mean of squares of normals over another.
+    few = Spread(parts[2][:100], np.zeros(100), quarter=parts[4][:200])
+    assert few.degrees("concentrated") == pytest.approx(2 / (4 * 2 / 100 + 2 / 200), rel=0.35)
+
+
+def test_the_error_of_a_concentrated_share_is_that_of_fresh_draws() -> None:
+    """A collapsed model's AuthPct hangs on the training pictures beside it, and falls slowly."""
+
+    def draw(rng: np.random.Generator) -> Pair:
+        train, drawn = (torch.from_numpy(rng.normal(size=(200, 8))) for _ in "ab")
+        return Pair(train, 0.4 * drawn + 0.5, "inception")
+
+    def share(pair: Pair) -> float:
+        own = torch.cdist(pair.real, pair.real).fill_diagonal_(torch.inf).min(1).values
+        distance, train = torch.cdist(pair.generated, pair.real).min(1)
+        return 100 * float((distance > own[train]).double().mean())
+
+    rng = np.random.default_rng(9)
+    deviation = np.std([share(draw(rng)) for _ in range(400)])
+    errors: dict[str, list[float]] = {"concentrated": [], "local": []}
+    for trial in range(30):
+        (found,) = measure(draw(rng), "authenticity", CONFIG, seed=trial).values()
+        for kind, of in errors.items():
+            of.append(replace(found, kind=kind).standard_error() ** 2)
+    assert np.mean(errors["concentrated"]) ** 0.5 == pytest.approx(deviation, rel=0.1)
+    assert np.mean(errors["local"]) ** 0.5 < 0.9 * deviation
 
 
 def test_a_proportion_has_wilsons_interval() -> None:

@@ -157,14 +157,24 @@ class PlanRecipe(Recipe):
             if self.screen.seed == self.seed:
                 raise ValueError("screen.seed is seed; pictures that choose must be other ones")
         asked = [m if isinstance(m, str) else m.metric for m in self.metrics]
-        double = next((one for one in asked if asked.count(one) > 1), None)
+        same: dict[str, list[str]] = {}
+        for spec in asked:
+            same.setdefault(_with_features(spec), []).append(spec)
+        double = next((specs for specs in same.values() if len(specs) > 1), None)
         if double is not None:
             raise ValueError(
-                f"metrics names {double} twice, whose figures would have one name; make two plans"
+                f"metrics names {' and '.join(double)}, whose figures would have one name; make two"
+                " plans"
             )
         if self.guidance and all(model.kind == "pictures" for model in self.models.values()):
             raise ValueError("guidance has no effect on folders of pictures; leave it out")
         return self
+
+
+def _with_features(spec: str) -> str:
+    """ "kid@inception" of "kid", whose features those are where nobody says which."""
+    known = "@" not in spec and spec in METRICS.names()
+    return f"{spec}@{METRICS.get(spec).features}" if known else spec
 
 
 def asked_metrics(recipe: PlanRecipe) -> list[MetricConfig]:
