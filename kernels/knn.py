@@ -147,7 +147,9 @@ class _Screen:
         norms = (self.row_norms, self.column_norms)
         # Also wrong where a number is not finite.
         self.fits = self.relative < 0.1 and all(bool((n <= _LARGEST).all()) for n in norms)
-        self.gram = torch.empty(min(_ROWS, len(self.x)) * min(_COLUMNS, len(self.y)))
+        self.gram = torch.empty(
+            min(_ROWS, len(self.x)) * min(_COLUMNS, len(self.y)), dtype=torch.float32
+        )
 
     @staticmethod
     def _around(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:

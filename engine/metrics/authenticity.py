@@ -13,12 +13,15 @@ import torch
 
 from etude.kernels import nearest_neighbours
 
-from .prdc import Neighbours, enough, few_subsets, own_neighbours
+from .checked import check_features
+from .hits import few_subsets
+from .prdc import Neighbours, enough, own_neighbours
 from .registry import Pair, Values, metric
 
 
 def authentic(generated: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
     """Which generated pictures (M, D) are no near copies of training pictures (N, D), (M,) bool."""
+    check_features(generated=generated, training=train)
     across, own = _listed(generated, train, 1.0)
     return across.distance[:, 0] > own.distance[across.row[:, 0], 0]
 

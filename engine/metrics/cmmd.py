@@ -15,6 +15,7 @@ import torch
 
 from etude.core.config import Config, option
 
+from .checked import check_features
 from .kernel_sums import discrepancies
 from .registry import Pair, Values, metric
 
@@ -36,6 +37,7 @@ def cmmd(
     sigma: float = 10.0,
 ) -> float:
     """CMMD of embeddings (N, D) and (M, D) of any length."""
+    check_features(2 if estimator == "unbiased" else 1, first=first, second=second)
     keep = torch.ones(1, len(first), dtype=torch.bool), torch.ones(1, len(second), dtype=torch.bool)
     options = CmmdOptions(estimator=estimator, sigma=sigma)
     return float(cmmd_of_subsets(first, second, *keep, options)[0])

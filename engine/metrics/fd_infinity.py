@@ -19,6 +19,7 @@ from etude.core.config import Config, option
 from etude.core.rng import Stream, bits
 
 from . import influences
+from .checked import check_features
 from .frechet import distances_of_subsets, frechet_name
 from .registry import Influences, Pair, Values, metric
 
@@ -33,6 +34,7 @@ def fd_infinity(
     real: torch.Tensor, generated: torch.Tensor, points: int = 15, *, warn: bool = True
 ) -> float:
     """The extrapolated distance of features (N, D) and (M, D)."""
+    check_features(2, real=real, generated=generated)
     keep = torch.ones(len(real), dtype=torch.bool), torch.ones(len(generated), dtype=torch.bool)
     smallest = int(sizes(len(generated), points)[0])
     if warn and smallest <= real.shape[1]:

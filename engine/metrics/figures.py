@@ -23,6 +23,7 @@ import torch
 
 from etude.core.errors import UserError
 
+from .checked import check_features
 from .estimates import Estimate
 from .intervals import HALF, QUARTER, IntervalConfig, halves, quarters
 from .registry import METRICS, Metric, Pair, Values
@@ -42,6 +43,7 @@ def measure(
     Raises:
         UserError: a side has fewer pictures than the metric needs (`Metric.least`).
     """
+    check_features(0, real=pair.real, generated=pair.generated)
     metric = METRICS.get(metric) if isinstance(metric, str) else metric
     options = pair.options_as(metric.options)
     least = metric.least(options, 1.0)

@@ -23,6 +23,7 @@ import torch
 from etude.core.config import Config
 
 from . import influences
+from .checked import check_features
 from .gaussians import Gaussian, Root, root_of_products, trace_root
 from .moments import Moments
 from .registry import Influences, Pair, Values, metric
@@ -78,6 +79,8 @@ def frechet_distance(
     Raises:
         ValueError: a side has fewer than two rows, or features that are not finite.
     """
+    sides = {"first": first, "second": second}
+    check_features(2, **{n: side for n, side in sides.items() if not isinstance(side, Moments)})
     return FrechetReference(first).measured(second, warn=warn)[0]
 
 

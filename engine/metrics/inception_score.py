@@ -16,6 +16,7 @@ from etude.core.config import Config, option
 from etude.core.errors import UserError
 from etude.core.rng import Stream, bits
 
+from .checked import check_features
 from .registry import Pair, Values, metric
 
 
@@ -31,6 +32,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, *, mixed: bool = Tru
     Args:
         mixed: parts are random ones, fixed by N; else consecutive rows, in the order given.
     """
+    check_features(given=logits)
     part = parts(len(logits), splits) if mixed else _consecutive(len(logits), splits)
     keep = torch.ones(1, len(logits), dtype=torch.bool)
     return float(score_of_subsets(logits, keep, part)[0])

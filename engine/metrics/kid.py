@@ -16,12 +16,14 @@ from etude.core.config import Config, option
 from etude.core.errors import UserError
 from etude.core.rng import Stream, bits
 
+from .checked import check_features
 from .kernel_sums import discrepancies
 from .registry import Pair, Values, metric
 
 
 def kid(first: torch.Tensor, second: torch.Tensor, block: int = 1024) -> float:
     """The unbiased KID of features (N, D) and (M, D), multiplied by nothing."""
+    check_features(2, first=first, second=second)
     keep = torch.ones(1, len(first), dtype=torch.bool), torch.ones(1, len(second), dtype=torch.bool)
     return float(kid_of_subsets(first, second, *keep, block=block)[0])
 

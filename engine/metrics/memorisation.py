@@ -11,6 +11,7 @@ import torch
 
 from etude.kernels import nearest_neighbours
 
+from .checked import check_features
 from .prdc import own_neighbours
 
 
@@ -39,6 +40,7 @@ class NearestPictures:
 
 def nearest_pictures(generated: torch.Tensor, train: torch.Tensor) -> NearestPictures:
     """Nearest training pictures of features (M, D) among (N, D); of equals, the first."""
+    check_features(generated=generated, training=train)
     distance, row = nearest_neighbours(generated, train)
     return NearestPictures(distance[:, 0], row[:, 0], own_neighbours(train, 1).distance[:, 0])
 

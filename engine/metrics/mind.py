@@ -18,6 +18,7 @@ import torch
 from etude.core.config import Config, option
 from etude.core.rng import Stream, normal
 
+from .checked import check_features
 from .registry import Pair, Values, metric
 
 _BLOCK = 64  # directions at a time
@@ -31,6 +32,7 @@ class MindOptions(Config):
 
 def mind(first: torch.Tensor, second: torch.Tensor, directions: int = 1000) -> float:
     """MIND of features (N, D) and (M, D)."""
+    check_features(first=first, second=second)
     keep = torch.ones(1, len(first), dtype=torch.bool), torch.ones(1, len(second), dtype=torch.bool)
     return float(mind_of_subsets(first, second, *keep, directions)[0])
 

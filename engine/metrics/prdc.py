@@ -16,26 +16,29 @@ equal.
 Every row lists its `keep` nearest in its own set, so that k of any subset's rows are among them,
 and only pairs inside the `keep`-th radius count. They are found for a block of real rows, counted
 for all subsets and let go, which makes replicates for an interval cheap: memory is O(N + M) a
-subset, and the pairs of one block. Those are few where the sets are alike; where one is spread much
-wider than the other, or has collapsed, its balls hold most of the other set, and a block has
-`_ROWS` x M of them.
+subset, and the pairs of one block. Those are few where the sets are alike. Where a sample of rows
+says that they are not, whole sets are counted without listing pairs, and subsets by levels in
+smaller blocks (hits.py).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from etude.core.config import Config, option
-from etude.kernels import nearest_neighbours, neighbour_pairs
+from etude.kernels import membership_counts, nearest_neighbours, neighbour_pairs
 
+from .checked import check_features
+from .hits import Hits, few_subsets, hits_of_levels
 from .registry import Pair, Values, metric
 from .remembered import remember
 
 Convention = Literal["prdc", "torch-fidelity"]
 _ROWS = 2048  # real rows in a block of pairs
-_MOST = 1_000_000  # pairs times subsets at a time
+_CELLS = 2_000_000  # pairs in a block of levels
+_SAMPLE, _CROWDED = 256, 0.05  # rows of either set that are asked, and which share of pairs is many
 
 
 @dataclass(frozen=True)
@@ -117,27 +120,12 @@ class Neighbourhoods:
         kept_x, kept_y = (
             keep.to(real.device).T.contiguous() for keep in (keep_real, keep_generated)
         )
-        radius_x, radius_y = (
-            _edge(side.radii(kept, self.k), self.closed)
-            for side, kept in ((self.real, kept_x), (self.generated, kept_y))
-        )
-        reach_x, reach_y = (
-            _edge(side.distance[:, -1], self.closed) for side in (self.real, self.generated)
-        )
-        inside = _Hits(len(real), len(generated), kept_x.shape[1], real.device)
-        beside = _Hits(len(real), len(generated), kept_x.shape[1], real.device)
-        for start in range(0, len(real), _ROWS):
-            rows = slice(start, start + _ROWS)
-            near_x, near_y = neighbour_pairs(real[rows], generated, reach_x[rows], reach_y)
-            for hits, (i, j, distance), radius, owner in (
-                (inside, near_x, radius_x, 0),
-                (beside, near_y, radius_y, 1),
-            ):
-                i = i + start
-                owned = (i, j)[owner]
-                for some in few_subsets(len(i), kept_x.shape[1]):
-                    within = distance[:, None] < radius[:, some][owned]
-                    hits.add(i, j, some, within & kept_x[:, some][i] & kept_y[:, some][j])
+        if not self._crowded:
+            inside, beside = self._listed(kept_x, kept_y)
+        elif bool(kept_x.all()) and bool(kept_y.all()):
+            inside, beside = self._counted(kept_x.shape[1])
+        else:
+            inside, beside = self._levelled(kept_x, kept_y)
         count_x, count_y = kept_x.sum(0), kept_y.sum(0)
         found = {
             "precision": inside.generated / count_y,
@@ -147,46 +135,93 @@ class Neighbourhoods:
         }
         return {name: value.cpu().numpy() for name, value in found.items()}
 
-
-class _Hits:
-    """Pairs inside a ball, counted for each real and each generated row, per subset."""
-
-    def __init__(self, n: int, m: int, subsets: int, device: torch.device) -> None:
-        self.of_real = torch.zeros(n, subsets, dtype=torch.int32, device=device)
-        self.of_generated = torch.zeros(m, subsets, dtype=torch.int32, device=device)
-
-    def add(self, i: torch.Tensor, j: torch.Tensor, some: slice, hit: torch.Tensor) -> None:
-        """Pairs of rows (P,) and (P,), of which `hit` (P, R) are inside in the subsets `some`."""
-        hit = hit.int()
-        self.of_real[:, some].index_add_(0, i, hit)
-        self.of_generated[:, some].index_add_(0, j, hit)
+    @cached_property
+    def _reach(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is inside a row's ball in any subset, (N,) and (M,)."""
+        return tuple(_edge(side.distance[:, -1], self.closed) for side in self._sides)
 
     @property
-    def pairs(self) -> torch.Tensor:
-        """How many pairs are inside, (R,) float64."""
-        return self.of_real.sum(0).double()
+    def _sides(self) -> tuple[Neighbours, Neighbours]:
+        return self.real, self.generated
 
-    @property
-    def real(self) -> torch.Tensor:
-        """How many real rows have a pair inside, (R,) float64."""
-        return (self.of_real > 0).sum(0).double()
+    @cached_property
+    def _crowded(self) -> bool:
+        """Whether so many pairs are near that lists of them are no use."""
+        steps = [max(1, len(side) // _SAMPLE) for side in self.features]
+        rows = [side[::step] for side, step in zip(self.features, steps, strict=True)]
+        reach = [side[::step] for side, step in zip(self._reach, steps, strict=True)]
+        near = max(len(i) for i, _, _ in neighbour_pairs(*rows, *reach))
+        return near > _CROWDED * len(rows[0]) * len(rows[1])
 
-    @property
-    def generated(self) -> torch.Tensor:
-        """How many generated rows have one, (R,) float64."""
-        return (self.of_generated > 0).sum(0).double()
+    def _hits(self, subsets: int) -> tuple[Hits, Hits]:
+        """None yet: of pairs in balls of real rows, and in balls of generated rows."""
+        real, generated = self.features
+        return tuple(Hits(len(real), len(generated), subsets, real.device) for _ in range(2))
 
+    def _listed(self, kept_x: torch.Tensor, kept_y: torch.Tensor) -> tuple[Hits, Hits]:
+        """Every near pair looked up in every subset; (N, R) and (M, R) bool."""
+        (real, generated), (reach_x, reach_y) = self.features, self._reach
+        radii = [
+            _edge(side.radii(kept, self.k), self.closed)
+            for side, kept in zip(self._sides, (kept_x, kept_y), strict=True)
+        ]
+        found = self._hits(kept_x.shape[1])
+        for start in range(0, len(real), _ROWS):
+            rows = slice(start, start + _ROWS)
+            near = neighbour_pairs(real[rows], generated, reach_x[rows], reach_y)
+            for owner, (hits, (i, j, distance)) in enumerate(zip(found, near, strict=True)):
+                i = i + start
+                owned = (i, j)[owner]
+                for some in few_subsets(len(i), kept_x.shape[1]):
+                    within = distance[:, None] < radii[owner][:, some][owned]
+                    hits.add(i, j, some, within & kept_x[:, some][i] & kept_y[:, some][j])
+        return found
 
-def few_subsets(pairs: int, subsets: int) -> Iterator[slice]:
-    """Slices of the subsets, so that pairs, or rows, times subsets stay few at a time."""
-    size = max(1, _MOST // max(pairs, 1))
-    return (slice(start, start + size) for start in range(0, subsets, size))
+    def _counted(self, subsets: int) -> tuple[Hits, Hits]:
+        """Of whole sets, `subsets` times."""
+        real, generated = self.features
+        radius_x, radius_y = (
+            _edge(side.distance[:, self.k - 1].contiguous(), self.closed) for side in self._sides
+        )
+        inside, beside = self._hits(subsets)
+        of_generated, of_real = membership_counts(generated, real, radius_x)
+        inside.of_generated += of_generated[:, None].int()
+        inside.of_real += of_real[:, None].int()
+        beside.of_real += membership_counts(real, generated, radius_y)[0][:, None].int()
+        return inside, beside
+
+    def _levelled(self, kept_x: torch.Tensor, kept_y: torch.Tensor) -> tuple[Hits, Hits]:
+        """By the level of every pair; (N, R) and (M, R) bool."""
+        (real, generated), (reach_x, reach_y) = self.features, self._reach
+        kept = kept_x, kept_y
+        places = [side.places(k, self.k) for side, k in zip(self._sides, kept, strict=True)]
+        edges = [_edge(side.distance, self.closed) for side in self._sides]
+        inside, beside = self._hits(kept_x.shape[1])
+        size = max(1, _CELLS // len(generated))
+        for start in range(0, len(real), size):
+            rows = slice(start, start + size)
+            near = neighbour_pairs(real[rows], generated, reach_x[rows], reach_y)
+            gaps = [_dense(pairs, len(real[rows]), len(generated)) for pairs in near]
+            level = torch.searchsorted(edges[0][rows], gaps[0], right=True, out_int32=True)
+            of_real, of_generated = hits_of_levels(
+                level, places[0][rows], kept_x[rows], kept_y, self.k - 1
+            )
+            inside.of_real[rows] += of_real
+            inside.of_generated += of_generated
+            level = torch.searchsorted(edges[1], gaps[1].T.contiguous(), right=True, out_int32=True)
+            of_generated, of_real = hits_of_levels(
+                level, places[1], kept_y, kept_x[rows], self.k - 1
+            )
+            beside.of_generated += of_generated
+            beside.of_real[rows] += of_real
+        return inside, beside
 
 
 def prdc(
     real: torch.Tensor, generated: torch.Tensor, k: int = 5, convention: Convention = "prdc"
 ) -> dict[str, float]:
     """Precision, recall, density and coverage of features (N, D) and (M, D)."""
+    check_features(real=real, generated=generated)
     return Neighbourhoods.of(real, generated, k, convention=convention).values()
 
 
@@ -197,6 +232,16 @@ def own_neighbours(features: torch.Tensor, listed: int) -> Neighbours:
         ("own neighbours", listed),
         lambda: Neighbours(*nearest_neighbours(features, k=listed)),
     )
+
+
+def _dense(
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: int, columns: int
+) -> torch.Tensor:
+    """Distances (rows, columns) float32 of listed pairs, infinite where none is listed."""
+    i, j, distance = pairs
+    found = distance.new_full((rows, columns), torch.inf)
+    found[i, j] = distance
+    return found
 
 
 def _edge(radius: torch.Tensor, closed: bool) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from etude.core.config import Config, option
 
 from . import influences
+from .checked import check_features
 from .registry import Influences, Pair, Values, metric
 
 _BLOCK = 4096
@@ -31,6 +32,7 @@ class VendiOptions(Config):
 
 def vendi_score(features: torch.Tensor, q: float = 1.0) -> float:
     """The Vendi score of order q of features (N, D) of any length."""
+    check_features(given=features)
     keep = torch.ones(1, len(features), dtype=torch.bool)
     return float(scores_of_subsets(features, keep, q)[0])
 

@@ -1,6 +1,8 @@
 """Extractors: preprocessing against independent formulas, precision, saved classifiers."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -110,6 +112,51 @@ def test_compiled_features_are_the_plain_ones() -> None:
     for x, of in zip((first, second), found, strict=True):
         for name, expected in plain.features(x).items():
             torch.testing.assert_close(of[name], expected, rtol=1e-6, atol=0)
+
+
+@extractor("products of a test")
+class Products(Backbone):
+    """Matrix products on the way to the network and in it."""
+
+    version, input_size, resize, channels = "1", 64, "none", 3
+    taps = {"sum": 64}
+    needs_weights = False
+
+    def __init__(self, weights: None) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(64, 64)
+
+    def prepare(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x = images.permute(0, 3, 1, 2).float() / 255
+        return (x @ torch.linspace(-1, 1, 64 * 64).reshape(64, 64).to(x.device)).to(dtype)
+
+    def forward(self, x: torch.Tensor, taps) -> dict[str, torch.Tensor]:
+        return {"sum": self.mix(x).sum((1, 2))}
+
+
+@contextmanager
+def trainer(precision: str) -> Iterator[None]:
+    """Autocast around a validation, and float32 products of less precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+    assert torch.get_float32_matmul_precision() == precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_trainers_arithmetic_does_not_reach_the_features(precision: str) -> None:
+    found, x = Extractor("products of a test"), pictures(4, 64, 3)
+    prepared, expected = found.prepare(x), found(x)
+    weight = found.backbone.mix.weight
+    with trainer(precision):
+        assert (x[0, :, :, 0].float() @ weight).dtype == torch.bfloat16
+        assert torch.equal(found.prepare(x), prepared) and torch.equal(found(x), expected)
+        inside = x[0, :, :, 0].float()
+        with torch.autocast("cpu", enabled=False):  # the trainer's own again
+            error = (inside @ weight - inside.double() @ weight.double()).abs().max()
+        assert (error > 0.01) == (precision == "medium")
 
 
 def test_a_saved_classifier_gives_the_models_features_and_labels(tmp_path) -> None:

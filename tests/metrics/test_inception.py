@@ -17,6 +17,7 @@ from etude.metrics.extractors import Extractor
 from etude.metrics.extractors.inception import resize_clean
 from etude.metrics.extractors.inception_network import Convolution, Inception
 from etude.metrics.extractors.inception_weights import torchvision_names
+from etude.metrics.inception_score import score_name
 
 INCEPTION = Path(os.environ.get("ETUDE_INCEPTION", "data/inception"))
 TAPS = ("2048", "64", "192", "768", "logits", "logits_unbiased", "spatial")
@@ -295,3 +296,18 @@ def test_our_inception_is_the_archives_own_network(tmp_path) -> None:
     save_file(state, tmp_path / "inception.safetensors")
     with pytest.raises(UserError, match="other weights"):
         Extractor("inception", tmp_path)
+
+
+@pytest.mark.fetched
+@pytest.mark.skipif(not INCEPTION.exists(), reason="type: etude data fetch inception")
+def test_a_classifier_of_somebody_elses_gives_no_published_score(state, tmp_path) -> None:
+    """The tensors that FID reads are known by their hash; logits only by the whole file."""
+    trunk = load_file(INCEPTION / "inception.safetensors")
+    mixed = trunk | {n: value for n, value in state.items() if n.startswith("output.")}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    found = Extractor("inception", tmp_path / "mixed.safetensors", taps=("2048", "logits_unbiased"))
+    assert found.called("inception") == "inception"
+    logits = found.called("inception/logits_unbiased")
+    assert score_name(logits) == "Inception score (unverified inception/logits_unbiased)"
+    plain = opened(tmp_path / "mixed.safetensors", taps=("2048",))
+    assert plain.called("inception") == "unverified inception"  # nobody looked

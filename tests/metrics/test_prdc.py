@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import etude.metrics.hits as hits
 import etude.metrics.prdc as module
 from etude.metrics.prdc import Neighbourhoods, enough, prdc
 from etude.metrics.registry import METRICS, Pair
@@ -39,15 +40,16 @@ def test_features_of_float32_and_float64_give_one_answer() -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("crowded", [0.0, 1.0])  # counted and by levels, or by lists of pairs
 @pytest.mark.parametrize("rows_at_once", [7, 2048])
 def test_a_subset_equals_a_fresh_computation(
-    share: float, ties: bool, rows_at_once: int, monkeypatch
+    share: float, ties: bool, crowded: float, rows_at_once: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(module, "_ROWS", rows_at_once)
+    monkeypatch.setattr(module, "_CELLS", rows_at_once * 150)
     real, generated = cloud(120, 4, 2), cloud(150, 4, 3, 0.4)
     if ties:
         real, generated = (2 * real).round(), (2 * generated).round()
-    near = Neighbourhoods.of(real, generated, k=4, kept_share=share)
     rng = np.random.default_rng(4)
     for _ in range(5):
         kept = [
@@ -57,7 +59,16 @@ def test_a_subset_equals_a_fresh_computation(
         masks = [torch.zeros(rows, dtype=torch.bool) for rows in (120, 150)]
         for mask, rows in zip(masks, kept, strict=True):
             mask[rows] = True
-        assert near.values(*masks) == prdc(real[kept[0]], generated[kept[1]], k=4)
+        monkeypatch.setattr(module, "_CROWDED", crowded)
+        found = Neighbourhoods.of(real, generated, k=4, kept_share=share).values(*masks)
+        monkeypatch.setattr(module, "_CROWDED", 1.0 - crowded)
+        assert found == prdc(real[kept[0]], generated[kept[1]], k=4)
+
+
+def test_a_set_that_collapsed_or_is_noise_is_crowded() -> None:
+    real, generated = cloud(300, 64, 15), cloud(400, 64, 16)
+    for scale, crowded in ((0.1, True), (1.0, False), (10.0, True)):
+        assert Neighbourhoods.of(real, scale * generated, 5)._crowded == crowded
 
 
 def test_the_same_distribution_has_coverage_near_its_expectation() -> None:
@@ -74,11 +85,13 @@ def test_copies_of_reals_are_as_far_as_reals_are() -> None:
     assert found["density"] == pytest.approx(1.0)
 
 
-def test_a_collapsed_model_is_counted_in_pieces(monkeypatch) -> None:
+@pytest.mark.parametrize("crowded", [0.0, 1.0])
+def test_a_collapsed_model_is_counted_in_pieces(crowded: float, monkeypatch) -> None:
     """All generated rows lie in most balls: N x M pairs, by hand from the distances."""
     real, generated = cloud(64, 8, 12), 0.01 * cloud(50, 8, 13)
-    for name, most in (("_ROWS", 5), ("_MOST", 100)):
-        monkeypatch.setattr(module, name, most)
+    monkeypatch.setattr(module, "_CROWDED", crowded)
+    for place, name, most in ((module, "_ROWS", 5), (module, "_CELLS", 300), (hits, "_MOST", 100)):
+        monkeypatch.setattr(place, name, most)
     masks = [torch.from_numpy(np.random.default_rng(14).random((9, n)) < 0.8) for n in (64, 50)]
     found = Neighbourhoods.of(real, generated, 3, kept_share=0.8).values_of_subsets(*masks)
     for subset, (x, y) in enumerate(zip(*masks, strict=True)):
@@ -114,12 +127,14 @@ def test_by_torch_fidelitys_convention_the_edge_is_inside() -> None:
     assert found["recall"] == 1.0
 
 
-def test_subsets_by_torch_fidelitys_convention() -> None:
+def test_subsets_by_torch_fidelitys_convention(monkeypatch) -> None:
     real, generated = ((2 * cloud(80, 3, seed)).round() for seed in (8, 9))
-    near = Neighbourhoods.of(real, generated, 3, kept_share=0.5, convention="torch-fidelity")
     masks = [torch.arange(80) % 2 == side for side in (0, 1)]
     expected = prdc(real[masks[0]], generated[masks[1]], 3, "torch-fidelity")
-    assert near.values(*masks) == expected
+    for crowded in (0.0, 1.0):
+        monkeypatch.setattr(module, "_CROWDED", crowded)
+        near = Neighbourhoods.of(real, generated, 3, kept_share=0.5, convention="torch-fidelity")
+        assert near.values(*masks) == expected
     assert expected != prdc(real[masks[0]], generated[masks[1]], 3)
 
 

@@ -75,6 +75,10 @@ class Backbone(nn.Module):
     verified: bool = True
     half: ClassVar[Literal["weights", "autocast"]] = "weights"
 
+    def verifies(self, tap: str) -> bool:
+        """Whether this tap's features are those that its name promises; "" for the default one."""
+        return self.verified
+
     def check(self, taps: Sequence[str]) -> None:
         """Raise `UserError` where the weights at hand cannot give one of these taps."""
 
@@ -205,7 +209,8 @@ class Extractor:
 
     def called(self, features: str) -> str:
         """What figures call features of this name: FID is of the published network's alone."""
-        return features if self.backbone.verified else f"unverified {features}"
+        known = self.backbone.verifies(features.partition("/")[2])
+        return features if known else f"unverified {features}"
 
     def to(self, device: torch.device | str) -> "Extractor":
         """Move to a device; returns itself."""
@@ -229,7 +234,8 @@ class Extractor:
                 f"pictures must be uint8 (B, H, W, 1 or 3), got {images.dtype} {(*images.shape,)}"
             )
         images = to_channels(images.to(self.device), self.backbone.channels)
-        return self.backbone.prepare(images, DTYPES[self.dtype])
+        with _own_arithmetic(self.device, "ieee"):
+            return self.backbone.prepare(images, DTYPES[self.dtype])
 
     def infer(self, prepared: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `features`, of what `prepare` gave."""
@@ -242,7 +248,7 @@ class Extractor:
         mixed = dtype != torch.float32 and self.backbone.half == "autocast"
         run_in = torch.autocast(self.device.type, dtype) if mixed else nullcontext()
         precision = "tf32" if self.dtype == "tf32" else "ieee"
-        with _float32_products(self.device, precision), run_in:
+        with _own_arithmetic(self.device, precision), run_in:
             found = self._forward(prepared, tuple(taps))
         # A replayed graph writes its next features where these are.
         return {tap: found[tap].to(torch.float32, copy=self._compile) for tap in taps}
@@ -333,17 +339,21 @@ def _feature_name(kind: str, backbone: Backbone, tap: str) -> str:
 
 
 @contextmanager
-def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
-    """How CUDA multiplies float32 within: cuDNN's own default would be TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+def _own_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """Neither the caller's autocast nor the process's way to multiply float32 changes features.
+
+    cuDNN's own default would be TF32, and an evaluation inside a trainer finds what that has set.
+    """
+    if device.type == "cuda":
+        places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    else:
+        places = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
             place.fp32_precision = precision
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for place, old in zip(places, before, strict=True):
             place.fp32_precision = old

@@ -21,7 +21,7 @@ from etude.kernels.resizing import weights as resize_weights
 
 from .base import Backbone, extractor
 from .inception_network import POOL3
-from .inception_weights import load_inception
+from .inception_weights import is_published_file, load_inception
 
 SIDE = 299
 RULES = {
@@ -66,11 +66,17 @@ class InceptionBackbone(Backbone):
         self.rule, self.resize = resize, RULES[resize]
         self.network, self.weights_sha256 = load_inception(weights, check)
         self.verified = check
+        has_logits = self.network.output is not None
+        self._logits_verified = check and has_logits and is_published_file(weights)
         self._weights, self._layout = weights, "channels_last" if fold else "BCHW"
         if fold:
             self.network.fold()
         else:
             self.version = f"{self.version}, not folded"
+
+    def verifies(self, tap: str) -> bool:
+        """The classifier's weights are known by the whole file alone, all others by tensors."""
+        return self._logits_verified if tap.startswith("logits") else self.verified
 
     def check(self, taps: Sequence[str]) -> None:
         """Raise UserError where logits are asked for and the file has no classifier."""

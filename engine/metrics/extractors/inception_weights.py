@@ -93,8 +93,7 @@ def load_inception(place: Path, check: bool = True) -> tuple[Inception, str]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    inside = [place / name for name in FILES if (place / name).is_file()]
-    path = inside[0] if inside else place
+    path = _file_at(place)
     if not path.is_file():
         raise UserError(f"no Inception weights at {place}; type: etude data fetch inception")
     state = _under_our_names(_read(path))
@@ -113,7 +112,17 @@ def _known(network: Inception, path: Path) -> bool:
     trunk = {n: v for n, v in network.state_dict().items() if not n.startswith("output.")}
     if tensors_sha256(trunk) == TENSORS_SHA256:
         return True
-    return file_sha256(path).startswith(PUBLISHED_FILE)
+    return is_published_file(path)
+
+
+def is_published_file(place: Path) -> bool:
+    """Whether a place that `load_inception` takes is the published file, classifier and all."""
+    return file_sha256(_file_at(place)).startswith(PUBLISHED_FILE)
+
+
+def _file_at(place: Path) -> Path:
+    inside = [place / name for name in FILES if (place / name).is_file()]
+    return inside[0] if inside else place
 
 
 def _read(path: Path) -> dict[str, Tensor]:
