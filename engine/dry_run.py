@@ -19,6 +19,7 @@ from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import Recipe, load_recipe
 from etude.core.run import folder_name
+from etude.evaluation.planned.folders import check_folders
 
 from .fetching import ensure_inputs
 from .jobs import run_recipe
@@ -34,6 +35,8 @@ def dry_run(recipe: Recipe, *, print_line: Callable[[str], None]) -> None:
         return
     ensure_inputs(recipe, Log(None, quiet=True))
     recipe = resolved(recipe)
+    if recipe.kind == "plan":
+        check_folders(recipe)  # below it asks for fewer pictures
     print_line(f"{recipe.name}: resolved; its run would be runs/{folder_name(recipe)}")
     with tempfile.TemporaryDirectory(prefix="etude-dry-run-") as root:
         began = time.monotonic()

@@ -127,7 +127,10 @@ def _form(options: Sequence[str]) -> dict:
     for option in options:
         name, _, value = option.partition("=")
         if name not in known:
-            raise UserError(f"{option}: pictures have the options {', '.join(known)}")
+            raise UserError(
+                f"{option}: pictures have the options {', '.join(known)}; an extractor's own are"
+                f" typed as EXTRACTOR.{name}=VALUE"
+            )
         if name != "fit" and not (value.isdecimal() and int(value)):
             raise UserError(f"{option}: give a number of at least 1, such as {name}=3")
         if name == "channels" and value not in ("1", "3"):

@@ -45,8 +45,10 @@ def run_plan(
     result = plan.run(changed)
     if world.rank != 0:
         return result
-    found = plan.table.read()
+    found, other = plan.results()
     said = in_words(judged(found, recipe.interval))
+    if other:
+        log.info(other_protocols(other))
     for line in said:
         log.info(line)
     log.table("figures", *figures_table(_reported(found)))
@@ -55,7 +57,8 @@ def run_plan(
 
 def show_plan(plan: Plan, look: Look) -> None:
     """Put what the table holds so far on the page."""
-    page, order, results = look.page, look.order, plan.table.read()
+    page, order = look.page, look.order
+    results, other = plan.results()
     reported = _reported(results)
     if reported.rows:
         found = judged(results, plan.recipe.interval)
@@ -71,6 +74,7 @@ def show_plan(plan: Plan, look: Look) -> None:
             columns, rows = figures_table(of_set)
             note = "Brackets are intervals of the figure at this number of pictures."
             note += "".join(f" {sentence}." for sentence in plan.short.get(name, ()))
+            note += f" {other_protocols(other)}" if other else ""
             page.table(look.id(f"figures-{words[name]}"), name, columns, rows, note, order=place)
         if name in plan.shown:
             _show_pictures(plan.shown[name], words[name], look, place + 0.05)
@@ -78,10 +82,7 @@ def show_plan(plan: Plan, look: Look) -> None:
 
 
 def judged(results: Results, config: IntervalConfig) -> list[Verdict | UserError]:
-    """Verdicts on every figure of all pictures that two models or more have, or why there is none.
-
-    Rows of two plans that share a table may not compare.
-    """
+    """Verdicts on every figure of all pictures that two models or more have, or why not."""
     models: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
     for row in results.rows:
         if not row.group and not row.selected:
@@ -96,6 +97,12 @@ def judged(results: Results, config: IntervalConfig) -> list[Verdict | UserError
         except UserError as error:
             found.append(error)
     return found
+
+
+def other_protocols(count: int) -> str:
+    """What is said of rows of the table that do not compare with the plan's."""
+    rows = "row" if count == 1 else "rows"
+    return f"The table has {count:,} {rows} of other protocols too, which are not compared here."
 
 
 def in_words(found: list[Verdict | UserError]) -> list[str]:

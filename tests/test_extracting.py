@@ -113,7 +113,10 @@ def test_options_of_pictures_reach_them(sources, tmp_path) -> None:
     ("words", "said"),
     [
         (("SOURCE/nowhere", "--extractors", "pixels"), "nowhere is not a folder; name a folder"),
-        (("SOURCE", "--extractors", "pixels"), "pixels need input_size=PIXELS"),
+        (
+            ("SOURCE", "--extractors", "pixels"),
+            "pixels has 1 or 3 channels and needs its option input_size",
+        ),
         (("SOURCE", "--extractors", "pixel"), "there is no extractor 'pixel'; choose one of"),
         (("SOURCE", "--extractors", "pixels,", "pixels.input_size=4"), "no extractor ''"),
         (("SOURCE", "--extractors", "pixels/nose", "pixels.input_size=4"), "no features 'nose'"),
@@ -126,7 +129,10 @@ def test_options_of_pictures_reach_them(sources, tmp_path) -> None:
             ("SOURCE", "--extractors", "pixels", "pixels.input_size=4", "--weights", "pixels=x"),
             "--weights pixels=x has no effect: pixels needs no weights",
         ),
-        (("SOURCE", "--extractors", "pixels", "size=3"), "pictures have the options image_size"),
+        (
+            ("SOURCE", "--extractors", "pixels", "size=3"),
+            "channels; an extractor's own are typed as EXTRACTOR.size=VALUE",
+        ),
         (("SOURCE", "--extractors", "pixels", "image_size=big"), "such as image_size=3"),
         (("SOURCE", "--extractors", "pixels", "image_size=-3"), "such as image_size=3"),
         (("SOURCE", "--extractors", "pixels", "channels=2"), "channels=1, or in colour"),

@@ -199,6 +199,8 @@ class FolderPictures(ListedPictures):
         classes: Sequence[str] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"there is no folder {folder}; name one that holds pictures")
         table = _table(self.folder)
         rows = table or [
             # A file's class: the first folder that it lies in; "" for none.

@@ -21,6 +21,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -88,6 +89,7 @@ class Verdict:
     """What the rows say about one figure at one choice of guidance.
 
     Attributes:
+        figure: the metric, "recall", or "recall@dinov2" where there is one of other features too.
         at: the guidance that was compared, in words.
         ranking: titles of the models, best value first.
         differences: (better, worse) -> better minus worse by value, with Holm's p-value.
@@ -99,6 +101,7 @@ class Verdict:
 
     metric: str
     features: str
+    figure: str
     data_set: str
     group: str
     at: str
@@ -132,29 +135,42 @@ def verdicts(
     """
     config = config or IntervalConfig()
     found = results.where(metric=metric, data_set=data_set, group=group).rows
-    known = [row for row in found if math.isfinite(row.value)]  # the others are no figure
-    rows = [row for row in known if not features or row.features == features]
-    counted, selecting = [row for row in rows if not row.selected], [r for r in rows if r.selected]
+    rows, notes = _one_checkpoint_a_run(
+        [r for r in found if not features or r.features == features]
+    )
+    counted = [row for row in rows if not row.selected and math.isfinite(row.value)]
+    selecting = [row for row in rows if row.selected and math.isfinite(row.value)]
+    nameless = dict.fromkeys(_title(r) for r in rows if not r.selected and math.isnan(r.value))
+    if nameless:
+        notes.append(f"Left out: {_listed(list(nameless))}, whose {metric} is not a number.")
     refuse_unlike(counted)
     models = sorted({_model(row) for row in counted})
     if len(models) < 2:
         raise UserError(
-            f"{metric} on {data_set} is there for {len(models)} model: a verdict needs two; "
-            "add models to the plan, or name another figure"
+            " ".join(
+                [
+                    f"{metric} on {data_set} is there for {len(models)} model: a verdict needs two;"
+                    " add models to the plan, or name another figure",
+                    *(f"({note.removesuffix('.')})" for note in notes),
+                ]
+            )
         )
+    several = len({row.features for row in results.rows if row.metric == metric}) > 1
+    figure = f"{metric}@{counted[0].features}" if several else metric
+    judge = partial(_verdict, results, figure, config)
     scales = {model: {r.guidance for r in counted if _model(r) == model} for model in models}
     common = sorted(set.intersection(*scales.values()), key=_order_of_guidance)
     verdicts_found = []
     for scale in common:
         chosen = [row for row in counted if row.guidance == scale]
         words = "" if scale is None else f"guidance {scale:g}"
-        verdicts_found.append(_verdict(results, chosen, words, (), config))
+        verdicts_found.append(judge(chosen, words, notes))
     if any(len(of) > 1 for of in scales.values()):
-        best, notes = _at_own_best(counted, selecting, models)
-        verdicts_found.append(_verdict(results, best, OWN_BEST, notes, config))
+        best, said = _at_own_best(counted, selecting, models)
+        verdicts_found.append(judge(best, OWN_BEST, [*said, *notes]))
     if not verdicts_found:
-        notes = ("The models share no guidance, so this compares guidance as well.",)
-        verdicts_found.append(_verdict(results, counted, "each model's guidance", notes, config))
+        said = "The models share no guidance, so this compares guidance as well."
+        verdicts_found.append(judge(counted, "each model's guidance", [said, *notes]))
     return verdicts_found
 
 
@@ -224,7 +240,12 @@ def _of_runs(side: Side) -> tuple[float, float]:
 
 
 def _verdict(
-    results: Results, rows: Sequence[Row], at: str, notes: Sequence[str], config: IntervalConfig
+    results: Results,
+    figure: str,
+    config: IntervalConfig,
+    rows: Sequence[Row],
+    at: str,
+    notes: Sequence[str],
 ) -> Verdict:
     sides = _sides(results, rows)
     sign = 1.0 if rows[0].better == "lower" else -1.0
@@ -244,6 +265,7 @@ def _verdict(
     verdict = Verdict(
         rows[0].metric,
         rows[0].features,
+        figure,
         rows[0].data_set,
         rows[0].group,
         at,
@@ -325,17 +347,20 @@ def _wanted(found: Interval, side: Side, level: float) -> int | None:
 def _sentences(
     verdict: Verdict, ranked: Sequence[Side], config: IntervalConfig, notes: Sequence[str]
 ) -> Iterable[str]:
-    best, where = ranked[0], f"{verdict.metric} on {verdict.data_set}"
+    best, where = ranked[0], f"{verdict.figure} on {verdict.data_set}"
     where += f", {verdict.group}" if verdict.group else ""
     where += f", at {verdict.at}" if verdict.at else ""
-    rivals = [pair[1] for pair in verdict.alike if pair[0] == best.title]
-    if not rivals:
+    first = [side.title for side in ranked if side.value == best.value]
+    pairs = [pair for pair in verdict.alike if pair[0] == best.title]
+    rivals = [pair[1] for pair in pairs if pair[1] not in first]
+    if len(first) == len(ranked):
+        yield f"{where}: {_listed(first)} have the same value ({best.value:.4g})."
+    elif len(first) == 1 and not rivals:
         yield f"{where}: {best.title} is best ({best.value:.4g})."
     else:
-        yield (
-            f"{where}: {best.title} has the best value ({best.value:.4g}), but cannot be told "
-            f"apart from {_listed(rivals)}."
-        )
+        have = "has the best value" if len(first) == 1 else "share the best value"
+        apart = f", but cannot be told apart from {_listed(rivals)}" if rivals else ""
+        yield f"{where}: {_listed(first)} {have} ({best.value:.4g}){apart}."
     yield from notes
     yield from _pairs(verdict, best) if len(ranked) <= TOLD_BY_PAIR else _rivals(verdict, best)
     if len(verdict.differences) > 1:
@@ -395,6 +420,8 @@ def _rivals(verdict: Verdict, best: Side) -> Iterable[str]:
 def _alike(verdict: Verdict, pair: tuple[str, str], one: Interval, pictures: int) -> str:
     if one.p_value is None:
         return f"{pair[0]} and {pair[1]} have no interval, so nothing is said of their order."
+    if one.value == 0.0 and one.standard_error == 0.0:
+        return f"{pair[0]} and {pair[1]} have the same value on every half of the pictures."
     said = (
         f"{pair[0]} and {pair[1]} cannot be told apart (the first minus the second is {one}, "
         f"p = {one.adjusted_p_value:.2g})"
@@ -409,6 +436,27 @@ def _alike(verdict: Verdict, pair: tuple[str, str], one: Interval, pictures: int
         f"{said}; about {more:,} more pictures of each side, {_round(pictures + more):,} in place "
         f"of {pictures:,}, would tell them apart."
     )
+
+
+def _one_checkpoint_a_run(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Rows of models whose training runs have one checkpoint each, as of one model without any.
+
+    The last checkpoints of two runs may have seen different numbers of pictures, and their runs
+    still count as one model. Returns what to say of it too.
+    """
+    seen: dict[str, dict[int | None, set[str]]] = {}
+    for row in rows:
+        runs = seen.setdefault(row.model, {})
+        runs.setdefault(row.training_seed, set()).add(row.checkpoint)
+    notes, pooled = [], set()
+    for model, runs in seen.items():
+        each = sorted(set.union(*runs.values()))
+        if len(each) > 1 and all(len(checkpoints) == 1 for checkpoints in runs.values()):
+            pooled.add(model)
+            notes.append(
+                f"The training runs of {model} are at different checkpoints: {_listed(each)}."
+            )
+    return [replace(r, checkpoint="") if r.model in pooled else r for r in rows], notes
 
 
 def _model(row: Row) -> tuple[str, str]:

@@ -16,8 +16,10 @@ from etude.dry_run import shrink
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan
 from etude.evaluation.sets import ShardPictures, Stages
+from etude.evaluation.verdict import Verdict
 from etude.metrics.frechet import frechet_distance
 from etude.metrics.prdc import prdc
+from etude.planning import figures_table, judged
 
 # Draws held-out digits of the asked class with noise; the source says how much.
 NOISY = """
@@ -131,6 +133,48 @@ def test_figures_are_those_of_the_pictures(digits, noisy, tmp_path) -> None:
     assert of_three["Fréchet distance (pixels features)"].value == pytest.approx(expected, rel=1e-5)
 
 
+def test_other_protocols_of_a_shared_table_are_counted_and_not_shown(digits, noisy, tmp_path):
+    """One figure of two protocols: what a plan reports is of its own, the other model's too."""
+    shared = {"table": str(tmp_path / "shared"), "metrics": ["prdc@pixels"], "by_group": False}
+    both = recipe(digits, noisy, tmp_path / "store").models
+    values = {}
+    for side, names in ((8, ["clean", "rough"]), (4, ["clean"]), (8, ["rough"])):
+        changes = {
+            "models": {name: both[name] for name in names},
+            "extractors": {"pixels": {"options": {"input_size": side, "channels": 1}}},
+        }
+        made = recipe(digits, noisy, tmp_path / "store", **(shared | changes))
+        plan, _ = carried_out(made, tmp_path / "runs")
+        found, other = plan.results()
+        recalls = {row.model: row.value for row in found.where(metric="recall").rows}
+        values[side, tuple(names)] = recalls
+        figures = figures_table(found)[1]
+        assert len(figures) == len(recalls) and all(len(row) == 9 for row in figures)
+        assert other == (0 if len(names) == 2 else 8 if side == 4 else 4)
+        assert all(isinstance(one, Verdict) for one in judged(found, made.interval))
+    assert values[8, ("clean", "rough")] == values[8, ("rough",)]
+    assert values[4, ("clean",)]["clean"] != values[8, ("rough",)]["clean"]
+
+
+def test_what_a_model_is_is_checked_before_any_work(digits, noisy, tmp_path) -> None:
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("L", (8, 8), number).save(folder / f"{number}.png")
+    good = recipe(digits, noisy, tmp_path / "store").models["clean"]
+    for config, said in (
+        ({"source": str(folder)}, "models.last: .*drawn is no run but .*models.last.kind=pictures"),
+        ({"source": str(folder), "kind": "picture"}, "models.last.kind: .*'picture'.* pictures, "),
+        ({"source": f"{folder}s", "kind": "pictures"}, "models.last.source: there is no folder"),
+        ({"source": str(folder), "kind": "pictures"}, "last.source: .* 3 pictures .*samples=3"),
+    ):
+        models = {"good": good, "last": config}
+        made = recipe(digits, noisy, tmp_path / "store", models=models)
+        with pytest.raises(UserError, match=said):
+            carried_out(made, tmp_path / "runs")
+    assert not (tmp_path / "store").exists()
+
+
 def test_nothing_is_done_twice(digits, noisy, tmp_path) -> None:
     made = recipe(digits, noisy, tmp_path / "store", by_group=False)
     plan, _ = carried_out(made, tmp_path / "runs")
@@ -169,6 +213,14 @@ def test_a_screen_promotes_and_marks_its_rows(digits, noisy, tmp_path) -> None:
         ({"models": {"f": {"kind": "pictures", "source": "F"}}}, "both choose and be reported"),
         ({"screen": {"metrics": ["frechet@pixels"]}}, "frechet@pixels, which is a metric: name"),
         ({"screen": {"seed": 0}}, "screen.seed is seed"),
+        (
+            {
+                "screen": None,
+                "models": {"a": {"kind": "pictures", "source": "a"}},
+                "watch_minutes": 1.0,
+            },
+            "watch_minutes: folders of pictures get no checkpoints",
+        ),
         ({"screen": None, "metrics": ["kid", "kid"]}, "names kid and kid,"),
         ({"screen": None, "metrics": ["kid", "kid@inception"]}, "names kid and kid@inception,"),
     ],
@@ -316,7 +368,10 @@ def test_folders_without_classes_or_prompts_compare(digits, noisy, tmp_path) -> 
     [
         ({"metrics": ["frechet@nothing"], "extractors": {}}, "no extractor 'nothing'"),
         ({"metrics": ["fretchet"]}, "no metric 'fretchet'.*clipscore"),
-        ({"metrics": [{"metric": "prdc@pixels", "options": {"q": 3}}]}, "prdc.q: Extra inputs"),
+        (
+            {"metrics": [{"metric": "prdc@pixels", "options": {"q": 3}}]},
+            "prdc.q: no such option; it has k, convention",
+        ),
         ({"extractors": {"inception": {}}}, "extractors.inception has no effect"),
         ({"samples": 10**6, "models": {"f": {"kind": "pictures", "source": "F"}}}, "F"),
     ],

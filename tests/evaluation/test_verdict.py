@@ -245,3 +245,57 @@ def test_the_guidance_of_checkpoints_of_one_model_is_told_apart() -> None:
     judges = [(replace(r, selected=True), x) for r, x in made if r.checkpoint == "48"]
     best = verdicts(results(*made, *judges), "CLIPScore", data_set="coco", config=CONFIG)[-1]
     assert "The guidance of small at 96 was chosen by these same figures" in str(best)
+
+
+def test_a_model_whose_figure_is_no_number_is_named() -> None:
+    made = [(row(name), scores(k)) for k, name in enumerate("abc")]
+    found = results(*made)
+    rows = (*found.rows[:2], replace(found.rows[2], value=float("nan")))
+    (verdict,) = verdicts(Results(rows, found.estimates), "CLIPScore", data_set="coco")
+    assert set(verdict.ranking) == {"a", "b"}
+    assert "Left out: c, whose CLIPScore is not a number." in str(verdict)
+    alone = tuple(replace(r, value=float("nan")) for r in rows[1:])
+    with pytest.raises(UserError, match=r"for 1 model: .* figure \(Left out: b and c, whose CLIPS"):
+        verdicts(Results((rows[0], *alone), found.estimates), "CLIPScore", data_set="coco")
+
+
+def test_features_are_named_where_a_figure_is_there_of_several() -> None:
+    made = [
+        (row(name, metric="recall", features=features), scores(k, shift))
+        for k, (name, features, shift) in enumerate(
+            [("a", "x", 0), ("b", "x", 3), ("a", "y", 3), ("b", "y", 0)]
+        )
+    ]
+    for features, best in (("x", "b"), ("y", "a")):
+        found = verdicts(results(*made), "recall", data_set="coco", features=features)
+        assert str(found[0]).startswith(f"recall@{features} on coco: {best} is best (")
+    (alone,) = verdicts(results(*made[:2]), "recall", data_set="coco")
+    assert str(alone).startswith("recall on coco: b is best (")
+
+
+def test_runs_of_one_model_at_different_checkpoints_count_as_one() -> None:
+    places = [("a", 0, "1000"), ("a", 1, "1064"), ("b", 0, "1000"), ("b", 1, "1000")]
+    made = [
+        (row(name, training_seed=seed, checkpoint=at), scores(k, 1.0 * (name == "a")))
+        for k, (name, seed, at) in enumerate(places)
+    ]
+    (verdict,) = verdicts(results(*made), "CLIPScore", data_set="coco", config=CONFIG)
+    assert verdict.ranking == ("a", "b")
+    assert "Training-run noise is included: 2 runs each or more." in str(verdict)
+    assert "The training runs of a are at different checkpoints: 1000 and 1064." in str(verdict)
+    more = [*made, (row("a", training_seed=0, checkpoint="1064"), scores(9, 1.0))]
+    (verdict,) = verdicts(results(*more), "CLIPScore", data_set="coco", config=CONFIG)
+    assert set(verdict.ranking) == {"a at 1000", "a at 1064", "b"}  # a curve of checkpoints
+
+
+def test_equal_values_have_no_best() -> None:
+    same = scores(0)
+    found = results((row("a"), same), (row("b"), same), (row("c"), scores(1, -5.0)))
+    (verdict,) = verdicts(found, "CLIPScore", data_set="coco", config=CONFIG)
+    assert re.search(r"coco: a and b share the best value \(\S+\)\. a and b have the", str(verdict))
+    assert "a and b have the same value on every half of the pictures." in str(verdict)
+    (verdict,) = verdicts(
+        Results(found.rows[:2], found.estimates), "CLIPScore", data_set="coco", config=CONFIG
+    )
+    assert re.search(r"coco: a and b have the same value \(\S+\)\.", str(verdict))
+    assert "is best" not in str(verdict)

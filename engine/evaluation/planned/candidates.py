@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from etude.core.errors import UserError
 
 from ..generators import GENERATORS, DrawsPictures, NoCheckpointYet, Wanted
+from ..sets import SUFFIXES
 from .recipe import ModelConfig, PlanRecipe
+
+_OF_MODELS = {".yaml", ".safetensors", ".pt", ".pth", ".ckpt", ".bin"}  # endings of their files
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,25 @@ def candidates(recipe: PlanRecipe) -> list[Candidate]:
         scales = recipe.guidance or (None,)
         found += [Candidate.of(recipe, name, seen, scale) for seen in kept for scale in scales]
     return found
+
+
+def check_kinds(recipe: PlanRecipe) -> None:
+    """Raise where a model's kind is none, or its source is of another."""
+    for name, config in recipe.models.items():
+        kinds = ["pictures", *GENERATORS.names()]
+        if config.kind not in kinds:
+            raise UserError(
+                f"models.{name}.kind: there is no kind {config.kind!r} of model; choose one of"
+                f" {', '.join(kinds)}"
+            )
+        source = Path(config.source)
+        if config.kind == "run" and not any(source.glob("*.json")):
+            endings = {path.suffix.lower() for path in source.glob("**/*")}
+            if endings & SUFFIXES and not endings & _OF_MODELS:
+                raise UserError(
+                    f"models.{name}: {source} is no run but holds pictures; to evaluate these set"
+                    f" models.{name}.kind=pictures"
+                )
 
 
 def is_kept(candidate: Candidate) -> bool:

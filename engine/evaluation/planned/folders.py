@@ -1,10 +1,12 @@
 """A folder of pictures that somebody drew of a data set's prompts, as a plan's candidate.
 
-Called by running.py. Which prompt a picture is of is read from the folder's `metadata.csv`
-(`prompt_id`, or `caption`, or `label`), as `etude sample --format png` and others write it.
+Called by running.py and before a dry run. Which prompt a picture is of is read from the folder's
+`metadata.csv` (`prompt_id`, or `caption`, or `label`), as `etude sample --format png` and others
+write it.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from ..decoding import Form
 from ..picture_set import Pictures, Stages, digest
 from ..sets import FolderPictures
 from ..text_files import METADATA, read_metadata
+from .recipe import PlanRecipe
 
 
 class PromptedFolder:
@@ -26,14 +29,7 @@ class PromptedFolder:
 
     def __init__(self, folder: str | Path, prompts: Prompts, count: int, form: Form) -> None:
         fitted = {"size": form.size, "fit": form.fit, "channels": form.channels}
-        self._folder = FolderPictures(
-            folder, **fitted, limit=count, classes=list(prompts.classes) or None
-        )
-        if len(self._folder) < count:
-            raise UserError(
-                f"{folder} holds {len(self._folder)} pictures and the plan asks for {count}; set"
-                f" samples={len(self._folder)}, or draw more"
-            )
+        self._folder = _first(folder, count, classes=list(prompts.classes) or None, **fitted)
         self.name, self.classes = str(folder), list(prompts.classes)
         self.protocol = self._folder.protocol
         self._asked = _asked(Path(folder), prompts)
@@ -70,6 +66,30 @@ class PromptedFolder:
                 " columns file_name and prompt_id, or caption"
             )
         return [self._asked[file] for file in self._folder.files[start:stop]]
+
+
+def check_folders(recipe: PlanRecipe) -> None:
+    """Raise where a folder of the plan's is not there or has too few pictures.
+
+    Called before anything is drawn: else the fault of the last model costs the work of the others.
+    """
+    for name, model in recipe.models.items():
+        if model.kind == "pictures":
+            try:
+                _first(model.source, recipe.samples)
+            except UserError as error:
+                raise UserError(f"models.{name}.source: {error}") from None
+
+
+def _first(folder: str | Path, count: int, **options: Any) -> FolderPictures:
+    """The first `count` pictures of a folder."""
+    found = FolderPictures(folder, limit=count, **options)
+    if len(found) < count:
+        raise UserError(
+            f"{folder} holds {len(found)} pictures and the plan asks for {count}; set"
+            f" samples={len(found)}, or draw more"
+        )
+    return found
 
 
 def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:

@@ -100,11 +100,11 @@ def _revision() -> str:
     return revision() or ""
 
 
-def template(candidate: Candidate, sides: Sides, seed: int, selected: bool) -> Row:
+def template(candidate: Candidate, data_set: str, seed: int, selected: bool) -> Row:
     """A row of this candidate without a figure."""
     return Row(
         model=candidate.model,
-        data_set=sides.data_set,
+        data_set=data_set,
         metric="",
         value=float("nan"),
         better="lower",

@@ -166,8 +166,13 @@ class PlanRecipe(Recipe):
                 f"metrics names {' and '.join(double)}, whose figures would have one name; make two"
                 " plans"
             )
-        if self.guidance and all(model.kind == "pictures" for model in self.models.values()):
-            raise ValueError("guidance has no effect on folders of pictures; leave it out")
+        if all(model.kind == "pictures" for model in self.models.values()):
+            if self.guidance:
+                raise ValueError("guidance has no effect on folders of pictures; leave it out")
+            if self.watch_minutes is not None:
+                raise ValueError(
+                    "watch_minutes: folders of pictures get no checkpoints; leave it out"
+                )
         return self
 
 
@@ -209,6 +214,9 @@ def opened_metrics(recipe: PlanRecipe) -> list[tuple[Metric, str, Config]]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, (metric.name, *first["loc"])))
+            if first["type"] == "extra_forbidden":
+                there = ", ".join(metric.options.model_fields)
+                raise UserError(f"metrics: {where}: no such option; it has {there}") from None
             said = first["msg"].removeprefix("Value error, ")
             raise UserError(f"metrics: {where}: {said}") from None
         least = metric.least(options, 1.0)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.core.distributed import FOREVER_S, World, barrier, exchange
+from etude.core.distributed import FOREVER_S, World, exchange
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.registry import load_file
@@ -30,11 +30,11 @@ from ..datasets import DataSet, Prompts, open_data_set
 from ..decoding import Form
 from ..extract import extract_set
 from ..picture_set import PictureSet, Stages, digest
-from ..results import Row
+from ..results import Results, Row, refuse_two_sources
 from ..table import ResultsTable
-from .candidates import Candidate, candidates, is_kept
+from .candidates import Candidate, candidates, check_kinds, is_kept
 from .drawing import DrawnPictures, class_prompts, mixed
-from .folders import PromptedFolder
+from .folders import PromptedFolder, check_folders
 from .measuring import Features, Found, Sides, Wanted, measured, scored, template
 from .recipe import (
     DataSetConfig,
@@ -98,8 +98,17 @@ class Plan:
         self.rates: dict[str, dict[str, float]] = {}
         self.short: dict[str, list[str]] = {}  # data set -> what has too few pictures, and why
         self.shown: dict[str, Shown] = {}
+        self.protocols: set[str] = set()  # of the figures that it reports
         self._opened: tuple[str, Any] | None = None
+        check_kinds(recipe)
+        check_folders(recipe)
         self.sets = [self._open(name, config) for name, config in recipe.data_sets.items()]
+
+    def results(self) -> tuple[Results, int]:
+        """The table's rows that compare with this plan's, other plans' too, and how many do not."""
+        found = self.table.read()
+        rows = [r for r in found.rows if r.selected or r.protocol in self.protocols]
+        return Results(tuple(rows), found.estimates), len(found.rows) - len(rows)
 
     def run(self, changed: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Everything that is missing, and with `watch_minutes` whatever comes.
@@ -261,6 +270,8 @@ class Plan:
     ) -> list[Row]:
         """A candidate's rows on a data set; drawn, extracted and measured as far as missing."""
         drawn = self._drawn(candidate, one, count, seed)
+        row = template(candidate, one.name, seed, selected)
+        refuse_two_sources([*self.table.rows(), row])  # before a row takes another one's place
         sides = Sides(one.name, one.real, drawn, one.prompts.fingerprint)
         if isinstance(drawn, DrawnPictures):
             drawn.draw(self.log, self.world)
@@ -268,7 +279,6 @@ class Plan:
         if not selected:
             self._say_what_is_short(one, count)
             self._show(candidate, one, drawn)
-        row = template(candidate, sides, seed, selected)
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
         for number, wanted in enumerate(self.wanted):
             if number % size == rank:
@@ -276,7 +286,8 @@ class Plan:
         for scorer in self.scorers:
             self._score(scorer, sides, row, by_group=not selected)
         if self.world is not None:
-            barrier(self.world, "the figures", FOREVER_S)
+            told = exchange(self.world, "the figures", sorted(self.protocols), FOREVER_S)
+            self.protocols.update(*told)
         self.features.forget(drawn)
         return [
             r
@@ -321,6 +332,12 @@ class Plan:
         for sentence in found if self._leads else ():
             self.log.warn(f"{one.name}: {sentence}")
 
+    def _is_known(self, row: Row, origin: str) -> bool:
+        """Whether the table has a row's figures; whatever it says, they are the plan's own."""
+        if not row.selected:
+            self.protocols.add(row.protocol)
+        return self.table.is_complete(row, origin)
+
     def _measure(self, wanted: Wanted, sides: Sides, row: Row, selected: bool) -> None:
         by_group = self.recipe.by_group and not selected
         origin = self._origin(sides.drawn)
@@ -332,7 +349,7 @@ class Plan:
             self.recipe.interval,
             by_group=by_group,
             seed=self.recipe.seed,
-            known=lambda one: self.table.is_complete(one, origin),
+            known=lambda one: self._is_known(one, origin),
         )
         self._add(found, origin)
 
@@ -375,7 +392,7 @@ class Plan:
             self.recipe.interval,
             by_group=by_group and self.recipe.by_group,
             seed=self.recipe.seed,
-            known=lambda one: self.table.is_complete(one, origin),
+            known=lambda one: self._is_known(one, origin),
         )
         self._add(found, origin)
 

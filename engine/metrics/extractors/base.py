@@ -228,7 +228,7 @@ class Extractor:
         if isinstance(images, Sequence):  # of several sizes
             return torch.cat([self.prepare(image[None]) for image in images])
         if isinstance(images, np.ndarray):
-            images = torch.from_numpy(np.ascontiguousarray(images))
+            images = torch.from_numpy(np.require(images, requirements="CW"))
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] not in (1, 3):
             raise ValueError(
                 f"pictures must be uint8 (B, H, W, 1 or 3), got {images.dtype} {(*images.shape,)}"
@@ -318,7 +318,7 @@ def _open(kind: str, weights: str | Path, options: dict[str, Any]) -> Backbone:
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise UserError(f"the extractor {kind!r} has no option {name!r}; {there}")
     if made.needs_weights and not str(weights):
-        raise UserError(f"the {kind} extractor needs weights; set extractor.weights=PATH")
+        raise UserError(f"the {kind} extractor needs weights; set its weights to a file or folder")
     if not made.needs_weights and str(weights):
         raise UserError(f"the {kind} extractor has no weights; leave out {weights}")
     return made(Path(weights) if made.needs_weights else None, **options)

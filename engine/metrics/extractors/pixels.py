@@ -25,7 +25,9 @@ class Pixels(Backbone):
     def __init__(self, weights: None, input_size: int = 0, channels: int = 1) -> None:
         super().__init__()
         if input_size < 1 or channels not in (1, 3):
-            raise UserError("pixels need input_size=PIXELS of at least 1, and 1 or 3 channels")
+            raise UserError(
+                "pixels has 1 or 3 channels and needs its option input_size, of at least 1 pixel"
+            )
         self.input_size, self.channels = input_size, channels
         self.taps = {"pixels": channels * input_size**2}
 
