@@ -68,17 +68,17 @@ class ArrayPictures:
         if len(some) < count:
             whole = whole[some] if isinstance(whole, np.ndarray) else [whole[i] for i in some]
         self._images, self._labels = whole, np.array([given[i] for i in some], np.int64)
-        self._keys, self._groups = [names[i] for i in some], [own[i] for i in some]
+        self.keys, self._groups = [names[i] for i in some], [own[i] for i in some]
         self._form = Form(size, fit, channels)
         self.protocol: dict[str, Any] = self._form.protocol
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the content, keys, labels, groups and form."""
-        about = [self._content(), self._keys, self._labels.tolist(), self._groups, self.classes]
+        about = [self._content(), self.keys, self._labels.tolist(), self._groups, self.classes]
         return digest(["arrays", *about, *self._form.parts])
 
     def read(self, start: int, stop: int, stages: Stages) -> Pictures:
@@ -87,7 +87,7 @@ class ArrayPictures:
             images = [_colours(np.asarray(image)) for image in self._images[start:stop]]
         with stages("decode"):
             images = stacked([self._form.array(image) for image in images])
-        keys, labels = self._keys[start:stop], self._labels[start:stop].copy()
+        keys, labels = self.keys[start:stop], self._labels[start:stop].copy()
         return Pictures(images, keys, labels, self._groups[start:stop])
 
     def _content(self) -> str:

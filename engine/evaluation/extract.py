@@ -22,7 +22,7 @@ from etude.core.distributed import FOREVER_S, World, exchange
 from etude.core.log import Log
 from etude.core.signals import StopRequested
 from etude.metrics.extractors import Extractor, preprocessing
-from etude.metrics.store import EntryWriter, FeatureKey, FeatureStore
+from etude.metrics.store import EntryWriter, FeatureKey, FeatureStore, check_keys
 
 from .sets import GeneratedPictures, Pictures, PictureSet, Stages
 
@@ -79,7 +79,9 @@ def extract_set(
 
     Raises:
         StopRequested: one of the processes was asked to stop; whole shards are kept.
+        UserError: a sample key is there twice; of a set that knows its `keys`, before it is read.
     """
+    check_keys(getattr(pictures, "keys", ()))
     log = log or Log(None, quiet=True)
     rank, size = (world.rank, world.size) if world else (0, 1)
     entries = _entries(pictures, extractors, store, shard_size, world)

@@ -7,12 +7,13 @@ last, after every shard has been counted and every sample key has been seen exac
 with one size of batch and one device write equal files; other batches round otherwise
 (evaluation/extract.py), so of two writers of a shard the first stays. Stores that were filled apart
 merge file by file. Moments of a set or of a group of it are kept beside its features once somebody
-asked for them.
+asked for them, where the folder can be written to.
 """
 
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ from etude.core.errors import UserError
 from etude.core.files import file_sha256, read_json, write_bytes_atomic, write_json_atomic
 
 from .moments import Moments
+
+# Age of a temporary file whose writer was killed: writing one takes seconds, so that hours later
+# no job wants it, not even one that was suspended or waited for a slow disk.
+_ABANDONED_S = 6 * 3600
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class FeatureStore:
         name = "all" if group is None else hashlib.sha256(group.encode()).hexdigest()[:32]
         path = self._entry(digest) / f"moments-{name}.safetensors"
         if path.exists():
-            with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
+            with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
                 return _read_moments(path)
         total: Moments | None = None
         for features, _, note in self._shards(digest):
@@ -122,8 +127,10 @@ class FeatureStore:
             total = part if total is None else total.merge(part)
         if total is None or not total.count:
             raise UserError(f"the set of features {digest[:12]} has no group {group!r}")
-        tensors = {"mean": total.mean.cpu(), "scatter": total.scatter.cpu()}
-        write_bytes_atomic(path, save(tensors, {"count": str(total.count)}))
+        count = torch.tensor(total.count)
+        tensors = {"count": count, "mean": total.mean.cpu(), "scatter": total.scatter.cpu()}
+        with contextlib.suppress(OSError):  # of a store that can only be read: they are known now
+            write_bytes_atomic(path, save(tensors, {"sha256": _tensor_sha256(tensors)}))
         return total
 
     def merge(self, other: "FeatureStore") -> int:
@@ -133,20 +140,22 @@ class FeatureStore:
             The number of entries that are complete afterwards and were not before.
 
         Raises:
-            UserError: a shard that is taken over is damaged, or an entry counts wrong.
+            UserError: the other is no store, a shard of it is damaged, or an entry counts wrong.
         """
-        completed = 0
-        for begun in sorted(other.folder.glob("*/*/key.json")):
+        entries, completed = sorted(other.folder.glob("*/*/key.json")), 0
+        if not entries:
+            raise UserError(
+                f"{other.folder} holds no features; name a folder that was extract's --store"
+            )
+        for begun in entries:
             key = FeatureKey(**read_json(begun))
             if self.has(key):
                 continue
-            for shard in sorted(begun.parent.glob("*.safetensors")):
-                size = shard.stem.partition("-")[2]
-                if not size.isdigit():  # moments; they are computed again
-                    continue
-                mine = self.writer(key, int(size))
-                mine.adopt(shard)
-            completed += self.writer(key, _shard_size(self._entry(key.digest()))).finish_if_whole()
+            for size, shards in _shards_by_size(begun.parent).items():
+                for shard in shards:
+                    self.writer(key, size).adopt(shard)
+            sizes = _shards_by_size(self._entry(key.digest()))
+            completed += any(self.writer(key, size).finish_if_whole() for size in sizes)
         return completed
 
     def _shards(self, digest: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
@@ -182,7 +191,8 @@ class EntryWriter:
     def __init__(self, folder: Path, key: FeatureKey, shard_size: int) -> None:
         self.folder, self.key, self.shard_size = folder, key, shard_size
         if not (folder / "key.json").exists():
-            write_json_atomic(folder / "key.json", asdict(key))
+            with self._writing():
+                write_json_atomic(folder / "key.json", asdict(key))
 
     def missing(self) -> list[tuple[int, int]]:
         """Ranges [start, stop) of pictures that no whole shard covers yet."""
@@ -222,7 +232,8 @@ class EntryWriter:
         about = {"keys": list(keys), "groups": list(groups), "sha256": _tensor_sha256(tensors)}
         # One entry: safetensors writes several in an order that differs from call to call.
         data = save(tensors, {"about": json.dumps(about)})
-        write_bytes_atomic(path, data, keep=not damaged)
+        with self._writing():
+            write_bytes_atomic(path, data, keep=not damaged)
 
     def adopt(self, shard: Path) -> None:
         """Copy a shard that another store's writer wrote, unless it is here already and whole."""
@@ -232,7 +243,9 @@ class EntryWriter:
             return
         if not _is_whole(shard):
             raise UserError(f"features {shard} are damaged; extract them again")
-        write_bytes_atomic(target, shard.read_bytes(), keep=not damaged)
+        data = shard.read_bytes()
+        with self._writing():
+            write_bytes_atomic(target, data, keep=not damaged)
 
     def finish_if_whole(self) -> bool:
         """Finish the entry if no shard is missing; whether it did."""
@@ -253,12 +266,27 @@ class EntryWriter:
             shards.append({"file": path.name, "sha256": file_sha256(path), "count": len(rows)})
         if len(keys) != self.key.count:
             raise UserError(f"{self.folder} holds {len(keys)} pictures, expected {self.key.count}")
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"picture {twice} is in the set twice; every sample key must be unique")
+        check_keys(keys)
         samples = hashlib.sha256("\n".join(keys).encode()).hexdigest()
         manifest = {"key": asdict(self.key), "shards": shards, "samples_sha256": samples}
-        write_json_atomic(self.folder / "manifest.json", manifest)
+        with self._writing():
+            write_json_atomic(self.folder / "manifest.json", manifest)
+        with contextlib.suppress(OSError):  # what killed writers left, by the disk's own clock
+            now = (self.folder / "manifest.json").stat().st_mtime
+            for path in self.folder.glob(".*.tmp"):
+                if now - path.stat().st_mtime > _ABANDONED_S:
+                    path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one sentence what keeps the block from writing."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the feature store {self.folder.parent.parent} cannot be written to ("
+                f"{error.strerror or error}); make room there or name another with store=FOLDER"
+            ) from None
 
     def _ranges(self) -> list[tuple[int, int]]:
         starts = range(0, self.key.count, self.shard_size)
@@ -266,6 +294,13 @@ class EntryWriter:
 
     def _shard(self, start: int) -> Path:
         return self.folder / f"{start:09d}-{self.shard_size}.safetensors"
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Raise `UserError` where a sample key is there twice."""
+    twice = next((key for key, times in Counter(keys).items() if times > 1), None)
+    if twice is not None:
+        raise UserError(f"picture {twice} is in the set twice; every sample key must be unique")
 
 
 def _read_shard(path: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -288,16 +323,23 @@ def _is_whole(path: Path, count: int | None = None) -> bool:
     return count is None or found == count
 
 
-def _shard_size(entry: Path) -> int:
-    """The size that an entry's shards were cut to."""
-    sizes = (path.stem.partition("-")[2] for path in sorted(entry.glob("*.safetensors")))
-    return next((int(size) for size in sizes if size.isdigit()), 1024)
+def _shards_by_size(entry: Path) -> dict[int, list[Path]]:
+    """An entry's shards in order, by the number of pictures that they were cut to."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(entry.glob("*.safetensors")):
+        size = path.stem.partition("-")[2]
+        if size.isdigit():  # else moments, which are computed again
+            found.setdefault(int(size), []).append(path)
+    return found
 
 
 def _read_moments(path: Path) -> Moments:
+    """Moments that were kept; ValueError where the bytes are not those written."""
     with safe_open(path, "pt") as file:
-        count = int(file.metadata()["count"])
-        return Moments(count, file.get_tensor("mean"), file.get_tensor("scatter"))
+        tensors = {name: file.get_tensor(name) for name in ("count", "mean", "scatter")}
+        if _tensor_sha256(tensors) != file.metadata()["sha256"]:
+            raise ValueError(f"{path} is damaged")
+    return Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"])
 
 
 def _tensor_sha256(tensors: dict[str, torch.Tensor]) -> str:

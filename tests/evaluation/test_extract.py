@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from etude.core.errors import UserError
 from etude.evaluation.extract import extract_set, feature_key
-from etude.evaluation.sets import Pictures, Stages
+from etude.evaluation.sets import ArrayPictures, Pictures, Stages
 from etude.metrics.extractors import Extractor
 from etude.metrics.store import FeatureStore
 
@@ -74,3 +75,10 @@ def test_a_second_extractor_reads_only_for_itself(tmp_path) -> None:
     calls = len(first.blocks)
     extract_set(Counted(), [first, second], store, shard_size=20)
     assert len(first.blocks) == calls and len(second.blocks) == 3
+
+
+def test_a_key_that_is_there_twice_is_refused_before_any_forward(tmp_path) -> None:
+    extractor, keys = Watched("a"), [f"{i}" for i in range(49)] + ["7"]
+    with pytest.raises(UserError, match="picture 7 is in the set twice"):
+        extract_set(ArrayPictures(IMAGES, keys), [extractor], FeatureStore(tmp_path))
+    assert extractor.blocks == [] and not list(tmp_path.iterdir())

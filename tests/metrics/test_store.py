@@ -1,6 +1,10 @@
 """The store: addresses, resumption by shard, exact counts, damage, two writers at once."""
 
 import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +18,21 @@ KEY = FeatureKey("pictures", "test", "1", "abc", "none", "float32", 10)
 ROWS = torch.from_numpy(np.random.default_rng(0).normal(size=(10, 3))).float()
 
 
-def fill(store: FeatureStore, key: FeatureKey = KEY, only: int | None = None, **other) -> None:
-    writer = store.writer(key, shard_size=4)
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 100 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fill(
+    store: FeatureStore, key: FeatureKey = KEY, only: int | None = None, size: int = 4, **other
+) -> None:
+    writer = store.writer(key, shard_size=size)
     for start, stop in writer.missing():
         if only is None or start == only:
             keys = other.get("keys", [f"k{i}" for i in range(10)])[start:stop]
@@ -185,3 +202,84 @@ def test_a_damaged_shard_is_not_merged(tmp_path) -> None:
     with pytest.raises(UserError, match="are damaged; extract them again"):
         first.merge(second)
     assert not list((tmp_path / "a").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(2, 5), (5, 2), (3, 4)])
+def test_stores_of_other_shard_sizes_merge_to_a_complete_entry(tmp_path, mine, theirs) -> None:
+    first, second = FeatureStore(tmp_path / "a"), FeatureStore(tmp_path / "b")
+    fill(first, only=0, size=mine)
+    fill(second, size=theirs)
+    assert first.merge(second) == 1 and torch.equal(first.load(KEY).features, ROWS)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_is_no_store_is_not_merged(tmp_path, there: bool) -> None:
+    if there:
+        (tmp_path / "other" / "pictures").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"other holds no features; name a folder"):
+        FeatureStore(tmp_path / "mine").merge(FeatureStore(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("back", [1, 40, 80, 100])
+def test_moments_with_a_flipped_bit_are_computed_again(tmp_path, back: int) -> None:
+    """Of scatter, of mean and of the count, wherever in the file they lie."""
+    store = FeatureStore(tmp_path)
+    fill(store)
+    store.moments(KEY)
+    (kept,) = tmp_path.rglob("moments-*")
+    whole = kept.read_bytes()
+    data = bytearray(whole)
+    data[-back] ^= 64
+    kept.write_bytes(data)
+    found = store.moments(KEY)
+    assert found.count == 10
+    np.testing.assert_allclose(found.mean, ROWS.double().mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.covariance(), np.cov(ROWS.double().numpy().T), atol=1e-12)
+    assert kept.read_bytes() == whole
+
+
+def test_moments_are_given_where_they_cannot_be_kept(tmp_path) -> None:
+    store = FeatureStore(tmp_path)
+    fill(store)
+    with full_disk():
+        found = store.moments(KEY)
+    np.testing.assert_allclose(found.covariance(), np.cov(ROWS.double().numpy().T), atol=1e-12)
+    assert not list(tmp_path.rglob("moments-*")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_keeps_a_store_from_being_written_is_said_in_a_sentence(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"feature store .*/file/store cannot be written to \(Not a"
+    ):
+        FeatureStore(tmp_path / "file" / "store").writer(KEY)
+    full = pytest.raises(
+        UserError, match=r"store .*/b cannot be written to \(File too large\); make"
+    )
+    store, other = FeatureStore(tmp_path / "b"), FeatureStore(tmp_path / "c")
+    fill(other)
+    with full_disk(), full:
+        store.writer(KEY)
+    writer = store.writer(KEY, 10)
+    rest = [f"k{i}" for i in range(10)], torch.arange(10), ["g"] * 10
+    with full_disk(), full:
+        writer.write(0, ROWS, *rest)
+    with full_disk(), full:
+        store.merge(other)
+    writer.write(0, ROWS, *rest)
+    with full_disk(), full:
+        writer.finish()
+    assert not store.has(KEY) and not list((tmp_path / "b").rglob("*.tmp"))
+
+
+def test_files_of_killed_writers_go_when_the_entry_is_finished(tmp_path) -> None:
+    store = FeatureStore(tmp_path)
+    fill(store, only=0)
+    entry = next(tmp_path.rglob("key.json")).parent
+    now = (entry / "key.json").stat().st_mtime
+    for name, age in ((".old.tmp", 7 * 3600), (".young.tmp", 3600), ("old.txt", 7 * 3600)):
+        (entry / name).write_bytes(b"part")
+        os.utime(entry / name, (now - age, now - age))
+    fill(store)
+    left = {path.name for path in entry.iterdir() if path.suffix in (".tmp", ".txt")}
+    assert left == {".young.tmp", "old.txt"}

@@ -142,6 +142,14 @@ class Plan:
             newest = time.monotonic() if new else newest
             if not self._waits(newest):
                 break
+        if not reported:
+            sources = " and ".join(
+                f"models.{n}.source={m.source}" for n, m in self.recipe.models.items()
+            )
+            raise UserError(
+                f"no checkpoint came in {self.recipe.watch_minutes:g} minutes; check {sources}, or"
+                " wait longer with --watch MINUTES"
+            )
         return {
             "table": str(self.table.folder),
             "candidates": [candidate.title for candidate in reported],
