@@ -28,7 +28,7 @@ def run_exercise(
 
     Args:
         name: "trade-offs", "groups", "ranking", "prompt-types", or a name that somebody registered.
-        source: a plan's run or table, or a CSV that EvalGIM wrote.
+        source: a plan's run or table, its CSV or Parquet file alone, or a CSV that EvalGIM wrote.
         overrides: the exercise's options, as `metrics=[FID,recall]`; and `better.COLUMN=higher` or
             `lower` for columns of EvalGIM's CSV that somebody added.
         folder: where the answer goes; by default `exercises/<name>` beside the table.

@@ -28,6 +28,7 @@ from etude.core.files import read_json, write_bytes_atomic, write_json_atomic, w
 from etude.core.lock import Lock
 from etude.metrics.estimates import Estimate
 
+from .lone_tables import read_lone_table
 from .results import Results, Row
 
 # What a row is of: everything but what was found and when.
@@ -84,8 +85,8 @@ class ResultsTable:
     def is_complete(self, row: Row, origin: str = "") -> bool:
         """Whether `add_all` wrote a row's figures, from this origin, and all are still there.
 
-        Another plan may have evaluated another source, or the same with other options, under the
-        model's name; its figures are then made again.
+        Another plan may have evaluated other pictures, of a generator that has changed or with
+        other intervals, under the model's name; the figures are then made again.
         """
         noted = None
         with contextlib.suppress(UserError):  # another job may take it away at any moment
@@ -147,17 +148,27 @@ class ResultsTable:
 
 
 def read_table(path: str | Path) -> Results:
-    """The results in a table's folder, in a plan's run, or in a CSV or Parquet file of one.
+    """The results in a table's folder, in a plan's run, or in a CSV or Parquet file.
+
+    A `results.csv` or `results.parquet` beside its `rows/` is answered from these, whatever is in
+    it. Another file, or one that was copied without them, is read alone.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or a file alone does not hold what a table does.
     """
     path = Path(path)
-    if path.is_file() and path.name.startswith("results."):
-        path = path.parent
-    for folder in (path, path / "results", Path("runs") / path / "results"):
+    if path.is_file():
+        if path.stem == "results" and (path.parent / "rows").is_dir():
+            return ResultsTable(path.parent).read()
+        return read_lone_table(path)
+    folders = path, path / "results", Path("runs") / path / "results"
+    for folder in folders:
         if (folder / "rows").is_dir():
             return ResultsTable(folder).read()
+    for folder in folders:
+        for name in ("results.csv", "results.parquet"):
+            if (folder / name).is_file():
+                return read_lone_table(folder / name)
     raise UserError(f"{path} holds no results; name the table of a plan that ran")
 
 

@@ -1,10 +1,11 @@
-"""Parquet files, by pyarrow where it is installed; called by evaluation/table.py."""
+"""Parquet files, by pyarrow where it is installed; called by evaluation/ for tables of results."""
 
 import dataclasses
 import importlib.util
 import io
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 
@@ -30,6 +31,18 @@ def parquet_bytes(rows: list[dict[str, Any]], row: type) -> bytes:
     stream = io.BytesIO()
     pyarrow.parquet.write_table(table, stream, compression="zstd")
     return stream.getvalue()
+
+
+def parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns of a Parquet file and its rows as plain values.
+
+    Raises:
+        ValueError, OSError: it cannot be read.
+    """
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    return table.column_names, table.to_pylist()
 
 
 def _plain(hint: Any) -> type:

@@ -72,7 +72,7 @@ def test_exercises_work_on_what_is_read(wide: Path) -> None:
     fronts = answer("trade-offs", results, {"metrics": ["FID", "CLIPScore"]}).data["fronts"]
     assert fronts["sets_x"][0]["on_front"] == [False, True]
     found = answer("groups", results)
-    assert found.data["groups"]["sets_x"]["FID"]["models"]["one"]["worst"] == "North"
+    assert found.data["groups"]["sets_x"]["FID"]["models"]["one"]["worst"] == ["North"]
     assert any("two on sets_x, South_East, whose FID is not a number" in s for s in found.sentences)
 
 

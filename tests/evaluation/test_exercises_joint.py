@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from etude.evaluation.exercises.groups import gap_interval
+from etude.evaluation.exercises.gaps import gap_interval
 from etude.evaluation.exercises.joint import (
     Joint,
     beats,

@@ -15,7 +15,8 @@ import pytest
 from etude.core.errors import UserError
 from etude.core.lock import Lock
 from etude.evaluation.results import Row
-from etude.evaluation.table import ResultsTable, read_table
+from etude.evaluation.table import ResultsTable, read_table, to_csv
+from etude.external.pyarrow import is_installed
 from etude.metrics.estimates import Estimate
 from etude.metrics.intervals import IntervalConfig
 
@@ -119,6 +120,88 @@ def test_a_table_is_found_from_its_run_or_file(tmp_path) -> None:
     path = table.write()
     for name in (tmp_path / "run", tmp_path / "run" / "results", path):
         assert read_table(name).rows == (ROW,)
+
+
+def test_a_file_that_was_copied_alone_is_read(tmp_path) -> None:
+    table = ResultsTable(tmp_path / "results")
+    rows = [
+        replace(ROW, estimate="gone", selected=True, images_seen=None, high=2.5),
+        replace(ROW, metric="recall", better="higher", value=math.nan, guidance=None, group="1"),
+    ]
+    for row in rows:
+        table.add(row)
+    written = table.write()
+    for name in ("results.csv", "mine.csv", "results.parquet"):
+        source = written.with_suffix(Path(name).suffix)
+        if not source.exists():
+            continue  # no pyarrow here
+        path = tmp_path / name
+        path.write_bytes(source.read_bytes())
+        found = read_table(path)
+        assert repr(sorted(found.rows, key=repr)) == repr(sorted(rows, key=repr))  # NaN too
+        assert found.estimates == {}
+    (tmp_path / "mine.csv").unlink()
+    assert len(read_table(tmp_path).rows) == 2  # by its folder
+    # Beside its rows the table is these, whatever somebody wrote into the CSV.
+    written.write_text(written.read_text().replace("0.3333", "0.9333"))
+    assert {row.value for row in read_table(written).rows if not row.group} == {1.0 / 3.0}
+
+
+def test_a_file_that_pandas_wrote_is_read(tmp_path) -> None:
+    """Empty for what is not a number, fractions where integers lack some, an index column."""
+    (head, line) = to_csv([asdict(replace(ROW, value=7.5))]).splitlines()
+    (tmp_path / "t.csv").write_text(
+        f"\ufeff,{head}\n0,{line}\n1,{line.replace('7.5', '').replace(',2560,2.0', ',2560.0,2')}\n"
+    )
+    one, two = read_table(tmp_path / "t.csv").rows
+    assert one == replace(ROW, value=7.5)
+    assert math.isnan(two.value) and replace(two, value=7.5) == one
+
+
+def test_a_parquet_file_that_pandas_wrote_is_read(tmp_path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    about = asdict(ROW) | {"images_seen": 2560.0, "high": math.nan}
+    columns = {name: pyarrow.array([value]) for name, value in about.items()}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet").rows == (ROW,)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("protocol,", ""), r"t.csv has no column protocol; .* these columns: model, data_set"),
+        (("better,", "bettr,"), r"t.csv has no column better"),
+        (("model,data_set,", "a,b,"), r"t.csv has no columns model and data_set"),
+        (("7.5", "high"), r"t.csv:2: value is 'high'; write a number"),
+        ((",2560,2.0", ",2560.5,2.0"), r"t.csv:2: images_seen is '2560.5'; write a whole number"),
+        (("False", "no"), r"t.csv:2: selected is 'no'; write true or false"),
+        ((",7.5,", ",7.5,,"), r"t.csv:2: the line has 25 cells and the head 24"),
+        (("small", "\udcff"), r"t.csv cannot be read"),
+    ],
+    ids=["protocol", "better", "two", "value", "images_seen", "selected", "cells", "bytes"],
+)
+def test_what_a_file_alone_lacks_is_named(tmp_path, change: tuple[str, str], words: str) -> None:
+    text = to_csv([asdict(replace(ROW, value=7.5))])
+    assert change[0] in text
+    data = text.replace(*change, 1).encode("utf-8", "surrogateescape")
+    (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        read_table(tmp_path / "t.csv")
+
+
+def test_files_that_hold_no_table_are_refused(tmp_path) -> None:
+    (tmp_path / "t.csv").write_text(to_csv([]))
+    with pytest.raises(UserError, match="t.csv has no rows"):
+        read_table(tmp_path / "t.csv")
+    (tmp_path / "t.txt").write_text("x")
+    with pytest.raises(UserError, match="t.txt is neither a CSV nor a Parquet file"):
+        read_table(tmp_path / "t.txt")
+    if is_installed():
+        (tmp_path / "t.parquet").write_text("x")
+        with pytest.raises(UserError, match="t.parquet cannot be read as Parquet"):
+            read_table(tmp_path / "t.parquet")
 
 
 def test_a_row_of_another_version_is_named(tmp_path) -> None:

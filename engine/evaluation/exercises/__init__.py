@@ -2,16 +2,17 @@
 
 An exercise takes `Results` (results.py) and its options and returns a `Finding`, of which
 exercising.py makes a page. A new one is one file in this folder, or anywhere, with a function under
-`@exercise(...)`. What all of them share: rows.py chooses and refuses rows, joint.py computes
-probabilities, orders.py compares models pair by pair, drawing.py draws.
+`@exercise(...)`. What all of them share: rows.py chooses rows and mixtures.py refuses those that do
+not compare, names.py says what they are called, joint.py computes probabilities, orders.py compares
+models pair by pair, drawing.py draws.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from etude.core.config import Config, option
 from etude.core.errors import UserError
@@ -22,16 +23,27 @@ from etude.core.registry import Registry
 from ..results import Results
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, BeforeValidator(_as_text)]  # 2560 is a name too, as plans write checkpoints
+
+
 class Choice(Config):
     """What an exercise looks at; the options that all exercises share."""
 
     metrics: tuple[str, ...] = option((), "figures, such as FID or precision@dinov2; none: all")
-    data_sets: tuple[str, ...] = option((), "data sets by name; none: all")
-    models: tuple[str, ...] = option((), "models by name; none: all")
-    checkpoints: tuple[str, ...] = option((), "checkpoints by name; none: all")
+    data_sets: tuple[Name, ...] = option((), "data sets by name; none: all")
+    models: tuple[Name, ...] = option((), "models by name; none: all")
+    checkpoints: tuple[Name, ...] = option((), "checkpoints by name; none: all")
     guidance: tuple[float, ...] = option((), "guidance scales; none: all")
     n_generated: int = option(
         0, "only figures of so many generated pictures; 0: all", unit="pictures", ge=0
+    )
+    protocols: tuple[Name, ...] = option(
+        (),
+        "only figures of these protocols, by their fingerprints or beginnings of them; none: all",
     )
     level: float = option(0.95, "probability of intervals and of decisions", gt=0.5, lt=1.0)
 

@@ -25,9 +25,11 @@ from scipy.special import ndtri
 from etude.core.rng import Stream, normal, permute
 from etude.metrics.comparing import Error, error_of_contrast, holm, tested
 from etude.metrics.estimates import Estimate
+from etude.metrics.intervals import PROPORTIONS
 
 from ..results import Results, Row
 
+UNLIMITED = (-math.inf, math.inf)
 DRAWS = 2000  # of figures that come with an interval alone
 
 
@@ -40,12 +42,15 @@ class Joint:
         draws: (S, R) float64; the value itself where nothing is known of its error.
         known: (S,) bool, whether a figure has an error at all.
         estimates: of each figure, where the table keeps one; empty where it keeps none.
+        limits: the smallest and the largest value that each figure can have, whatever the sign of
+            `values`; empty where nobody asked.
     """
 
     values: np.ndarray
     draws: np.ndarray
     known: np.ndarray
     estimates: tuple[Estimate | None, ...] = ()
+    limits: tuple[tuple[float, float], ...] = ()
 
     def oriented(self, sign: float) -> "Joint":
         """Times a sign: larger is better when it is that of the figure."""
@@ -54,7 +59,15 @@ class Joint:
     def at(self, places: Sequence[int]) -> "Joint":
         """Some of the figures."""
         own = tuple(self.estimates[k] for k in places) if self.estimates else ()
-        return Joint(self.values[places], self.draws[places], self.known[places], own)
+        limits = tuple(self.limits[k] for k in places) if self.limits else ()
+        return Joint(self.values[places], self.draws[places], self.known[places], own, limits)
+
+    @property
+    def span(self) -> float:
+        """By how much two of the figures can differ at most."""
+        if not self.limits:
+            return math.inf
+        return max(high for _, high in self.limits) - min(low for low, _ in self.limits)
 
     def error(self, weights: Mapping[int, float]) -> Error:
         """The error of a weighted sum of some figures (place -> weight)."""
@@ -95,7 +108,19 @@ def joint_draws(results: Results, rows: Sequence[Row]) -> Joint:
         draws[place] = own[:count][order]
     values = np.array([row.value for row in rows])
     known = np.array([own is not None for _, own in found])
-    return Joint(values, draws, known, estimates)
+    limits = tuple(_limits(results.estimate(row)) for row in rows)
+    return Joint(values, draws, known, estimates, limits)
+
+
+def _limits(estimate: Estimate) -> tuple[float, float]:
+    """The smallest and the largest value that a figure can have.
+
+    None where its value lies outside: it is then on another scale, such as a precision in percent.
+    """
+    low, high = estimate.at_least, estimate.at_most
+    if estimate.name in PROPORTIONS:
+        low, high = max(low, 0.0), min(high, PROPORTIONS[estimate.name])
+    return (low, high) if low <= estimate.value <= high else UNLIMITED
 
 
 def _estimate_of(results: Results, row: Row) -> Estimate | None:
@@ -117,14 +142,20 @@ def _draws_of(row: Row, estimate: Estimate | None) -> tuple[str, np.ndarray | No
     return key, row.value + z * half / quantile
 
 
-def interval_of(row: Row, draws: np.ndarray, level: float) -> tuple[float, float] | None:
-    """A row's own interval where it is at this level, else the normal one of its draws (R,)."""
+def interval_of(
+    row: Row, draws: np.ndarray, level: float, limits: tuple[float, float] = UNLIMITED
+) -> tuple[float, float] | None:
+    """A row's own interval where it is at this level, else the normal one of its draws (R,).
+
+    Args:
+        limits: the smallest and the largest value that the figure can have.
+    """
     if row.low is not None and row.high is not None and row.level == level:
         return row.low, row.high
     if len(draws) < 2 or not np.ptp(draws):
         return None
     half = float(ndtri((1 + level) / 2)) * float(np.std(draws, ddof=1))
-    return row.value - half, row.value + half
+    return max(row.value - half, limits[0]), min(row.value + half, limits[1])
 
 
 def _seed(text: str) -> int:

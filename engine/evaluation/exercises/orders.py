@@ -5,7 +5,7 @@ Called by ranking.py and prompt_types.py.
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from etude.core.errors import UserError
 
 from ..results import Row
 from .joint import Joint, beats, decisions, joint_draws
-from .rows import Chosen, Figure, Subject, joined, refuse_mixture, subject, subject_names
+from .mixtures import refuse_mixture
+from .names import Figure, Subject, joined, subject, subject_names
+from .rows import Chosen
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def compared(chosen: Chosen, level: float, notes: list[str]) -> tuple[list[str],
             rows = [row for row in chosen.rows if figure.has(row) and row.data_set == data_set]
             for n in sorted({row.n_generated for row in rows}):
                 some = [row for row in rows if row.n_generated == n]
-                refuse_mixture(figure, data_set, some)
+                refuse_mixture(figure, data_set, some, chosen.rows)
                 found.append((data_set, figure, n, {subject(row): row for row in some}))
     called = subject_names(chosen.rows)
     models = [one for one in called if all(one in rows for *_, rows in found)]
@@ -62,10 +64,7 @@ def compared(chosen: Chosen, level: float, notes: list[str]) -> tuple[list[str],
             ]
             notes.append(f"Left out: {called[one]}, which has no {joined(lacking)}.")
     if len(models) < 2:
-        raise UserError(
-            "fewer than two models have every figure on every data set; name what they share with "
-            "metrics=[...] and data_sets=[...]"
-        )
+        _refuse_few(chosen, found, titles)
     rows = [[some[one] for one in models] for *_, some in found]
     joint = joint_draws(chosen.results, [row for some in rows for row in some])
     count = len(models)
@@ -85,6 +84,29 @@ def compared(chosen: Chosen, level: float, notes: list[str]) -> tuple[list[str],
             f"Without intervals, so that no order of some models is decided: {joined(without)}."
         )
     return [called[one] for one in models], columns
+
+
+def _refuse_few(chosen: Chosen, found: list[tuple], titles: list[str]) -> NoReturn:
+    """`UserError` that says what each model lacks where no two have every column."""
+    names = subject_names([*chosen.rows, *chosen.no_numbers])
+    if len(names) < 2:
+        raise UserError(
+            f"an order needs two models and {next(iter(names.values()))} is alone here; choose "
+            "more of them, or evaluate another"
+        )
+    odd = {(subject(row), row.data_set, row.metric, row.features) for row in chosen.no_numbers}
+    lacking = []
+    for one, called in names.items():
+        parts = [
+            title + (" (not a number)" if (one, data_set, f.metric, f.features) in odd else "")
+            for title, (data_set, f, _, rows) in zip(titles, found, strict=True)
+            if one not in rows
+        ]
+        lacking += [f"{called} has no {joined(parts)}"] if parts else []
+    raise UserError(
+        f"fewer than two models have every figure on every data set: {'; '.join(lacking)}; name "
+        "what they share with metrics=[...] and data_sets=[...]"
+    )
 
 
 def _titles(found: list[tuple]) -> list[str]:

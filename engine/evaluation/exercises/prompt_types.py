@@ -15,17 +15,10 @@ from etude.core.errors import UserError
 from ..results import Results
 from . import Choice, Finding, Plot, Table, drawing, exercise
 from .joint import interval_of, kendall_tau
+from .mixtures import refuse_mixture
+from .names import Figure, all_of, find_figure, joined
 from .orders import Column, compared, decided_orders, order_of_pairs
-from .rows import (
-    Chosen,
-    Figure,
-    all_of,
-    choose,
-    find_figure,
-    joined,
-    refuse_mixture,
-    selected_table,
-)
+from .rows import Chosen, choose, selected_table
 
 
 class PromptTypeOptions(Choice):
@@ -132,7 +125,8 @@ def interval_row(column: Column, place: int, level: float) -> dict[str, Any]:
     """Value, low and high of one model in a column."""
     row = column.rows[place]
     draws = column.figure.sign * column.joint.draws[place]
-    low, high = interval_of(row, draws, level) or (None, None)
+    limits = column.joint.limits[place]
+    low, high = interval_of(row, draws, level, limits) or (None, None)
     return {"value": row.value, "low": low, "high": high, "n_generated": row.n_generated}
 
 

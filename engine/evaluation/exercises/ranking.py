@@ -17,8 +17,9 @@ from etude.core.log import number
 from ..results import Results
 from . import Choice, Finding, Plot, Table, drawing, exercise
 from .joint import kendall_tau, rank_bounds, rank_distribution, ranks, tau_bounds
+from .names import all_of, joined
 from .orders import Column, compared, decided_orders, order_of_pairs
-from .rows import all_of, choose, joined, selected_table
+from .rows import choose, selected_table
 
 MOST_COLUMNS = 12  # that the drawings show; the tables have all
 

@@ -1,57 +1,22 @@
-"""Which rows of a table an exercise may use, and how they are called; called by every exercise.
+"""Which rows of a table an exercise may use; called by every exercise.
 
-Rows that chose the model they describe are set apart, values that are not numbers are left out by
-name, and one figure under two protocols or numbers of pictures is refused: they do not compare.
+Rows that chose the model they describe are set apart, and values that are not numbers are left out
+by name. So is what an option leaves out beside that which it names. mixtures.py refuses one figure
+under two protocols or numbers of pictures: they do not compare.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from etude.core.errors import UserError
 
 from ..results import Results, Row, refuse_two_sources
 from . import Choice, Table
+from .mixtures import protocols_named, refuse_mixture
+from .names import Figure, find_figure, joined, subject, subject_names, title, where
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric of one kind of features, as the table has it.
-
-    Attributes:
-        name: "FID", or "precision@dinov2" where the table has it of several features.
-        better: "lower" or "higher".
-    """
-
-    metric: str
-    features: str
-    name: str
-    better: str
-
-    @property
-    def sign(self) -> float:
-        """Times it, larger is better."""
-        return 1.0 if self.better == "higher" else -1.0
-
-    @property
-    def label(self) -> str:
-        """The name with the good direction, for axes and titles."""
-        return f"{self.name} ({self.better} is better)"
-
-    def has(self, row: Row) -> bool:
-        """Whether a row holds this figure."""
-        return (row.metric, row.features) == (self.metric, self.features)
-
-
-@dataclass(frozen=True, order=True)
-class Subject:
-    """What drew the pictures of a row; empty text and None for what the table does not say."""
-
-    model: str
-    checkpoint: str
-    guidance: float | None
-    training_seed: int | None
-    seed: int
+MOST_LEFT_OUT = 20  # entries of a note about what an option leaves out
 
 
 @dataclass(frozen=True)
@@ -61,6 +26,7 @@ class Chosen:
     Attributes:
         rows: those that may enter a statement.
         selected: those whose pictures chose or promoted their model: only shown beside.
+        no_numbers: those whose value is not a number.
         notes: what was left out, one sentence each.
     """
 
@@ -69,6 +35,7 @@ class Chosen:
     rows: list[Row]
     selected: list[Row]
     notes: list[str] = field(default_factory=list)
+    no_numbers: list[Row] = field(default_factory=list)
 
     @property
     def data_sets(self) -> list[str]:
@@ -78,33 +45,8 @@ class Chosen:
     def of(self, figure: Figure, data_set: str) -> list[Row]:
         """The rows of a figure on a data set, which must all compare."""
         found = [row for row in self.rows if figure.has(row) and row.data_set == data_set]
-        refuse_mixture(figure, data_set, found)
+        refuse_mixture(figure, data_set, found, self.rows)
         return found
-
-
-def subject(row: Row) -> Subject:
-    """What drew a row's pictures."""
-    return Subject(row.model, row.checkpoint, row.guidance, row.training_seed, row.seed)
-
-
-def subject_names(rows: Iterable[Row]) -> dict[Subject, str]:
-    """The shortest names that tell the subjects of these rows apart, in the order of the rows."""
-    found = list(dict.fromkeys(subject(row) for row in rows))
-    more: dict[Subject, list[str]] = {one: [] for one in found}
-    for name, words in (
-        ("checkpoint", "checkpoint {}"),
-        ("guidance", "guidance {:g}"),
-        ("training_seed", "training seed {}"),
-        ("seed", "seed {}"),
-    ):
-        by_model: dict[str, set] = {}
-        for one in found:
-            by_model.setdefault(one.model, set()).add(getattr(one, name))
-        for one in found:
-            value = getattr(one, name)
-            if len(by_model[one.model]) > 1 and value not in (None, ""):
-                more[one].append(words.format(value))
-    return {one: f"{one.model} ({', '.join(w)})" if w else one.model for one, w in more.items()}
 
 
 def choose(results: Results, options: Choice, *, groups: bool = False) -> Chosen:
@@ -126,20 +68,29 @@ def choose(results: Results, options: Choice, *, groups: bool = False) -> Chosen
         ("model", options.models),
         ("checkpoint", options.checkpoints),
         ("guidance", options.guidance),
-        ("n_generated", (options.n_generated,) if options.n_generated else ()),
     ):
         rows = _keep(rows, name, wanted)
+    asked = rows
+    rows = _keep(rows, "n_generated", (options.n_generated,) if options.n_generated else ())
+    numbered = rows
+    known = list(dict.fromkeys(row.protocol for row in rows))
+    rows = _keep(rows, "protocol", tuple(protocols_named(options.protocols, known)))
     refuse_two_sources(rows)
     figures = _figures(rows, options.metrics)
     rows = [row for row in rows if any(figure.has(row) for figure in figures)]
-    names, notes = subject_names(rows), []
-    numbers = [row for row in rows if math.isfinite(row.value)]
+    notes = []
+    for option, before, after in (
+        (f"n_generated={options.n_generated}", asked, numbered),
+        ("protocols", numbered, rows),
+    ):
+        notes += _left_out(option, before, after, options.metrics)
+    names, no_numbers = subject_names(rows), []
     for row in rows:
         if not math.isfinite(row.value):
-            where = f"{row.data_set}, {row.group}" if row.group else row.data_set
-            notes.append(
-                f"Left out: {names[subject(row)]} on {where}, whose {row.metric} is not a number."
-            )
+            no_numbers.append(row)
+            who = f"{names[subject(row)]} on {where(row)}"
+            notes.append(f"Left out: {who}, whose {row.metric} is not a number.")
+    numbers = [row for row in rows if math.isfinite(row.value)]
     kept = _once([row for row in numbers if not row.selected])
     selected = [row for row in numbers if row.selected]
     if selected:
@@ -151,79 +102,35 @@ def choose(results: Results, options: Choice, *, groups: bool = False) -> Chosen
     if not kept:
         raise UserError("no row is left that may be reported; choose other rows or evaluate anew")
     figures = [figure for figure in figures if any(figure.has(row) for row in kept)]
-    return Chosen(results, figures, kept, selected, notes)
-
-
-def refuse_mixture(figure: Figure, where: str, rows: list[Row], *, groups: bool = False) -> None:
-    """`UserError` where rows of one figure differ in protocol or in numbers of pictures.
-
-    Args:
-        groups: rows are those of several groups, whose protocols may name different pictures.
-    """
-    for name, words in (
-        ("n_generated", "{:,} generated pictures"),
-        ("n_real", "{:,} real pictures"),
-        ("protocol", "protocol {:.12}"),
-    ):
-        if groups and name == "protocol":
-            continue
-        first: dict = {}
-        for row in rows:
-            first.setdefault(getattr(row, name), row)
-        if len(first) > 1:
-            (a, one), (b, two) = list(first.items())[:2]
-            remedy = "evaluate both the same way"
-            if name == "n_generated" and not groups:
-                remedy += " or choose with n_generated=COUNT"
-            if name == "protocol":
-                remedy += f" (the table's protocols/{a}.json and {b}.json say what differs)"
-            raise UserError(
-                f"{figure.name} on {where} cannot be compared: {_who(one)} has "
-                f"{words.format(a)} and {_who(two)} {words.format(b)}; {remedy}"
-            )
-
-
-def find_figure(figures: list[Figure], spec: str) -> Figure | None:
-    """The figure that "FID" or "precision@dinov2" names, None where it is not there.
-
-    Raises:
-        UserError: the table has it of several features and none are named.
-    """
-    metric, _, features = spec.partition("@")
-    found = [f for f in figures if f.metric == metric and features in ("", f.features)]
-    if len(found) > 1:
-        spelled = " or ".join(f"{figure.metric}@{figure.features}" for figure in found)
-        raise UserError(f"the table has {spec} of several features; write {spelled}")
-    return found[0] if found else None
+    if any(row.estimate and row.estimate not in results.estimates for row in kept):
+        notes.append(
+            "The table came without its estimates: what two figures share, as the reference, does "
+            "not cancel in their difference, so less is decided than with the table's folder."
+        )
+    return Chosen(results, figures, kept, selected, notes, no_numbers)
 
 
 def selected_table(chosen: Chosen) -> Table:
     """The figures that are shown beside: their pictures chose the model."""
     names = subject_names(chosen.selected)
+    features: dict[str, set[str]] = {}
+    for row in chosen.selected:
+        features.setdefault(row.metric, set()).add(row.features)
     rows = [
-        (r.data_set, r.group, names[subject(r)], r.metric, r.value, r.low, r.high)
+        (
+            *(r.data_set, r.group, names[subject(r)]),
+            f"{r.metric}@{r.features}" if len(features[r.metric]) > 1 else r.metric,
+            *(r.value, r.low, r.high, r.n_generated or None, r.protocol),
+        )
         for r in chosen.selected
     ]
     columns = ("data set", "group", "model", "figure", "value", "low", "high")
     return Table(
         "Figures whose pictures chose the model",
-        columns,
+        (*columns, "pictures", "protocol"),
         tuple(rows),
         "Too good by an unknown amount, since the best of several was taken; in no statement.",
     )
-
-
-def joined(names: Iterable[str], most: int = 6) -> str:
-    """Names as a sentence lists them: "a, b and c", the rest counted."""
-    names = list(names)
-    if len(names) > most:
-        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def all_of(count: int) -> str:
-    """ "both" for two, "all 3" for three."""
-    return "both" if count == 2 else f"all {count}"
 
 
 def _keep(rows: list[Row], name: str, wanted: tuple) -> list[Row]:
@@ -234,6 +141,39 @@ def _keep(rows: list[Row], name: str, wanted: tuple) -> list[Row]:
             words = name.replace("_", " ")
             raise UserError(f"the table has no {words} {value!r} here; it has {there}")
     return [row for row in rows if not wanted or getattr(row, name) in wanted]
+
+
+def _left_out(
+    option: str, before: Sequence[Row], after: Sequence[Row], metrics: tuple[str, ...]
+) -> list[str]:
+    """A sentence on the models, data sets, groups and figures of which an option leaves nothing.
+
+    Args:
+        metrics: the figures that are asked for; none: all.
+    """
+
+    def keys(row: Row) -> list[tuple]:
+        place = (subject(row), row.data_set)
+        return [place, (*place, row.group), (*place, row.group, row.metric, row.features)]
+
+    asked = {spec.partition("@")[0] for spec in metrics}
+    kept = {key for row in after for key in keys(row)}
+    names, gone = subject_names(before), {}
+    for row in before:
+        if asked and row.metric not in asked:
+            continue
+        # The widest of which nothing is left stands for all within.
+        widest = next((key for key in keys(row) if key not in kept), None)
+        if widest is None:
+            continue
+        who = f"{names[subject(row)]} on {row.data_set if len(widest) == 2 else where(row)}"
+        # None: all figures of it.
+        gone.setdefault(who, []).append(row.metric if len(widest) == 5 else None)
+    told = [
+        who if None in figures else f"{joined(dict.fromkeys(figures))} of {who}"
+        for who, figures in gone.items()
+    ]
+    return [f"Left out by {option}: {joined(told, MOST_LEFT_OUT)}."] if told else []
 
 
 def _figures(rows: list[Row], wanted: tuple[str, ...]) -> list[Figure]:
@@ -276,14 +216,9 @@ def _once(rows: list[Row]) -> list[Row]:
         old = found.setdefault(key, row)
         if old.value != row.value:
             raise UserError(
-                f"the table has two values of {row.metric} of {_who(row)} on {row.data_set} "
-                f"({old.value:.6g} and {row.value:.6g}) under one protocol; delete one row"
+                f"the table has two values of {row.metric} of {title(row)} on {row.data_set} "
+                f"({old.value!r} and {row.value!r}) under one protocol; delete the file in the "
+                f'table\'s rows/ that says "value": {old.value!r} or {row.value!r}, which '
+                "results.csv is written from, or, in a CSV that stands alone, its line"
             )
     return list(found.values())
-
-
-def _who(row: Row) -> str:
-    more = [f"checkpoint {row.checkpoint}"] if row.checkpoint else []
-    more += [f"guidance {row.guidance:g}"] if row.guidance is not None else []
-    more += [f"group {row.group}"] if row.group else []
-    return f"{row.model} ({', '.join(more)})" if more else row.model
