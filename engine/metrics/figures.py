@@ -16,7 +16,7 @@ both means the variance. L is shrunk to that, by no more than 2^(1/2): a standar
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from etude.core.errors import UserError
 
 from .checked import check_features
 from .estimates import Estimate
-from .intervals import HALF, QUARTER, IntervalConfig, halves, quarters
+from .intervals import HALF, QUARTER, IntervalConfig, halves
 from .registry import METRICS, Metric, Pair, Values
 
 _FEW_DIMENSIONS, _FEW_ROWS = 64, 256  # up to which halves are computed as they are
@@ -77,23 +77,24 @@ def _on_subsets(
     Empty where a half says nothing of the figure: its value then stands without an interval.
     """
 
-    def split(into: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        labels, prompts = pair.generated_labels, pair.generated_prompts
+    def split(quartered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        real = len(pair.real), config.replicates, seed, 0, pair.real_labels
+        generated = len(pair.generated), config.replicates, seed, 1, pair.generated_labels
         return (
-            into(len(pair.real), config.replicates, seed, 0, pair.real_labels),
-            into(len(pair.generated), config.replicates, seed, 1, labels, prompts),
+            halves(*real, quartered=quartered),
+            halves(*generated, pair.generated_prompts, quartered=quartered),
         )
 
     def suffices(sides: tuple[torch.Tensor, torch.Tensor], share: float) -> bool:
         fewest = min(int(side.sum(1).min()) for side in sides if side.shape[1])
         return fewest >= metric.least(pair.options_as(metric.options), share)
 
-    if not config.replicates or not suffices(sides := split(halves), HALF):
+    if not config.replicates or not suffices(sides := split(False), HALF):
         return {}
     if metric.influences is not None and _is_large(pair):
         return {HALF: _by_influence(pair, metric, sides, values)}
     drawn = {HALF: metric.values(pair, HALF, *sides)}
-    if metric.kind == "concentrated" and suffices(sides := split(quarters), QUARTER):
+    if metric.kind == "concentrated" and suffices(sides := split(True), QUARTER):
         drawn[QUARTER] = metric.values(pair, QUARTER, *sides)
     return drawn
 

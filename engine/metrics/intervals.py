@@ -138,7 +138,7 @@ class Spread:
         """From the figure's values (2 R,) on R halves, then on their complements.
 
         Args:
-            quarters: the values (4 R,) on the quarters, as `quarters` draws them.
+            quarters: the values (4 R,) on quarters, as `halves` draws them.
             name, count: as of `interval`; the differences of a proportion's values are scaled to
                 those that it would have at its own p (1 - p).
         """
@@ -211,54 +211,27 @@ def halves(
     side: int = 0,
     strata: torch.Tensor | None = None,
     clusters: torch.Tensor | None = None,
+    *,
+    quartered: bool = False,
 ) -> torch.Tensor:
     """Random halves of rows and then their complements, (2 replicates, count) bool.
 
     A function of its arguments, so two figures of the same rows get the same halves.
 
     Args:
-        count, replicates, seed: how many rows, how many halvings, and what names them.
         side: 0 for real pictures, 1 for generated ones; their halves are independent.
         strata: (count,) int64, such as labels; each is halved. Pictures drawn with the classes in
             turn have no chance in how many there are of each, and halves must have none either.
         clusters: (count,) int64, such as the prompt of each picture; rows of one cluster stay
             together, and clusters are halved. Takes the place of strata.
+        quartered: the same halves, each halved again: (4 replicates, count), all first quarters,
+            then all second ones, which with the first make the halves, and so on.
     """
-    part = _parts(2, count, replicates, seed, side, strata, clusters)
-    return torch.cat([part == 0, part == 1])
-
-
-def quarters(
-    count: int,
-    replicates: int,
-    seed: int,
-    side: int = 0,
-    strata: torch.Tensor | None = None,
-    clusters: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The halves of the same arguments halved again, (4 replicates, count) bool.
-
-    First the first quarters of all halvings, then the second ones; the first two are `halves`'s
-    halves and the last two their complements.
-    """
-    part = _parts(4, count, replicates, seed, side, strata, clusters)
-    return torch.cat([part == number for number in range(4)])
-
-
-def _parts(
-    parts: int,
-    count: int,
-    replicates: int,
-    seed: int,
-    side: int,
-    strata: torch.Tensor | None,
-    clusters: torch.Tensor | None,
-) -> torch.Tensor:
-    """In which of `parts` random parts each row is, (replicates, count) int64."""
     if clusters is not None:
         _, cluster = torch.unique(clusters.cpu(), return_inverse=True)
         number = int(cluster.max()) + 1 if count else 0
-        return _parts(parts, number, replicates, seed, side, None, None)[:, cluster]
+        return halves(number, replicates, seed, side, quartered=quartered)[:, cluster]
+    parts = 4 if quartered else 2
     position = np.arange(replicates, dtype=np.int64) + (side << 32)
     strata = torch.zeros(count, dtype=torch.int64) if strata is None else strata.cpu()
     _, stratum, sizes = torch.unique(strata, return_inverse=True, return_counts=True)
@@ -278,7 +251,8 @@ def _parts(
         kept.scatter_(1, turn, torch.diff(ends, dim=1, prepend=torch.zeros_like(ends[:, :1])))
         chosen += rank >= torch.repeat_interleave(kept, sizes, dim=1)
     order = (of_rows + (stratum << 32)).argsort(dim=1, stable=True)
-    return torch.zeros(replicates, count, dtype=torch.int64).scatter_(1, order, chosen)
+    part = torch.zeros_like(chosen).scatter_(1, order, chosen)
+    return torch.cat([part == number for number in range(parts)])
 
 
 def interval(

@@ -23,7 +23,6 @@ from etude.metrics.intervals import (
     interval,
     proportion,
     quantile,
-    quarters,
 )
 from etude.metrics.registry import METRICS, Pair
 
@@ -218,7 +217,7 @@ ROWS = torch.arange(103)
 @pytest.mark.parametrize("kind", ["strata", "clusters"])
 @pytest.mark.parametrize("group", [0 * ROWS, ROWS * 37 % 7, ROWS % 23, ROWS])
 def test_quarters_are_the_halves_halved(kind: str, group: torch.Tensor) -> None:
-    found = quarters(103, 50, seed=3, **{kind: group})
+    found = halves(103, 50, seed=3, **{kind: group}, quartered=True)
     a, b, c, d = found.split(50)
     assert torch.equal(a.int() + b.int() + c.int() + d.int(), torch.ones(50, 103).int())
     assert torch.equal(torch.cat([a | b, c | d]), halves(103, 50, seed=3, **{kind: group}))
