@@ -18,7 +18,7 @@ from etude.core.run import Run
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan, Shown
 from etude.evaluation.results import Results, Row
-from etude.evaluation.verdict import TOLD_BY_PAIR, Verdict, verdicts
+from etude.evaluation.verdict import TOLD_BY_PAIR, Verdict, one_checkpoint_a_run, verdicts
 from etude.metrics.intervals import IntervalConfig
 
 from . import generators as _registers  # noqa: F401
@@ -47,8 +47,8 @@ def run_plan(
         return result
     found, other = plan.results()
     said = in_words(judged(found, recipe.interval))
-    if other:
-        log.info(other_protocols(other))
+    for name, count in other.items():
+        log.info(f"{name}: {other_protocols(count)}")
     for line in said:
         log.info(line)
     log.table("figures", *figures_table(_reported(found)))
@@ -74,7 +74,7 @@ def show_plan(plan: Plan, look: Look) -> None:
             columns, rows = figures_table(of_set)
             note = "Brackets are intervals of the figure at this number of pictures."
             note += "".join(f" {sentence}." for sentence in plan.short.get(name, ()))
-            note += f" {other_protocols(other)}" if other else ""
+            note += f" {other_protocols(other[name])}" if name in other else ""
             page.table(look.id(f"figures-{words[name]}"), name, columns, rows, note, order=place)
         if name in plan.shown:
             _show_pictures(plan.shown[name], words[name], look, place + 0.05)
@@ -83,14 +83,13 @@ def show_plan(plan: Plan, look: Look) -> None:
 
 def judged(results: Results, config: IntervalConfig) -> list[Verdict | UserError]:
     """Verdicts on every figure of all pictures that two models or more have, or why not."""
-    models: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
+    figures: dict[tuple[str, str, str], list[Row]] = {}
     for row in results.rows:
         if not row.group and not row.selected:
-            figure = row.data_set, row.metric, row.features
-            models.setdefault(figure, set()).add((row.model, row.checkpoint))
+            figures.setdefault((row.data_set, row.metric, row.features), []).append(row)
     found: list[Verdict | UserError] = []
-    for (data_set, metric, features), of in models.items():
-        if len(of) < 2:
+    for (data_set, metric, features), rows in figures.items():
+        if len({(row.model, row.checkpoint) for row in one_checkpoint_a_run(rows)[0]}) < 2:
             continue
         try:
             found += verdicts(results, metric, data_set=data_set, features=features, config=config)

@@ -80,7 +80,7 @@ def test_every_data_set_has_sections_of_its_own(tmp_path) -> None:
     pictures = {f"model {k}": np.zeros((1, 8, 8, 3), np.uint8) for k in range(2)}
     plan = SimpleNamespace(
         recipe=SimpleNamespace(data_sets=dict.fromkeys(names), interval=IntervalConfig()),
-        results=lambda: (Results(rows, begun.estimates), 0),
+        results=lambda: (Results(rows, begun.estimates), {}),
         short={},
         shown={name: Shown(name, ["red"], pictures) for name in names},
     )

@@ -12,10 +12,11 @@ import sys
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _KEPT = 1 << 30  # bytes: larger blocks still go back
+_MOST_BEFORE = 1 << 25  # what glibc before 2.35 takes
 
 
 def keep_freed() -> bool:
-    """Let glibc keep freed blocks below 1 GiB for the next ones; whether it took that.
+    """Let glibc keep freed blocks for the next ones, below 1 GiB where it can; whether it does.
 
     Whoever has set glibc's own variables is left alone; elsewhere than on glibc it does nothing.
     """
@@ -26,4 +27,6 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_TRIM, _KEPT)) and bool(mallopt(_MMAP, _KEPT))
+    # First the threshold: the other call fixes it at 128 KiB where this one was refused.
+    took = mallopt(_MMAP, _KEPT) or mallopt(_MMAP, _MOST_BEFORE)
+    return bool(took and mallopt(_TRIM, _KEPT))

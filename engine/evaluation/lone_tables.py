@@ -4,6 +4,7 @@ Its columns are the fields of `Row`, others are passed over. There are no estima
 figures have the intervals of its columns, and of two figures nothing is known to be shared.
 """
 
+import contextlib
 import csv
 import math
 import types
@@ -99,7 +100,7 @@ def _cell(value: Any, name: str, where: str) -> Any:
     wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
     try:
         return _KINDS[kind](value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: {name} is {value!r}; write {wanted}") from None
 
 
@@ -112,10 +113,9 @@ def _truth(value: Any) -> bool:
 
 def _whole(value: Any) -> int:
     """An integer; pandas writes 2560.0 where a column has empty cells."""
-    try:
-        return int(value)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        if isinstance(value, (int, str)):
+            return int(value)
     number = float(value)
     if number != int(number):
         raise ValueError(value)

@@ -135,9 +135,7 @@ def verdicts(
     """
     config = config or IntervalConfig()
     found = results.where(metric=metric, data_set=data_set, group=group).rows
-    rows, notes = _one_checkpoint_a_run(
-        [r for r in found if not features or r.features == features]
-    )
+    rows, notes = one_checkpoint_a_run([r for r in found if not features or r.features == features])
     counted = [row for row in rows if not row.selected and math.isfinite(row.value)]
     selecting = [row for row in rows if row.selected and math.isfinite(row.value)]
     nameless = dict.fromkeys(_title(r) for r in rows if not r.selected and math.isnan(r.value))
@@ -438,14 +436,17 @@ def _alike(verdict: Verdict, pair: tuple[str, str], one: Interval, pictures: int
     )
 
 
-def _one_checkpoint_a_run(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def one_checkpoint_a_run(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """Rows of models whose training runs have one checkpoint each, as of one model without any.
 
     The last checkpoints of two runs may have seen different numbers of pictures, and their runs
-    still count as one model. Returns what to say of it too.
+    still count as one model; selecting rows, of all checkpoints of a screen, do not. Returns what
+    to say of it too.
     """
     seen: dict[str, dict[int | None, set[str]]] = {}
     for row in rows:
+        if row.selected:
+            continue
         runs = seen.setdefault(row.model, {})
         runs.setdefault(row.training_seed, set()).add(row.checkpoint)
     notes, pooled = [], set()

@@ -285,7 +285,8 @@ class EntryWriter:
         except OSError as error:
             raise UserError(
                 f"the feature store {self.folder.parent.parent} cannot be written to ("
-                f"{error.strerror or error}); make room there or name another with store=FOLDER"
+                f"{error.strerror or error}); make room there or name another: "
+                "store=FOLDER in a recipe, --store FOLDER with --extractors"
             ) from None
 
     def _ranges(self) -> list[tuple[int, int]]:

@@ -168,6 +168,17 @@ def test_a_parquet_file_that_pandas_wrote_is_read(tmp_path) -> None:
     assert read_table(tmp_path / "t.parquet").rows == (ROW,)
 
 
+@pytest.mark.parametrize(("name", "cell"), [("n_real", None), ("n_real", 60.7), ("level", None)])
+def test_a_parquet_cell_that_fits_no_column_is_named(tmp_path, name: str, cell: object) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    columns = {n: pyarrow.array([value]) for n, value in (asdict(ROW) | {name: cell}).items()}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=f"t.parquet, row 1: {name} is {cell}; write a"):
+        read_table(tmp_path / "t.parquet")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -12,6 +12,7 @@ from etude.evaluation.results import Results, Row
 from etude.evaluation.verdict import OWN_BEST, refuse_unlike, verdicts
 from etude.metrics.figures import mean_of_scores
 from etude.metrics.intervals import IntervalConfig
+from etude.planning import judged
 
 CONFIG = IntervalConfig(replicates=50)
 NOT_INCLUDED = "Training-run noise not included: one run each."
@@ -283,6 +284,10 @@ def test_runs_of_one_model_at_different_checkpoints_count_as_one() -> None:
     assert verdict.ranking == ("a", "b")
     assert "Training-run noise is included: 2 runs each or more." in str(verdict)
     assert "The training runs of a are at different checkpoints: 1000 and 1064." in str(verdict)
+    screened = row("a", training_seed=0, checkpoint="900", selected=True), scores(8)
+    (again,) = verdicts(results(*made, screened), "CLIPScore", data_set="coco", config=CONFIG)
+    assert again.ranking == verdict.ranking  # a screen of more checkpoints promoted these
+    assert judged(results(*made[:2]), CONFIG) == []  # one model, whatever its runs
     more = [*made, (row("a", training_seed=0, checkpoint="1064"), scores(9, 1.0))]
     (verdict,) = verdicts(results(*more), "CLIPScore", data_set="coco", config=CONFIG)
     assert set(verdict.ranking) == {"a at 1000", "a at 1064", "b"}  # a curve of checkpoints

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import etude
+from etude.core.errors import UserError
 from etude.metrics.checked import check_features
 from etude.metrics.figures import measure
 from etude.metrics.intervals import IntervalConfig
@@ -49,7 +50,7 @@ def test_one_set_is_held_to_the_same(name: str) -> None:
     features[3, 0] = torch.nan
     with pytest.raises(ValueError, match="row 3 of the given features is not finite"):
         ALONE[name](features)
-    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+    with pytest.raises(UserError, match="must be a tensor, got ndarray"):
         ALONE[name](features.numpy())
 
 

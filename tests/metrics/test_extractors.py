@@ -159,6 +159,20 @@ def test_a_trainers_arithmetic_does_not_reach_the_features(precision: str) -> No
         assert (error > 0.01) == (precision == "medium")
 
 
+def test_a_process_may_change_its_products_after_a_call() -> None:
+    """What a call found is put back, and what was inherited stays so."""
+    every, products = torch.backends.mkldnn, torch.backends.mkldnn.matmul
+    before = every.fp32_precision, products.fp32_precision
+    products.fp32_precision = "none"  # as it is until somebody asks for another
+    try:
+        for word in ("bf16", "ieee"):
+            every.fp32_precision = word
+            Extractor("products of a test")(pictures(1, 64, 3))
+            assert products.fp32_precision == word
+    finally:
+        every.fp32_precision, products.fp32_precision = before
+
+
 def test_a_saved_classifier_gives_the_models_features_and_labels(tmp_path) -> None:
     model = Classifier(ClassifierConfig(channels=(8, 16), num_classes=4), seed=3).eval()
     save_classifier(tmp_path, model, 8, ["a", "b", "c", "d"])
@@ -189,9 +203,9 @@ def test_an_unusable_classifier_is_one_sentence(tmp_path, fault: str) -> None:
 
 REFUSED = [
     (("resnet",), {}, "there is no extractor 'resnet'; choose one of classifier"),
-    (("classifier",), {}, "extractor.weights"),
+    (("classifier",), {}, "set its weights to a file or folder"),
     (("pixels", "file"), {"input_size": 3}, "has no weights"),
-    (("pixels",), {}, "input_size=PIXELS"),
+    (("pixels",), {}, "needs its option input_size"),
     (("of a test",), {"sides": 3}, "no option 'sides'; it has scale"),
     (("of a test",), {"dtype": "float8"}, "no dtype 'float8'; choose one of float32"),
     (("of a test",), {"dtype": "tf32"}, "tf32 is an arithmetic of CUDA devices"),

@@ -9,6 +9,7 @@ on anywhere.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.core.distributed import FOREVER_S, World, exchange
+from etude.core.distributed import FOREVER_S, World, barrier, exchange
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.registry import load_file
@@ -30,7 +31,7 @@ from ..datasets import DataSet, Prompts, open_data_set
 from ..decoding import Form
 from ..extract import extract_set
 from ..picture_set import PictureSet, Stages, digest
-from ..results import Results, Row, refuse_two_sources
+from ..results import Results, Row
 from ..table import ResultsTable
 from .candidates import Candidate, candidates, check_kinds, is_kept
 from .drawing import DrawnPictures, class_prompts, mixed
@@ -98,17 +99,20 @@ class Plan:
         self.rates: dict[str, dict[str, float]] = {}
         self.short: dict[str, list[str]] = {}  # data set -> what has too few pictures, and why
         self.shown: dict[str, Shown] = {}
-        self.protocols: set[str] = set()  # of the figures that it reports
+        self.protocols: set[str] = set()  # of its figures
         self._opened: tuple[str, Any] | None = None
         check_kinds(recipe)
         check_folders(recipe)
         self.sets = [self._open(name, config) for name, config in recipe.data_sets.items()]
 
-    def results(self) -> tuple[Results, int]:
-        """The table's rows that compare with this plan's, other plans' too, and how many do not."""
+    def results(self) -> tuple[Results, dict[str, int]]:
+        """The table's rows that compare with this plan's, other plans' too; and how many do not, by
+        data set.
+        """
         found = self.table.read()
-        rows = [r for r in found.rows if r.selected or r.protocol in self.protocols]
-        return Results(tuple(rows), found.estimates), len(found.rows) - len(rows)
+        rows = [row for row in found.rows if row.protocol in self.protocols]
+        other = Counter(r.data_set for r in found.rows if r.protocol not in self.protocols)
+        return Results(tuple(rows), found.estimates), dict(other)
 
     def run(self, changed: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Everything that is missing, and with `watch_minutes` whatever comes.
@@ -142,7 +146,7 @@ class Plan:
             newest = time.monotonic() if new else newest
             if not self._waits(newest):
                 break
-        if not reported:
+        if self.recipe.watch_minutes is not None and not seen:
             sources = " and ".join(
                 f"models.{n}.source={m.source}" for n, m in self.recipe.models.items()
             )
@@ -279,7 +283,7 @@ class Plan:
         """A candidate's rows on a data set; drawn, extracted and measured as far as missing."""
         drawn = self._drawn(candidate, one, count, seed)
         row = template(candidate, one.name, seed, selected)
-        refuse_two_sources([*self.table.rows(), row])  # before a row takes another one's place
+        self._refuse_other_source(row)
         sides = Sides(one.name, one.real, drawn, one.prompts.fingerprint)
         if isinstance(drawn, DrawnPictures):
             drawn.draw(self.log, self.world)
@@ -288,14 +292,25 @@ class Plan:
             self._say_what_is_short(one, count)
             self._show(candidate, one, drawn)
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
+        failed = ""
         for number, wanted in enumerate(self.wanted):
-            if number % size == rank:
-                self._measure(wanted, sides, row, selected)
+            if number % size == rank and not failed:
+                try:
+                    self._measure(wanted, sides, row, selected)
+                except UserError as error:  # the others must not wait for this process
+                    what = f"{wanted.metric.name} of {wanted.features}"
+                    failed = f"{candidate.title} on {one.name}, {what}: {error}"
+        told = [[failed, sorted(self.protocols)]]
+        if self.world is not None:
+            told = exchange(self.world, "the figures", told[0], FOREVER_S)
+        for failed, protocols in told:
+            if failed:
+                raise UserError(failed)
+            self.protocols.update(protocols)
         for scorer in self.scorers:
             self._score(scorer, sides, row, by_group=not selected)
         if self.world is not None:
-            told = exchange(self.world, "the figures", sorted(self.protocols), FOREVER_S)
-            self.protocols.update(*told)
+            barrier(self.world, "the scores", FOREVER_S)
         self.features.forget(drawn)
         return [
             r
@@ -340,15 +355,32 @@ class Plan:
         for sentence in found if self._leads else ():
             self.log.warn(f"{one.name}: {sentence}")
 
+    def _refuse_other_source(self, row: Row) -> None:
+        """Raise, on every process, where a row would take the place of another source's."""
+        told = ""
+        if self._leads:
+            who = row.model, row.checkpoint, row.training_seed
+            for one in self.table.rows():
+                if (one.model, one.checkpoint, one.training_seed) == who:
+                    if one.source != row.source:
+                        told = (
+                            f"the table has {row.model} from {one.source or 'an unknown source'}"
+                            f" and this plan draws it from {row.source}; give each a name of its"
+                            " own, or a table"
+                        )
+        if self.world is not None:
+            told = exchange(self.world, "the sources", told, FOREVER_S)[0]
+        if told:
+            raise UserError(told)
+
     def _is_known(self, row: Row, origin: str) -> bool:
         """Whether the table has a row's figures; whatever it says, they are the plan's own."""
-        if not row.selected:
-            self.protocols.add(row.protocol)
+        self.protocols.add(row.protocol)
         return self.table.is_complete(row, origin)
 
     def _measure(self, wanted: Wanted, sides: Sides, row: Row, selected: bool) -> None:
         by_group = self.recipe.by_group and not selected
-        origin = self._origin(sides.drawn)
+        origin = self._origin(sides.drawn, wanted.metric.kind)
         found = measured(
             wanted,
             sides,
@@ -361,10 +393,11 @@ class Plan:
         )
         self._add(found, origin)
 
-    def _origin(self, drawn: PictureSet) -> str:
+    def _origin(self, drawn: PictureSet, kind: str = "") -> str:
         """What figures are made from beside their protocol, as the table notes it."""
         interval = self.recipe.interval.model_dump(mode="json")
-        return digest([drawn.fingerprint, interval, self.recipe.seed])
+        more = [kind] if kind == "concentrated" else []  # whose intervals were narrower once
+        return digest([drawn.fingerprint, interval, self.recipe.seed, *more])
 
     def _add(self, found: Iterator[list[Found]], origin: str) -> None:
         for figures in found:
