@@ -36,7 +36,6 @@ from benchmarks import results
 from benchmarks.case import ROOT, hash_of
 from benchmarks.extraction import PRELUDE, sources, used, write_for_peers, write_jpegs
 from etude.core.log import Log
-from etude.core.memory import keep_freed
 from etude.core.run import Run
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan
@@ -187,7 +186,6 @@ def main(arguments: list[str] | None = None) -> int:
             # Each further from the real set than the one before.
             write_jpegs(root / name, given.pictures, first=number * given.pictures, tint=number)
         write_for_peers(Path(given.weights), theirs)
-        keep_freed()  # as the command line does
         for number in range(given.rounds):
             for name, (halvings, known, changes) in ours.items():
                 given.halvings = halvings

@@ -13,8 +13,7 @@ over the rounds. Images per CPU-second hardly depend on what else the machine do
 The prediction, for two cores: of torch-fidelity's time 92% is its forward in channels-first memory
 and 8% its resizing. Channels-last memory makes the forward 1.4 times as fast, folding with the ReLU
 inside 1.1 times more, and packed weights 1.1 times more; the resizing falls to 1%; decoding is 1%.
-So 1.8 times in float32. Memory that was freed is kept for the next batch, without page faults: 1.05
-times more. bfloat16 halves what a convolution reads and, where the processor has
+So 1.8 times in float32. bfloat16 halves what a convolution reads and, where the processor has
 matrix units, multiplies several times as fast: 3.5 times or more.
 
 `--fid SHARDS` adds what each precision and the folding do to a Fréchet distance: between the first
@@ -40,7 +39,6 @@ from PIL import Image
 
 from benchmarks import results
 from benchmarks.case import ROOT, hash_of
-from etude.core.memory import keep_freed
 from etude.evaluation.extract import extract_set
 from etude.evaluation.sets import FolderPictures, ShardPictures, Stages
 from etude.metrics.extractors import Extractor
@@ -309,7 +307,6 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.pictures < 0 or min(given.batch, given.rounds) < 1 or given.fid_pictures < 2:
         parser.error("--batch and --rounds must be at least 1, --fid-pictures at least 2")
-    keep_freed()  # as the command line does
     common = results.machine(given.device) | {"device": given.device}
     common["source_hash"] = hash_of(*sources())
     code = 0

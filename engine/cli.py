@@ -15,7 +15,6 @@ from etude import cli_kernels, cli_practice
 from etude.cli_output import print_json, print_table, say
 from etude.cli_recipe import VERBS, DryRun, Overrides, RecipeName, RunName, run_command
 from etude.core.errors import UserError
-from etude.core.memory import keep_freed
 from etude.core.signals import EXIT_REQUEUE, Stopper, StopRequested
 
 app = typer.Typer(
@@ -40,7 +39,6 @@ RunFolder = Annotated[str, typer.Argument(help="A run's folder, or its name unde
 
 def main() -> None:
     """Entry point of `etude` and `python -m etude`."""
-    keep_freed()
     try:
         cli_kernels.check_backends()
         status = app(standalone_mode=False)  # typer.Exit comes back as its status

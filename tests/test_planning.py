@@ -331,13 +331,13 @@ def test_one_name_for_two_sources_on_a_shared_table(tiny, runs, etude, tmp_path)
                 "other",
                 1,
                 "table",
-                r"the table has m from .*small .* draws it from .*other .*; give each",
+                r"the table has m from .*small .* and from .*other .*; give each",
             ),
             (
                 "small",
                 2,
                 "table",
-                r'the table has m from .*"steps": 1} and this plan draws it from .*"steps": 2}',
+                r'the table has m from .*"steps": 1} and from .*"steps": 2}',
             ),
             ("small", 1, "table", ""),
         ]

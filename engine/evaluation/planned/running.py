@@ -31,7 +31,7 @@ from ..datasets import DataSet, Prompts, open_data_set
 from ..decoding import Form
 from ..extract import extract_set
 from ..picture_set import PictureSet, Stages, digest
-from ..results import Results, Row
+from ..results import Results, Row, refuse_two_sources
 from ..table import ResultsTable
 from .candidates import Candidate, candidates, check_kinds, is_kept
 from .drawing import DrawnPictures, class_prompts, mixed
@@ -359,15 +359,10 @@ class Plan:
         """Raise, on every process, where a row would take the place of another source's."""
         told = ""
         if self._leads:
-            who = row.model, row.checkpoint, row.training_seed
-            for one in self.table.rows():
-                if (one.model, one.checkpoint, one.training_seed) == who:
-                    if one.source != row.source:
-                        told = (
-                            f"the table has {row.model} from {one.source or 'an unknown source'}"
-                            f" and this plan draws it from {row.source}; give each a name of its"
-                            " own, or a table"
-                        )
+            try:
+                refuse_two_sources([*(r for r in self.table.rows() if r.model == row.model), row])
+            except UserError as error:
+                told = str(error)
         if self.world is not None:
             told = exchange(self.world, "the sources", told, FOREVER_S)[0]
         if told:
@@ -394,10 +389,13 @@ class Plan:
         self._add(found, origin)
 
     def _origin(self, drawn: PictureSet, kind: str = "") -> str:
-        """What figures are made from beside their protocol, as the table notes it."""
+        """What figures are made from beside their protocol, as the table notes it.
+
+        Args:
+            kind: of a metric, by which intervals are made.
+        """
         interval = self.recipe.interval.model_dump(mode="json")
-        more = [kind] if kind == "concentrated" else []  # whose intervals were narrower once
-        return digest([drawn.fingerprint, interval, self.recipe.seed, *more])
+        return digest([drawn.fingerprint, interval, self.recipe.seed, kind])
 
     def _add(self, found: Iterator[list[Found]], origin: str) -> None:
         for figures in found:
