@@ -138,20 +138,17 @@ def verdicts(
     rows, notes = one_checkpoint_a_run([r for r in found if not features or r.features == features])
     counted = [row for row in rows if not row.selected and math.isfinite(row.value)]
     selecting = [row for row in rows if row.selected and math.isfinite(row.value)]
-    nameless = dict.fromkeys(_title(r) for r in rows if not r.selected and math.isnan(r.value))
-    if nameless:
-        notes.append(f"Left out: {_listed(list(nameless))}, whose {metric} is not a number.")
+    odd = [row for row in rows if not row.selected and not math.isfinite(row.value)]
+    if odd:
+        titles = list(dict.fromkeys(map(_title, odd)))
+        notes.append(f"Left out: {_listed(titles)}, whose {metric} is not a number.")
     refuse_unlike(counted)
     models = sorted({_model(row) for row in counted})
     if len(models) < 2:
+        why = "".join(f" ({note.removesuffix('.')})" for note in notes)
         raise UserError(
-            " ".join(
-                [
-                    f"{metric} on {data_set} is there for {len(models)} model: a verdict needs two;"
-                    " add models to the plan, or name another figure",
-                    *(f"({note.removesuffix('.')})" for note in notes),
-                ]
-            )
+            f"{metric} on {data_set} is there for {len(models)} model: a verdict needs two; "
+            f"add models to the plan, or name another figure{why}"
         )
     several = len({row.features for row in results.rows if row.metric == metric}) > 1
     figure = f"{metric}@{counted[0].features}" if several else metric

@@ -248,14 +248,15 @@ def test_the_guidance_of_checkpoints_of_one_model_is_told_apart() -> None:
     assert "The guidance of small at 96 was chosen by these same figures" in str(best)
 
 
-def test_a_model_whose_figure_is_no_number_is_named() -> None:
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_model_whose_figure_is_no_number_is_named(odd: float) -> None:
     made = [(row(name), scores(k)) for k, name in enumerate("abc")]
     found = results(*made)
-    rows = (*found.rows[:2], replace(found.rows[2], value=float("nan")))
+    rows = (*found.rows[:2], replace(found.rows[2], value=odd))
     (verdict,) = verdicts(Results(rows, found.estimates), "CLIPScore", data_set="coco")
     assert set(verdict.ranking) == {"a", "b"}
     assert "Left out: c, whose CLIPScore is not a number." in str(verdict)
-    alone = tuple(replace(r, value=float("nan")) for r in rows[1:])
+    alone = tuple(replace(r, value=odd) for r in rows[1:])
     with pytest.raises(UserError, match=r"for 1 model: .* figure \(Left out: b and c, whose CLIPS"):
         verdicts(Results((rows[0], *alone), found.estimates), "CLIPScore", data_set="coco")
 
