@@ -22,7 +22,7 @@ from .page import Page
 from .training import Look, train
 from .training.origin import resolved
 
-_ON_ALL_RANKS = ("autoencoder", "ldm", "plan", "practice", "study")
+_ON_ALL_RANKS = ("autoencoder", "evaluate", "extract", "ldm", "plan", "practice", "study")
 PLACES_PER_JOB = 10  # sections that each job of a study has for itself on the shared page
 
 
@@ -135,24 +135,21 @@ def _run(
 
 
 def _is_over(recipe: Recipe) -> bool:
-    """Whether a finished run stays as it is: the recipes of a study's jobs may have changed, and a
-    plan's pictures and checkpoints; both make nothing again that is there.
+    """Whether a finished run stays as it is: the recipes of a study's jobs may have changed, and
+    pictures and checkpoints that are evaluated; these kinds make nothing again that is there.
     """
-    return recipe.kind not in ("study", "plan")
+    return recipe.kind not in ("study", "plan", "evaluate", "extract")
 
 
 def _work(recipe: Recipe, desk: Desk) -> dict:
     """The result of a job; kinds that are not made for several processes run on rank 0 alone."""
+    work = _RUNNERS[recipe.kind]
     try:
         if recipe.kind in _ON_ALL_RANKS:
-            return _RUNNERS[recipe.kind](recipe, desk)
-        result = _RUNNERS[recipe.kind](recipe, desk) if desk.world.rank == 0 else None
+            return work(recipe, desk)
+        return distributed.on_first(desk.world, f"{recipe.kind} on rank 0", work, recipe, desk)
     except StopRequested as reason:
-        result = {"stopped": str(reason)}
-        if recipe.kind in _ON_ALL_RANKS:
-            return result
-    name = f"{recipe.kind} on rank 0"
-    return distributed.exchange(desk.world, name, result, distributed.FOREVER_S)[0]
+        return {"stopped": str(reason)}
 
 
 def _train(recipe: Recipe, desk: Desk) -> dict:
@@ -214,10 +211,12 @@ def _evaluate(recipe: Recipe, desk: Desk) -> dict:
             device=desk.world.device,
         )
     with _stopping_anywhere(desk):
+        with_all = {"generator": generator, "log": desk.look.log, "world": desk.world}
         if recipe.kind == "extract":
-            return plan.extract(recipe, desk.run, generator=generator, log=desk.look.log)
-        result = plan.evaluate(recipe, desk.run, generator=generator, log=desk.look.log)
-    show_evaluation(result, desk.look)
+            return plan.extract(recipe, desk.run, **with_all)
+        result = plan.evaluate(recipe, desk.run, **with_all)
+    if desk.world.rank == 0:
+        show_evaluation(result, desk.look)
     figures = {name: by_pair["generated"]["value"] for name, by_pair in result["figures"].items()}
     if "labels" in result:
         figures |= {"labelled as asked": result["labels"]["agreement"]["value"]}

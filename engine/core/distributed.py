@@ -261,6 +261,28 @@ def exchange(
     return values
 
 
+def on_first(world: World | None, what: str, decide: Callable[..., Any], *given: Any) -> Any:
+    """What rank 0 decides, a JSON-able value, on every rank; all ranks call it in the same order.
+
+    Raises:
+        UserError, StopRequested: on every rank, where `decide` raised it on rank 0.
+    """
+    if world is None or world.size == 1:
+        return decide(*given)
+    told: list = ["", None]
+    if world.rank == 0:
+        try:
+            told = ["", decide(*given)]
+        except UserError as error:
+            told = ["wrong", str(error)]
+        except StopRequested as reason:
+            told = ["stopped", str(reason)]
+    end, value = exchange(world, what, told, FOREVER_S)[0]
+    if end:
+        raise UserError(value) if end == "wrong" else StopRequested(value)
+    return value
+
+
 def _await(
     world: World,
     what: str,

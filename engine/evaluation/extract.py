@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from etude.core.distributed import FOREVER_S, World, exchange
+from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.signals import StopRequested
 from etude.metrics.extractors import Extractor, preprocessing
@@ -79,7 +80,8 @@ def extract_set(
 
     Raises:
         StopRequested: one of the processes was asked to stop; whole shards are kept.
-        UserError: a sample key is there twice; of a set that knows its `keys`, before it is read.
+        UserError: on every process, what was wrong on one. A sample key that is there twice is; of
+            a set that knows its `keys`, before it is read.
     """
     check_keys(getattr(pictures, "keys", ()))
     log = log or Log(None, quiet=True)
@@ -87,7 +89,8 @@ def extract_set(
     entries = _entries(pictures, extractors, store, shard_size, world)
     ranges = sorted(set().union(*(entry.missing for entry in entries)))
     mine = ranges[rank::size]
-    stages, began, count, stopped = Stages(), time.perf_counter(), 0, None
+    stages, began, count = Stages(), time.perf_counter(), 0
+    trouble: StopRequested | UserError | None = None
     total, names = sum(stop - start for start, stop in mine), ", ".join(e.features for e in entries)
     try:
         with log.progress(f"features of {pictures.name} ({names})", total) as progress:
@@ -99,31 +102,48 @@ def extract_set(
                 for done in _shard(pictures, lacking, start, stop, batch_size, stages):
                     count += done
                     progress.advance(done)
-    except StopRequested as reason:
-        stopped = reason
+    except (StopRequested, UserError) as error:
+        trouble = error
     seconds = stages.seconds | {"all": time.perf_counter() - began}
-    ended(world, "every shard of the features", stopped, log)
+    ended(world, "every shard of the features", trouble, log)
     if rank == 0:
-        for entry in entries:
-            entry.writer.finish()
+        try:
+            for entry in entries:
+                entry.writer.finish()
+        except UserError as error:
+            trouble = error
+    ended(world, "features are counted", trouble, log)
     if world is not None:
-        told = exchange(world, "features are counted", {"count": count, "seconds": seconds})
+        told = exchange(world, "rates of the features", {"count": count, "seconds": seconds})
         return _rates([(one["count"], one["seconds"]) for one in told])
     return _rates([(count, seconds)])
 
 
-def ended(world: World | None, what: str, stopped: StopRequested | None, log: Log) -> None:
-    """Wait until every process has done its part, or leave with all of them.
+def device_for(asked: str, world: World | None) -> torch.device:
+    """The device of this process, where a recipe asks for "auto" or for a kind of device."""
+    if world is not None and asked in ("auto", world.device.type):
+        return world.device
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(asked)
+
+
+def ended(
+    world: World | None, what: str, trouble: StopRequested | UserError | None, log: Log
+) -> None:
+    """Wait until every process has done its part, or leave with all of them: a process that left
+    alone would keep the others waiting.
 
     Args:
-        stopped: this process was asked to stop, and left out some of its part.
+        trouble: why this process left out some of its part.
 
     Raises:
-        StopRequested: one of the processes was.
+        UserError: one of the processes had one.
+        StopRequested: one of them was asked to stop.
     """
     if world is None or world.size == 1:
-        if stopped is not None:
-            raise stopped
+        if trouble is not None:
+            raise trouble
         return
 
     def asked() -> str | None:  # a process that was killed never comes
@@ -134,9 +154,13 @@ def ended(world: World | None, what: str, stopped: StopRequested | None, log: Lo
             return str(reason)
         return None
 
-    told = exchange(world, what, stopped is not None, FOREVER_S, stopped=asked)
-    if any(told):
-        raise stopped or StopRequested("another process was asked to stop")
+    wrong = str(trouble) if isinstance(trouble, UserError) else ""
+    told = exchange(world, what, [trouble is not None, wrong], FOREVER_S, stopped=asked)
+    for _, said in told:
+        if said:
+            raise UserError(said)
+    if any(left for left, _ in told):
+        raise trouble or StopRequested("another process was asked to stop")
 
 
 def _entries(

@@ -13,6 +13,7 @@ import torch
 from pydantic import model_validator
 
 from etude.core.config import Config, option
+from etude.core.distributed import World, on_first
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import Recipe
@@ -35,7 +36,8 @@ from etude.metrics.registry import METRICS, Pair
 from etude.metrics.shortages import shortages
 from etude.metrics.store import FeatureSet, FeatureStore
 
-from .extract import extract_set, feature_key
+from .extract import device_for, extract_set, feature_key
+from .judge import as_judged
 from .picture_set import spread
 from .protocol import NOT_STATED, Protocol, stated
 from .report import result_table
@@ -142,24 +144,37 @@ class Opened:
 
 
 def extract(
-    recipe: ExtractRecipe, run: Run, generator: Generator | None = None, log: Log | None = None
+    recipe: ExtractRecipe,
+    run: Run,
+    generator: Generator | None = None,
+    log: Log | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Fill the store with what the recipe's metrics need.
 
     Args:
         generator: draws the pictures; needed when the recipe names one.
+        world: processes that share the work, all of which call this; None: this one alone.
 
     Returns:
         Digest and count per set, images per second by stage, the extractor.
     """
     log = log or Log(run.folder, quiet=True)
-    return _extract(recipe, _open(recipe, generator), log)
+    return _extract(recipe, _open(recipe, generator, world), log, world)
 
 
 def evaluate(
-    recipe: EvaluateRecipe, run: Run, generator: Generator | None = None, log: Log | None = None
+    recipe: EvaluateRecipe,
+    run: Run,
+    generator: Generator | None = None,
+    log: Log | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Extract, measure, and report a table.
+
+    Args:
+        generator: draws the pictures; needed when the recipe names one.
+        world: processes that share the extracting, all of which call this; the first one measures.
 
     Returns:
         `protocol` with `protocol_fingerprint`, `figures` (name -> "generated", "matched", "real",
@@ -167,10 +182,15 @@ def evaluate(
         images per second; plain values throughout, ready for result.json.
     """
     log = log or Log(run.folder, quiet=True)
-    opened = _open(recipe, generator)
+    opened = _open(recipe, generator, world)
     if "generated" not in opened.sets:
         raise UserError("nothing to evaluate: set generator=RUN or generated=FOLDER")
-    done = _extract(recipe, opened, log)
+    done = _extract(recipe, opened, log, world)
+    return done | on_first(world, "the figures", _figures, recipe, opened, log)
+
+
+def _figures(recipe: EvaluateRecipe, opened: Opened, log: Log) -> dict[str, Any]:
+    """What `evaluate` returns beside what `extract` does, from stored features."""
     features = {name: opened.load(name, opened.extractor) for name in ("real", "generated")}
     if recipe.real_against == "train":
         features["train"] = opened.load("train", opened.extractor)
@@ -183,7 +203,7 @@ def evaluate(
         for figure in measured["generated"]
     }
     protocol = _protocol(recipe, opened)
-    result = done | {
+    result = {
         "protocol": protocol.as_dict(),
         "protocol_fingerprint": protocol.fingerprint,
         "generated": {
@@ -202,10 +222,8 @@ def evaluate(
     return result
 
 
-def _open(recipe: ExtractRecipe, generator: Generator | None) -> Opened:
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def _open(recipe: ExtractRecipe, generator: Generator | None, world: World | None) -> Opened:
+    device = device_for(recipe.device, world)
     extractor = load_extractor(recipe.extractor.kind, recipe.extractor.weights).to(device)
     form = {"size": recipe.image_size, "channels": extractor.channels}
     sets: dict[str, PictureSet] = {"real": ShardPictures(recipe.real, **form)}
@@ -234,7 +252,9 @@ def _stored_size(pictures: PictureSet) -> int:
     return int(pictures.read(0, 1, Stages()).images.shape[1])
 
 
-def _extract(recipe: ExtractRecipe, opened: Opened, log: Log) -> dict[str, Any]:
+def _extract(
+    recipe: ExtractRecipe, opened: Opened, log: Log, world: World | None
+) -> dict[str, Any]:
     """Every set through its extractors."""
     rates, digests = {}, {}
     for name, pictures in opened.sets.items():
@@ -244,7 +264,7 @@ def _extract(recipe: ExtractRecipe, opened: Opened, log: Log) -> dict[str, Any]:
         if not wanted:
             continue
         rates[name] = extract_set(
-            pictures, wanted, opened.store, batch_size=recipe.batch_size, log=log
+            pictures, wanted, opened.store, batch_size=recipe.batch_size, log=log, world=world
         )
         digests[name] = feature_key(pictures, wanted[0]).digest()
     return {
@@ -352,7 +372,19 @@ def _protocol(recipe: EvaluateRecipe, opened: Opened) -> Protocol:
         sampler=stated(drawn, "sampler"),
         profile=recipe.weights or profile if profile == NOT_STATED else profile,
         seeds=stated({"seeds": seeds or None}, "seeds"),
+        judge=_judged_by(opened),
+        training=opened.sets["train"].fingerprint if _uses_training(recipe) else "",
     )
+
+
+def _judged_by(opened: Opened) -> str:
+    """The judge's weights; "" where nothing is judged, or by the network of the features."""
+    judge, own = opened.judge, opened.extractor.weights_sha256
+    return "" if judge is None or judge.weights_sha256 == own else judge.weights_sha256
+
+
+def _uses_training(recipe: EvaluateRecipe) -> bool:
+    return "memorisation" in recipe.metrics or recipe.real_against == "train"
 
 
 def _agreement(recipe: EvaluateRecipe, opened: Opened) -> dict[str, Any]:
@@ -365,7 +397,9 @@ def _agreement(recipe: EvaluateRecipe, opened: Opened) -> dict[str, Any]:
         )
     classes = opened.judge.backbone.classes
     predicted = opened.judge.backbone.predict(found.features)
-    share, per_class = label_agreement(predicted, found.labels, len(classes))
+    generated = opened.sets["generated"]
+    labels = as_judged(found.labels, generated.classes, classes, generated.name)
+    share, per_class = label_agreement(predicted, labels, len(classes))
     as_interval = proportion(share, len(found), recipe.interval)
     asked = {n: v for n, v in zip(classes, per_class, strict=True) if v == v}
     return {"agreement": as_interval.as_dict(), "per_class": asked, "lowest": min(asked.values())}
@@ -384,6 +418,6 @@ def _nearest(recipe: EvaluateRecipe, opened: Opened) -> dict[str, Any]:
 
 def _median_interval(distance: torch.Tensor, recipe: EvaluateRecipe) -> Interval:
     split = halves(len(distance), recipe.interval.replicates, recipe.seed)
-    drawn = np.array([float(distance[rows].double().median()) for rows in split])
-    value = float(distance.double().median())
+    drawn = np.array([float(distance[rows].double().quantile(0.5)) for rows in split])
+    value = float(distance.double().quantile(0.5))
     return interval("median nearest distance", value, drawn, recipe.interval, kind="local")

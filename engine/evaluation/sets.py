@@ -205,14 +205,22 @@ class FolderPictures(ListedPictures):
         rows = table or [
             # A file's class: the first folder that it lies in; "" for none.
             _Row(path.as_posix(), path.parts[0] if len(path.parts) > 1 else "")
-            for path in sorted(p.relative_to(self.folder) for p in self.folder.rglob("*"))
+            for path in _files(self.folder)
+            if path.suffix.lower() in SUFFIXES | OTHERS
         ]
-        rows = [row for row in rows if Path(row.file).suffix.lower() in SUFFIXES]
+        for row in rows:
+            if Path(row.file).suffix.lower() not in SUFFIXES:
+                raise UserError(
+                    f"{self.folder / row.file} is no .png, .jpg or .webp picture; convert it, or"
+                    " take it out of the folder and its table"
+                )
         if not rows:
             raise UserError(
                 f"{folder} holds no .png, .jpg or .webp pictures; name a folder that does"
             )
         found = sorted({row.label for row in rows} - {""})
+        if all(label.isdecimal() for label in found):  # classes 0 to 11 in the order of numbers
+            found.sort(key=lambda label: (int(label), label))
         names = found if classes is None else list(classes)
         places = {name: place for place, name in enumerate(names)}
         labels = [places.get(row.label, -1) for row in rows]
@@ -312,6 +320,7 @@ def open_pictures(
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+OTHERS = {".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm"}  # pictures not read
 
 
 @dataclass(frozen=True)
@@ -321,6 +330,25 @@ class _Row:
     file: str
     label: str = ""
     group: str = ""
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file below a folder, relative to it and sorted; links to folders are followed, and what
+    is hidden or beside pictures in an archive of macOS is left out.
+    """
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        here = Path(where).resolve()
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name != "__MACOSX"
+            and not here.is_relative_to((here / name).resolve())  # a link to where it lies in
+        ]
+        relative = Path(where).relative_to(folder)
+        found += [relative / name for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def first_absent(root: Path, files: Sequence[str]) -> str:

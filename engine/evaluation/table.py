@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from etude.core.errors import UserError
-from etude.core.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
+from etude.core.files import (
+    read_json,
+    to_json,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 from etude.core.lock import Lock
 from etude.metrics.estimates import Estimate
 
@@ -79,11 +85,12 @@ class ResultsTable:
         """
         mark = self._mark(found[0][0])
         mark.unlink(missing_ok=True)  # of figures that these take the place of
-        written = [_digest(self.add(*one)) for one in found]
-        write_json_atomic(mark, [origin, written])
+        rows = [self.add(*one) for one in found]
+        write_json_atomic(mark, [origin, {_digest(row): _content(asdict(row)) for row in rows}])
 
     def is_complete(self, row: Row, origin: str = "") -> bool:
-        """Whether `add_all` wrote a row's figures, from this origin, and all are still there.
+        """Whether `add_all` wrote a row's figures, from this origin, and all are still there as it
+        wrote them.
 
         Another plan may have evaluated other pictures, of a generator that has changed or with
         other intervals, under the model's name; the figures are then made again.
@@ -91,9 +98,16 @@ class ResultsTable:
         noted = None
         with contextlib.suppress(UserError):  # another job may take it away at any moment
             noted = read_json(self._mark(row))
-        if not isinstance(noted, list) or noted[0] != origin:
+        if not isinstance(noted, list) or noted[0] != origin or not isinstance(noted[1], dict):
             return False
-        return all((self.folder / "rows" / f"{name}.json").exists() for name in noted[1])
+        return all(self._holds(name, content) for name, content in noted[1].items())
+
+    def _holds(self, name: str, content: str) -> bool:
+        """Whether a row's file says what it said."""
+        with contextlib.suppress(UserError):
+            found = read_json(self.folder / "rows" / f"{name}.json")
+            return isinstance(found, dict) and _content(found) == content
+        return False
 
     def _mark(self, row: Row) -> Path:
         return self.folder / "complete" / f"{_digest(replace(row, metric=''))}.json"
@@ -193,6 +207,12 @@ def _digest(row: Row) -> str:
     """The name of a row's files."""
     identity = {name: getattr(row, name) for name in _IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _content(row: dict[str, Any]) -> str:
+    """What a row's file says beside the date, as a hash."""
+    said = {name: value for name, value in row.items() if name != "date"}
+    return hashlib.sha256(to_json(said).encode()).hexdigest()[:24]
 
 
 def _held(folder: Path) -> Lock:

@@ -126,3 +126,36 @@ def test_a_generator_asked_by_class_needs_classes(tmp_path) -> None:
         DrawnPictures(asked, class_prompts("three", ["x", "y", "z"]), 4, seed=0, folder=tmp_path)
     two = class_prompts("two", ["x", "y"])
     assert [(p.label, p.text) for p in two.prompts] == [(0, "x"), (1, "y")]
+
+
+def test_a_class_is_asked_by_its_name_whatever_its_number(tmp_path) -> None:
+    class Painter:
+        """Fills a picture with the letter of the class that it is asked for."""
+
+        name = fingerprint = "painter"
+        classes, asked_by_text, protocol = ["a", "b", "c"], False, {}
+
+        def draw(self, indices, labels, *, seed, captions, positions):
+            fill = [ord(self.classes[label]) for label in labels]
+            return np.array(fill, np.uint8).reshape(-1, 1, 1, 1)
+
+    def painted(names: str) -> str:
+        asked = class_prompts("letters", list(names))
+        made = DrawnPictures(Painter(), asked, 3, seed=0, folder=tmp_path)
+        made.draw(QUIET)
+        found = made.read(0, 3, Stages())
+        assert found.labels.tolist() == [0, 1, 2]
+        return "".join(map(chr, found.images.ravel()))
+
+    assert painted("abc") == "abc"
+    assert painted("cab") == "cab"
+    assert painted("xyz") == "abc"  # no name in common: by number
+    assert painted("abx") == "abc"  # nor one out of order
+    other, made = Painter(), {"count": 3, "seed": 0, "folder": tmp_path}
+    other.classes = ["b", "a", "c"]  # of equal fingerprint: what is asked for is told apart
+    both = [
+        DrawnPictures(g, class_prompts("l", ["a", "b", "c"]), **made) for g in (Painter(), other)
+    ]
+    assert both[0].drawing != both[1].drawing
+    with pytest.raises(UserError, match="both have 'c', and only letters has 'x'; name its"):
+        painted("cxy")

@@ -71,6 +71,19 @@ def test_three_readers_of_a_table_agree(tmp_path) -> None:
     assert candidate.read(0, 2, Stages()).groups == ["z", "x"]
 
 
+def test_a_table_that_says_it_of_some_pictures_is_refused(tmp_path) -> None:
+    real = prompts(folder(tmp_path / "real", TABLE))
+    some = folder(tmp_path / "a", "file_name,prompt_id\n0.png,2.png\n1.png,\n")
+    with pytest.raises(UserError, match="not say what 1.png was drawn of and says it of others"):
+        PromptedFolder(some, real, 2, FORM)
+    numbered = folder(tmp_path / "b", "file_name,label\n0.png,0\n1.png,1\n")
+    with pytest.raises(UserError, match="drawn of '0', which is none of the 4 prompts that the"):
+        PromptedFolder(numbered, real, 2, FORM)
+    # Of prompts without classes a label says nothing.
+    asked = Prompts("own", (Prompt("a", "a cat"), Prompt("b", "a dog")))
+    assert not PromptedFolder(numbered, asked, 2, FORM).knows_prompts
+
+
 @pytest.mark.parametrize(
     ("table", "said"),
     [

@@ -22,6 +22,7 @@ from etude.evaluation.judge import (
 )
 from etude.evaluation.plan import EvaluateRecipe, ExtractorConfig, ExtractRecipe, evaluate, extract
 from etude.evaluation.sets import ShardPictures, Stages
+from etude.jobs import run_recipe
 from etude.metrics.intervals import IntervalConfig
 from etude.metrics.store import FeatureStore
 
@@ -201,6 +202,22 @@ def test_real_pictures_against_real_pictures_have_the_floors_figures(
     for measured in figures.values():
         assert measured["matched"]["low"] <= measured["real"]["high"]
         assert measured["real"]["low"] <= measured["matched"]["high"]
+
+
+def test_a_finished_evaluation_looks_at_its_pictures_again(digits, judge, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "drawn").mkdir()
+    changes = {"train": "", "generator": "", "generated": str(tmp_path / "drawn")}
+    changes |= {"metrics": ("frechet",), "interval": IntervalConfig(replicates=0)}
+    made = recipe(digits, judge, tmp_path / "store", **changes)
+    values = []
+    for darker in (1, 3, 3):
+        for number in range(20 if len(values) < 2 else 0):
+            noise = rng.integers(0, 256 // darker, (16, 16), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "drawn" / f"{number}.png")
+        _, result = run_recipe(made, root=tmp_path / "runs", quiet=True)
+        values.append(result["headline"])
+    assert values[0] != values[1] == values[2]
 
 
 def test_extract_fills_the_store_for_a_later_evaluation(digits, judge, tmp_path) -> None:

@@ -207,6 +207,24 @@ def test_a_screen_promotes_and_marks_its_rows(digits, noisy, tmp_path) -> None:
     assert {row.seed for row in screened}.isdisjoint({row.seed for row in reported})
 
 
+def test_a_screen_looks_at_its_own_plans_rows_and_speaks_early(digits, noisy, tmp_path) -> None:
+    """A shared table holds the screen of another plan; a figure that nobody measures."""
+    name = "Fréchet distance (pixels features)"
+    changes = {"metrics": ["frechet@pixels"], "by_group": False, "table": str(tmp_path / "table")}
+    changes["screen"] = {"samples": 60, "metrics": [name], "keep": 1}
+    found = []
+    for size, low in ((8, 0), (6, 1), (8, 2)):
+        made = recipe(digits, noisy, tmp_path / "s", image_size=size, **changes)
+        found.append(carried_out(made, tmp_path / f"runs{low}")[1]["candidates"])
+    assert found == [["clean"]] * 3
+    changes["screen"] = changes["screen"] | {"metrics": ["FID"]}
+    made = recipe(digits, noisy, tmp_path / "s", **changes | {"table": ""})
+    with pytest.raises(UserError, match="there is no figure 'FID'; choose of Fréchet") as said:
+        carried_out(made, tmp_path / "runs3")
+    assert "\n" not in str(said.value)
+    assert len(list((tmp_path / "runs3").glob("*/results/rows/*"))) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -373,7 +391,10 @@ def test_folders_without_classes_or_prompts_compare(digits, noisy, tmp_path) -> 
             "prdc.q: no such option; it has k, convention",
         ),
         ({"extractors": {"inception": {}}}, "extractors.inception has no effect"),
-        ({"samples": 10**6, "models": {"f": {"kind": "pictures", "source": "F"}}}, "F"),
+        (
+            {"models": {"f": {"kind": "pictures", "source": "F"}}},
+            "models.f.source: there is no folder F; name one",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(digits, noisy, tmp_path, changes, said) -> None:

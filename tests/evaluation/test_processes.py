@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import json
 import re
 import shutil
 import signal
@@ -168,6 +169,13 @@ def test_a_killed_extraction_goes_on(forks, network, alone, tmp_path, size, rena
     assert set(of_all.values()) == {1} and len(of_all) < COUNT
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_wrong_on_one_is_said_by_both(forks, network, tmp_path, rank) -> None:
+    """Else the other would wait for it, and a launcher would start both again, for ever."""
+    said = ended(pair_of(forks, network, tmp_path, WRONG=str(rank)))
+    assert said == [(2, f"picture {rank * SHARD} cannot be used\n")] * 2
+
+
 def test_told_to_stop_both_leave_and_the_same_command_goes_on(
     forks, network, alone, tmp_path
 ) -> None:
@@ -283,6 +291,38 @@ def test_two_jobs_on_one_table_lose_nothing_and_agree(forks, tiny, planned, tmp_
     }
     written = list(csv.DictReader((tmp_path / "table/results.csv").open()))
     assert sorted(row["model"] for row in written) == sorted(["clean", "other", "rough"] * 5)
+
+
+def test_one_generator_is_evaluated_by_a_pair_as_by_one(forks, tiny, tmp_path) -> None:
+    """`kind: evaluate`: the first one measures, and both end with the same result."""
+    save_classifier(
+        tmp_path / "net",
+        Classifier(ClassifierConfig(channels=(8, 16), num_classes=10), seed=3).eval(),
+        8,
+        [str(n) for n in range(10)],
+    )
+    fields = {
+        "kind": "evaluate",
+        "real": str(tiny.folder / "train"),
+        "generated": str(tiny.folder / "monitor"),
+        "image_size": 8,
+        "extractor": {"kind": "classifier", "weights": str(tmp_path / "net")},
+        "metrics": ["frechet", "prdc", "agreement"],
+        "interval": {"replicates": 10},
+        "store": "store",
+    }
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    found = {}
+    for size in (1, 2):
+        root = tmp_path / str(size)
+        root.mkdir()
+        words = ("-m", "etude", "evaluate", path, "run=run")
+        said = ended(forks.start_ranks(size, *words, cwd=root))
+        assert [status for status, _ in said] == [0] * size, said
+        result = json.loads((root / "runs/run/result.json").read_text())
+        found[size] = result["figures"], result["labels"], files(root / "store")
+    assert found[1] == found[2] and len(found[1][0]) == 5
 
 
 @pytest.fixture(scope="module")

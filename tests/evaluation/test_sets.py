@@ -133,6 +133,22 @@ def test_unequal_sizes_are_read_as_a_list_of_what_is_stored(tmp_path) -> None:
     assert isinstance(alike, np.ndarray) and alike.shape == (1, 10, 10, 1)
 
 
+def test_a_folder_is_what_lies_in_it_and_nothing_hidden(tmp_path) -> None:
+    """Linked folders count, a link to where it lies does not; classes of digits are numbers."""
+    for i, place in enumerate(("set/10", "set/2", "set/.ipynb_checkpoints", "set/__MACOSX", "far")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.png").write_bytes(png(IMAGES[i]))
+    (tmp_path / "set/2/._b.png").write_bytes(b"of macOS")
+    (tmp_path / "set/1").symlink_to(tmp_path / "far")
+    (tmp_path / "set/2/up").symlink_to(tmp_path / "set")
+    found = FolderPictures(tmp_path / "set", channels=1)
+    assert found.files == ["1/a.png", "10/a.png", "2/a.png"]
+    assert found.classes == ["1", "2", "10"] and found.labels.tolist() == [0, 2, 1]
+    (tmp_path / "set/2/c.BMP").write_bytes(b"not read")
+    with pytest.raises(UserError, match=r"2/c.BMP is no .png, .jpg or .webp picture; convert it"):
+        FolderPictures(tmp_path / "set")
+
+
 def test_a_broken_picture_is_named_and_never_skipped(tmp_path) -> None:
     folder = files(tmp_path, list(IMAGES))
     (folder / "odd" / "3.png").write_bytes(png(IMAGES[3])[:-20])

@@ -73,6 +73,30 @@ def test_a_metric_is_complete_whatever_the_figure(tmp_path) -> None:
     assert not table.is_complete(ROW, "first")
 
 
+def test_figures_that_another_job_replaced_in_part_are_made_again(tmp_path) -> None:
+    """Of two jobs with one model and other intervals, the first ends last: a mixture is left."""
+    mine = [(replace(ROW, metric=name, value=1.0), None, None) for name in ("precision", "recall")]
+    theirs = [(replace(row, value=2.0), None, None) for row, *_ in mine]
+    first, second = ResultsTable(tmp_path), ResultsTable(tmp_path)
+    add, done = first.add, []
+
+    def interrupted(*one) -> Row:
+        if len(done) == 1:
+            second.add_all(theirs, "theirs")
+        done.append(one)
+        return add(*one)
+
+    first.add = interrupted
+    first.add_all(mine, "mine")
+    assert [row.value for row in ResultsTable(tmp_path).rows()] == [2.0, 1.0]
+    assert not first.is_complete(ROW, "mine") and not first.is_complete(ROW, "theirs")
+    # One that says the same another time has replaced nothing.
+    later = [(replace(row, date="later"), None, None) for row, *_ in mine]
+    second.add_all(mine, "mine")
+    second.add(later[0][0])
+    assert second.is_complete(ROW, "mine")
+
+
 def test_a_value_that_is_no_number_comes_back(tmp_path) -> None:
     table = ResultsTable(tmp_path)
     table.add(replace(ROW, value=math.nan))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from etude.core.distributed import World, any_rank, barrier, exchange
+from etude.core.distributed import FOREVER_S, World, exchange
 from etude.core.errors import UserError
 from etude.core.files import write_bytes_atomic, write_json_atomic
 from etude.core.log import Log
@@ -26,6 +26,7 @@ from etude.core.signals import StopRequested
 
 from ..datasets import Prompt, Prompts
 from ..decoding import Form
+from ..extract import ended
 from ..generators import DrawsPictures
 from ..picture_set import Pictures, Stages, digest, spread_order, stacked
 
@@ -63,19 +64,16 @@ class DrawnPictures:
                 f"{generator.name} is asked by text and prompts of {prompts.name} have none; name"
                 " a data set with captions"
             )
-        known = len(generator.classes)
-        if not generator.asked_by_text and known and len(prompts.classes) != known:
-            raise UserError(
-                f"{generator.name} knows {known} classes and {prompts.name} has"
-                f" {len(prompts.classes)}; name a data set with the classes it was trained on"
-            )
+        self._numbers = [] if generator.asked_by_text else _class_numbers(generator, prompts)
         self.generator, self.prompts, self.seed = generator, prompts, seed
         self.name, self.classes, self._count = generator.name, list(prompts.classes), count
         self.protocol: dict[str, Any] = dict(generator.protocol) | {
             "seed": seed,
             "prompts": prompts.fingerprint,
         }
-        identity = json.dumps([generator.fingerprint, self.protocol], sort_keys=True)
+        parts = [generator.fingerprint, self.protocol]
+        parts += [self._numbers] if self._numbers != sorted(self._numbers) else []
+        identity = json.dumps(parts, sort_keys=True)
         self.drawing = hashlib.sha256(identity.encode()).hexdigest()
         self._form = form
         self.protocol |= form.protocol
@@ -98,6 +96,7 @@ class DrawnPictures:
 
         Raises:
             StopRequested: one of the processes was asked to stop; whole blocks are kept.
+            UserError: on every process, what was wrong on one.
         """
         rank, size = (world.rank, world.size) if world else (0, 1)
         if rank == 0:
@@ -105,21 +104,18 @@ class DrawnPictures:
             write_json_atomic(self.folder / "protocol.json", about)
         starts = self.missing() if rank == 0 else []
         if world is not None:  # a network file system may show another process less
-            starts = exchange(world, "what is not drawn yet", starts)[0]
+            starts = exchange(world, "what is not drawn yet", starts, FOREVER_S)[0]
         total = sum(self._size(start) for start in starts)
         with log.progress(f"drawing {self.name}", total, unit="pictures") as progress:
             for turn in range(0, len(starts), size):
-                if turn + rank < len(starts):
-                    self._draw_block(starts[turn + rank])
-                stopped = None
+                trouble: StopRequested | UserError | None = None
                 try:
+                    if turn + rank < len(starts):
+                        self._draw_block(starts[turn + rank])
                     progress.advance(sum(self._size(s) for s in starts[turn : turn + size]))
-                except StopRequested as reason:
-                    stopped = reason
-                if any_rank(world, stopped is not None) if world else stopped:
-                    raise stopped or StopRequested("another process was asked to stop")
-        if world is not None:
-            barrier(world, "the drawn pictures")
+                except (StopRequested, UserError) as error:
+                    trouble = error
+                ended(world, "a block of drawn pictures", trouble, log)
         return total
 
     def read(self, start: int, stop: int, stages: Stages) -> Pictures:
@@ -142,6 +138,10 @@ class DrawnPictures:
         """The prompts of pictures start to stop."""
         return [self.prompts.prompts[index % len(self.prompts)] for index in range(start, stop)]
 
+    def _number(self, label: int) -> int:
+        """The generator's number of a class of the data set."""
+        return self._numbers[label] if self._numbers else label
+
     def _size(self, start: int) -> int:
         return min(BLOCK, self._count - start)
 
@@ -158,7 +158,7 @@ class DrawnPictures:
         ]
         drawn = self.generator.draw(
             indices,
-            np.array([prompt.label for prompt in asked], np.int64),
+            np.array([self._number(prompt.label) for prompt in asked], np.int64),
             seed=self.seed,
             captions=[prompt.text for prompt in asked] if self.generator.asked_by_text else None,
             positions=np.array(places, np.int64),
@@ -172,6 +172,37 @@ class DrawnPictures:
         stream = io.BytesIO()
         np.save(stream, images)
         write_bytes_atomic(self._block(start), stream.getvalue())
+
+
+def _class_numbers(generator: DrawsPictures, prompts: Prompts) -> list[int]:
+    """The generator's number of every class of the prompts; empty where it states no classes.
+
+    A name that both know stands for one class, whatever its number. Where they share no name, as
+    ImageNet's and a model's that only numbers its classes, equal numbers are one class.
+
+    Raises:
+        UserError: they have unequal numbers of classes, or share some names out of order.
+    """
+    theirs, ours = list(generator.classes), list(prompts.classes)
+    if not theirs:
+        return []
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"{generator.name} knows {len(theirs)} classes and {prompts.name} has {len(ours)};"
+            " name a data set with the classes it was trained on"
+        )
+    places = {name: number for number, name in enumerate(theirs)}
+    if places.keys() == set(ours):
+        return [places[name] for name in ours]
+    for number, name in enumerate(ours):
+        if places.get(name, number) != number:
+            other = next(name for name in ours if name not in places)
+            raise UserError(
+                f"{generator.name} and {prompts.name} name their classes differently: both have"
+                f" {name!r}, and only {prompts.name} has {other!r}; name its classes as the"
+                " generator does"
+            )
+    return list(range(len(ours)))
 
 
 def noise_position(prompt_id: str, repetition: int) -> int:

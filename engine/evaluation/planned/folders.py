@@ -5,6 +5,7 @@ Called by running.py and before a dry run. Which prompt a picture is of is read 
 write it.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class PromptedFolder:
 def check_folders(recipe: PlanRecipe) -> None:
     """Raise where a folder of the plan's is not there or has too few pictures.
 
-    Called before anything is drawn: else the fault of the last model costs the work of the others.
+    Called, as `check_prompts`, before anything is drawn: else the fault of the last model costs the
+    work of the others.
     """
     for name, model in recipe.models.items():
         if model.kind == "pictures":
@@ -79,6 +81,16 @@ def check_folders(recipe: PlanRecipe) -> None:
                 _first(model.source, recipe.samples)
             except UserError as error:
                 raise UserError(f"models.{name}.source: {error}") from None
+
+
+def check_prompts(recipe: PlanRecipe, prompts: Iterable[Prompts]) -> None:
+    """Raise where a folder of the plan's names prompts that one of the data sets does not have."""
+    for name, model in recipe.models.items():
+        for asked in prompts if model.kind == "pictures" else ():
+            try:
+                _asked(Path(model.source), asked)
+            except UserError as error:
+                raise UserError(f"models.{name}: {error}") from None
 
 
 def _first(folder: str | Path, count: int, **options: Any) -> FolderPictures:
@@ -93,7 +105,7 @@ def _first(folder: str | Path, count: int, **options: Any) -> FolderPictures:
 
 
 def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
-    """Picture's key -> its prompt; empty where the folder does not say."""
+    """Picture's key -> its prompt; empty where the folder says of no picture."""
     path = folder / METADATA
     by_id = {prompt.id: prompt for prompt in prompts.prompts}
     by_text: dict[str, Prompt] = {}
@@ -103,7 +115,8 @@ def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
         same = by_text.setdefault(text, prompt)
         if text and (same.group, same.label) != (prompt.group, prompt.label):
             unclear.add(text)
-    found = {}
+    found: dict[str, Prompt] = {}
+    silent = ""
     for name, row in read_metadata(folder).items():
         if row.get("prompt_id"):
             prompt = by_id.get(row["prompt_id"])
@@ -115,14 +128,23 @@ def _asked(folder: Path, prompts: Prompts) -> dict[str, Prompt]:
                     " prompt_id"
                 )
             prompt = by_text.get(text) if text else None
-        if prompt is None:
-            if row.get("prompt_id") or row.get("caption"):
-                said = row.get("prompt_id") or row.get("caption")
-                raise UserError(
-                    f"{path}: {name} was drawn of {said!r}, which is none of {prompts.name}"
-                )
-            return {}
-        found[name] = prompt
+        if prompt is not None:
+            found[name] = prompt
+            continue
+        said = row.get("prompt_id") or row.get("caption")
+        if not said and prompts.classes:
+            said = row.get("label")
+        if said:
+            raise UserError(
+                f"{path}: {name} was drawn of {said!r}, which is none of the"
+                f" {len(prompts):,} prompts that the plan takes of {prompts.name}"
+            )
+        silent = silent or name
+    if found and silent:
+        raise UserError(
+            f"{path} does not say what {silent} was drawn of and says it of others; fill in its"
+            " prompt_id, caption or label, or leave its row out"
+        )
     return found
 
 

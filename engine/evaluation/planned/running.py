@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.core.distributed import FOREVER_S, World, barrier, exchange
+from etude.core.distributed import FOREVER_S, World, exchange, on_first
 from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.registry import load_file
@@ -29,13 +29,13 @@ from etude.metrics.store import FeatureStore
 
 from ..datasets import DataSet, Prompts, open_data_set
 from ..decoding import Form
-from ..extract import extract_set
+from ..extract import device_for, extract_set
 from ..picture_set import PictureSet, Stages, digest
 from ..results import Results, Row, refuse_two_sources
 from ..table import ResultsTable
 from .candidates import Candidate, candidates, check_kinds, is_kept
 from .drawing import DrawnPictures, class_prompts, mixed
-from .folders import PromptedFolder, check_folders
+from .folders import PromptedFolder, check_folders, check_prompts
 from .measuring import Features, Found, Sides, Wanted, measured, scored, template
 from .recipe import (
     DataSetConfig,
@@ -46,7 +46,7 @@ from .recipe import (
     opened_metrics,
 )
 from .scoring import score_set, scores_key, stated
-from .screening import promoted
+from .screening import check_names, promoted
 
 SHOWN_SIDE = 256  # of pictures on the page that come in several sizes, pixels
 LOOK_S = 30  # between two looks at the checkpoints of models that are being trained
@@ -87,7 +87,7 @@ class Plan:
         for path in recipe.files:
             load_file(path)
         self.recipe, self.log, self.world = recipe, log, world
-        self.device = _device(recipe, world)
+        self.device = device_for(recipe.device, world)
         self.wanted = [Wanted(*found) for found in opened_metrics(recipe)]
         self.extractors = list(open_extractors(recipe, self.wanted, self.device))
         self.scorers = open_scorers(recipe, self.extractors, self.device)
@@ -104,6 +104,7 @@ class Plan:
         check_kinds(recipe)
         check_folders(recipe)
         self.sets = [self._open(name, config) for name, config in recipe.data_sets.items()]
+        check_prompts(recipe, [one.prompts for one in self.sets])
 
     def results(self) -> tuple[Results, dict[str, int]]:
         """The table's rows that compare with this plan's, other plans' too; and how many do not, by
@@ -168,30 +169,46 @@ class Plan:
         rows: list[Row] = []
         for candidate in filter(self._is_kept, found):
             for one in self.sets:
-                rows += self._evaluate(candidate, one, screen.samples, screen.seed, selected=True)
-        kept = promoted(found, rows, screen)
+                self._evaluate(candidate, one, screen.samples, screen.seed, selected=True)
+                on_first(self.world, "rows of a screen", self._screened, candidate, one, rows)
+        numbers = on_first(self.world, "who goes on", self._chosen, found, rows)
+        kept = [found[number] for number in numbers]
         self.log.info(
             f"{len(kept)} of {len(found)} candidates go on after {screen.samples} pictures each: "
             + "; ".join(candidate.title for candidate in kept)
         )
         return kept
 
+    def _screened(self, candidate: Candidate, one: _Set, rows: list[Row]) -> None:
+        """Add what the screen measured of a candidate; raise where its figures are not there."""
+        row = template(candidate, one.name, self.recipe.screen.seed, selected=True)
+        same = "model", "checkpoint", "guidance", "training_seed", "seed", "data_set", "selected"
+        found = [
+            r
+            for r in self.table.rows()
+            if all(getattr(r, name) == getattr(row, name) for name in same)
+            and r.protocol in self.protocols  # a shared table may hold other plans' screens
+        ]
+        check_names(found, self.recipe.screen)
+        rows += found
+
+    def _chosen(self, found: list[Candidate], rows: list[Row]) -> list[int]:
+        return [found.index(one) for one in promoted(found, rows, self.recipe.screen)]
+
     def _found(self) -> list[Candidate]:
         """The candidates that rank 0 sees: a checkpoint may appear between two looks."""
-        found = candidates(self.recipe) if self._leads else []
-        if self.world is None:
-            return found
-        told = [[one.run, one.checkpoint, one.guidance] for one in found]
-        told = exchange(self.world, "candidates", told, FOREVER_S)[0]
-        return [Candidate.of(self.recipe, *one) for one in told]
+
+        def there() -> list[list]:
+            return [[c.run, c.checkpoint, c.guidance] for c in candidates(self.recipe)]
+
+        found = on_first(self.world, "candidates", there)
+        return [Candidate.of(self.recipe, *one) for one in found]
 
     def _is_kept(self, candidate: Candidate) -> bool:
         """Whether its checkpoint is still there, as rank 0 sees it."""
         if self.recipe.watch_minutes is None:
             return True
-        kept = is_kept(candidate) if self._leads else True
-        if self.world is not None:
-            kept = exchange(self.world, "whether it is kept", kept, FOREVER_S)[0]
+        kept = on_first(self.world, "whether it is kept", is_kept, candidate)
         if not kept:
             self.log.warn(f"{candidate.title} is left out: its run does not keep it any more")
         return kept
@@ -279,11 +296,11 @@ class Plan:
 
     def _evaluate(
         self, candidate: Candidate, one: _Set, count: int, seed: int, selected: bool = False
-    ) -> list[Row]:
-        """A candidate's rows on a data set; drawn, extracted and measured as far as missing."""
+    ) -> None:
+        """Draw, extract and measure a candidate on a data set, as far as that is missing."""
         drawn = self._drawn(candidate, one, count, seed)
         row = template(candidate, one.name, seed, selected)
-        self._refuse_other_source(row)
+        on_first(self.world, "the sources", self._refuse_other_source, row)
         sides = Sides(one.name, one.real, drawn, one.prompts.fingerprint)
         if isinstance(drawn, DrawnPictures):
             drawn.draw(self.log, self.world)
@@ -309,16 +326,7 @@ class Plan:
             self.protocols.update(protocols)
         for scorer in self.scorers:
             self._score(scorer, sides, row, by_group=not selected)
-        if self.world is not None:
-            barrier(self.world, "the scores", FOREVER_S)
         self.features.forget(drawn)
-        return [
-            r
-            for r in self.table.rows()
-            if (r.model, r.checkpoint, r.guidance, r.seed, r.data_set, r.selected)
-            == (row.model, row.checkpoint, row.guidance, row.seed, row.data_set, selected)
-            and (r.group or r.n_generated == count)  # a shared table may hold other screens
-        ]
 
     def _show(self, candidate: Candidate, one: _Set, drawn: PictureSet) -> None:
         """Remember the first pictures for the page."""
@@ -356,17 +364,8 @@ class Plan:
             self.log.warn(f"{one.name}: {sentence}")
 
     def _refuse_other_source(self, row: Row) -> None:
-        """Raise, on every process, where a row would take the place of another source's."""
-        told = ""
-        if self._leads:
-            try:
-                refuse_two_sources([*(r for r in self.table.rows() if r.model == row.model), row])
-            except UserError as error:
-                told = str(error)
-        if self.world is not None:
-            told = exchange(self.world, "the sources", told, FOREVER_S)[0]
-        if told:
-            raise UserError(told)
+        """Raise where a row would take the place of another source's."""
+        refuse_two_sources([*(r for r in self.table.rows() if r.model == row.model), row])
 
     def _is_known(self, row: Row, origin: str) -> bool:
         """Whether the table has a row's figures; whatever it says, they are the plan's own."""
@@ -419,21 +418,23 @@ class Plan:
             log=self.log,
             world=self.world,
         )
-        if not self._leads:
-            return
         origin = self._origin(sides.drawn)
-        found = scored(
-            scorer,
-            about,
-            sides,
-            self.store.load(key),
-            row,
-            self.recipe.interval,
-            by_group=by_group and self.recipe.by_group,
-            seed=self.recipe.seed,
-            known=lambda one: self._is_known(one, origin),
-        )
-        self._add(found, origin)
+
+        def add() -> None:
+            found = scored(
+                scorer,
+                about,
+                sides,
+                self.store.load(key),
+                row,
+                self.recipe.interval,
+                by_group=by_group and self.recipe.by_group,
+                seed=self.recipe.seed,
+                known=lambda one: self._is_known(one, origin),
+            )
+            self._add(found, origin)
+
+        on_first(self.world, f"figures of {scorer.name}", add)
 
 
 def open_scorers(
@@ -488,11 +489,3 @@ def open_extractors(
             )
         except UserError as error:
             raise UserError(f"extractors.{kind}: {error}") from None
-
-
-def _device(recipe: PlanRecipe, world: World | None) -> torch.device:
-    if recipe.device != "auto":
-        return torch.device(recipe.device)
-    if world is not None:
-        return world.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from etude.core.distributed import FOREVER_S, World, barrier, exchange
+from etude.core.distributed import FOREVER_S, World, exchange
+from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.signals import StopRequested
 from etude.metrics.alignment import Asked, Scorer
@@ -83,9 +84,11 @@ def score_set(
 
     Raises:
         StopRequested: one of the processes was asked to stop; whole shards are kept.
+        UserError: on every process, what was wrong on one.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
-    ranges, writer, stopped = [], store.writer(key, shard_size), None
+    ranges, writer = [], store.writer(key, shard_size)
+    trouble: StopRequested | UserError | None = None
     if rank == 0 and not store.has(key):
         ranges = writer.missing()
     if world is not None:  # as the first process sees it, which another job may change meanwhile
@@ -107,13 +110,15 @@ def score_set(
                     groups += block.groups
                     progress.advance(len(scores))
                 writer.write(start, torch.cat(found), keys, torch.cat(labels), groups)
-    except StopRequested as reason:
-        stopped = reason
-    ended(world, "every shard of the scores", stopped, log)
+    except (StopRequested, UserError) as error:
+        trouble = error
+    ended(world, "every shard of the scores", trouble, log)
     if rank == 0 and not store.has(key):
-        writer.finish()
-    if world is not None:
-        barrier(world, "scores are counted")
+        try:
+            writer.finish()
+        except UserError as error:
+            trouble = error
+    ended(world, "scores are counted", trouble, log)
 
 
 def _scores(

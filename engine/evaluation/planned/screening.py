@@ -23,6 +23,7 @@ def promoted(
     Raises:
         UserError: the plan measures no such figure.
     """
+    check_names(rows, screen)
     kept: set[int] = set()
     for data_set in sorted({row.data_set for row in rows}):
         values = np.array(
@@ -38,25 +39,36 @@ def promoted(
     return [candidate for i, candidate in enumerate(found) if i in kept]
 
 
+def check_names(rows: Sequence[Row], screen: ScreenConfig) -> None:
+    """Raise where the figures of a data set are not those that the screen asks for."""
+    for data_set in sorted({row.data_set for row in rows}):
+        here = [row for row in rows if row.data_set == data_set and not row.group]
+        for name in screen.metrics:
+            if not _named(here, name):
+                known = ", ".join(sorted({f"{row.metric}@{row.features}" for row in here}))
+                raise UserError(f"screen.metrics: there is no figure {name!r}; choose of {known}")
+
+
+def _named(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows of a figure, named alone or with its features as FIGURE@FEATURES."""
+    figure, _, features = name.partition("@")
+    return [row for row in rows if row.metric == figure and features in ("", row.features)]
+
+
 def _value(candidate: Candidate, rows: Sequence[Row], data_set: str, name: str) -> float:
     """A candidate's figure, so that lower is better; infinite where it has none."""
-    figure, _, features = name.partition("@")
     checkpoint = "" if candidate.checkpoint is None else str(candidate.checkpoint)
     here = [row for row in rows if row.data_set == data_set and not row.group]
-    named = [row for row in here if row.metric == figure and features in ("", row.features)]
-    if not named:
-        known = ", ".join(sorted({f"{row.metric}@{row.features}" for row in here}))
-        raise UserError(f"screen.metrics: there is no figure {name!r}; choose of {known}")
     mine = [
         row
-        for row in named
+        for row in _named(here, name)
         if (row.model, row.checkpoint, row.guidance, row.training_seed)
         == (candidate.model, checkpoint, candidate.guidance, candidate.config.training_seed)
     ]
     if len({row.protocol for row in mine}) > 1:
         raise UserError(
-            f"screen.metrics: {name} of {candidate.title} has several protocols in this table; give"
-            " the plan a table of its own, or the metric once"
+            f"screen.metrics: {name} of {candidate.title} has several protocols in this plan; give"
+            " the metric once"
         )
     if not mine or not np.isfinite(mine[0].value):
         return float("inf")

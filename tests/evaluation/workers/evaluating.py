@@ -6,7 +6,8 @@
 
 In the environment: DIE_AT=n kills the process at its n-th rename, before it where n is odd and
 after it where n is even; AHEAD=1 lets rank 1 write the first shard as another job would, between
-the looks of the two processes at the store; PAUSE=seconds before each reading.
+the looks of the two processes at the store; PAUSE=seconds before each reading; WRONG=r lets rank
+r find a picture that cannot be read.
 """
 
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from etude.core import distributed
+from etude.core.errors import UserError
 from etude.core.log import Log
 from etude.core.recipe import load_recipe
 from etude.core.run import Run
@@ -48,6 +50,8 @@ class Noted:
 
     def read(self, start: int, stop: int, stages: Stages) -> Pictures:
         time.sleep(float(os.environ.get("PAUSE", 0)))
+        if os.environ.get("WRONG") == self.file.name:
+            raise UserError(f"picture {start} cannot be used")
         with self.file.open("a") as file:
             file.write(f"{start} {stop}\n")
         keys = [f"{i:03d}" for i in range(start, stop)]
@@ -118,6 +122,9 @@ def main(verb: str, *words: str) -> None:
     except StopRequested as reason:
         print("stopped:", reason)
         raise SystemExit(EXIT_REQUEUE) from None
+    except UserError as error:
+        print(error)
+        raise SystemExit(2) from None
     if world.size > 1:
         distributed.stop(world)
 
