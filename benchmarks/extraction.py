@@ -18,9 +18,9 @@ matrix units, multiplies several times as fast: 3.5 times or more.
 
 `--fid SHARDS` adds what each precision and the folding do to a Fréchet distance: between the first
 and the second half of the pictures of a folder of shards, against the plain network in float32 and
-channels-first memory. On a CPU float16 and tf32 are emulated: a product of two numbers of 11 bits is
-exact in float32, where matrix units add too, so rounding what they are given is all that differs.
-bfloat16 is measured and emulated, which shows how near an emulation comes.
+channels-first memory. On a CPU float16 and tf32 are emulated: a product of two numbers of 11 bits
+is exact in float32, where matrix units add too, so rounding what they are given is all that
+differs. bfloat16 is measured and emulated, which shows how near an emulation comes.
 """
 
 import argparse
@@ -264,7 +264,9 @@ def _close(one: list[float], other: list[float]) -> bool:
 
 
 def emulated(weights: str, dtype: str) -> Extractor:
-    """Inception in float32 whose convolutions are given, and in 16 bits give, numbers of `dtype`."""
+    """Inception in float32 whose convolutions are given numbers of `dtype`; one of 16 bits is also
+    what they give.
+    """
     extractor = Extractor("inception", weights)
 
     def to_dtype(x: torch.Tensor) -> torch.Tensor:

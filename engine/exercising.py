@@ -6,6 +6,7 @@ table as CSV and every drawing as SVG. Asking again replaces them.
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def run_exercise(
         )
     results, beside, notes = _read(Path(source), better)
     folder = Path(folder) if folder is not None else beside / "exercises" / name
-    return show_exercise(name, results, options, folder, notes)
+    return show_exercise(name, results, options, folder, notes, str(source))
 
 
 def show_exercise(
@@ -58,11 +59,13 @@ def show_exercise(
     options: Choice | Mapping[str, Any] | None,
     folder: str | Path,
     notes: Sequence[str] = (),
+    source: str = "",
 ) -> Path:
     """Run an exercise on results and write its page, `result.json`, tables and drawings.
 
     Args:
         notes: sentences about the results that stand below what was found.
+        source: where the results were read from.
 
     Returns:
         The path of `page.html`.
@@ -76,16 +79,19 @@ def show_exercise(
     files |= {f"{part}.svg": plot.svg for part, plot in finding.plots.items()}
     _clear(folder)
     about = {"exercise": finding.exercise, "title": finding.title, "sentences": sentences}
+    about |= {"source": source, "options": finding.options, "protocols": list(finding.protocols)}
+    about["newest_figure"] = max((row.date for row in results.rows), default="")
     write_json_atomic(folder / "result.json", about | {"files": list(files)} | finding.data)
     for file, text in files.items():
         write_text_atomic(folder / file, text)
-    return _page(finding, sentences, folder)
+    return _page(finding, about, folder)
 
 
-def _page(finding: Finding, sentences: Sequence[str], folder: Path) -> Path:
+def _page(finding: Finding, about: Mapping[str, Any], folder: Path) -> Path:
     page = Page(folder, finding.title, EXERCISES.get(finding.exercise).about)
     page.state("finished")
-    page.note("found", "\n\n".join(sentences), "What was found", order=1)
+    page.note("found", "\n\n".join(about["sentences"]), "What was found", order=1)
+    page.note("asked", _asked(about), "What was asked", order=2)
     for place, (part, plot) in enumerate(finding.plots.items()):
         page.drawing(f"plot-{part}", plot.title, plot.svg, plot.note, order=10 + place)
     first = 10 + len(finding.plots)
@@ -95,6 +101,20 @@ def _page(finding: Finding, sentences: Sequence[str], folder: Path) -> Path:
             f"table-{part}", table.title, table.columns, rows, table.note, order=first + place
         )
     return page.write()
+
+
+def _asked(about: Mapping[str, Any]) -> str:
+    """The source, the options that are not as they are by default, and the protocols, in a line."""
+    default = EXERCISES.get(about["exercise"]).options().model_dump(mode="json")
+    chosen = {name: v for name, v in about["options"].items() if v != default.get(name)}
+    spelled = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+    parts = [f"Of {about['source']}"] if about["source"] else []
+    parts.append(f"options: {', '.join(spelled) or 'none'}")
+    parts.append(f"protocols: {', '.join(about['protocols']) or 'not stated'}")
+    if about["newest_figure"]:
+        parts.append(f"newest figure: {about['newest_figure']}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _csv(table: Table) -> str:

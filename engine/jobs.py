@@ -1,7 +1,8 @@
 """From a recipe to its result: what `etude.run`, every verb and every study job call.
 
 Starts the world of processes, opens the run's folder, hands the recipe to the function of its kind
-and writes `result.json`. A finished run returns its result at once; a stopped one leaves `REQUEUE`.
+and writes `result.json`. A finished run returns its result at once, unless it is an evaluation; a
+stopped one leaves `REQUEUE`.
 """
 
 import contextlib

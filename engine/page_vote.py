@@ -3,7 +3,8 @@
 Called by page.py. Which pairs come, in which order and on which side is fixed when the page is
 made; the votes stay in the browser, which counts them with an interval and gives them as a file.
 They outlast a reload and new makers: the page of a run that goes on reloads itself and grows.
-Rounds that have a vote are not asked again.
+Rounds that have a vote are not asked again. A grid that follows a vote shows who drew what, so it
+is folded; whoever unfolds it, or asks who drew the pictures, has voted for the last time.
 """
 
 import html
@@ -69,6 +70,7 @@ border-radius:6px;background:none;padding:6px;cursor:pointer}
 .ballot img{display:block;width:100%;image-rendering:pixelated}
 .ballot p button{font:inherit;font-size:14px;color:var(--accent);background:none;cursor:pointer;
 border:1px solid var(--rule);border-radius:99px;padding:3px 16px}
+.ballot .sides button:disabled,.ballot p button:disabled{opacity:.5;cursor:default}
 """
 
 # Wilson's interval of a share of decided votes; ties are counted beside.
@@ -87,13 +89,18 @@ document.querySelectorAll('.ballot').forEach(function(box){
   var key=asked(data.prompts[r[0]],data.makers[r[1]],data.makers[r[2]]);
   if(given[key]){given[key]-=1;return false}return true});
  function q(s){return box.querySelector(s)}
+ var ended=false;
+ try{ended=sessionStorage.getItem('shown '+kept)==='yes'}catch(e){}
+ function end(){ended=true;
+  try{sessionStorage.setItem('shown '+kept,'yes')}catch(e){}
+  ['.left','.right','.tie'].forEach(function(s){q(s).disabled=true});tell()}
  function show(){var over=!open.length;
   q('.sides').style.display=over?'none':'';q('.tie').style.display=over?'none':'';
   q('.count').textContent=votes.length+' of '+(votes.length+open.length)+' votes';
   if(over){tell();return}
   var r=open[0];q('.asked').textContent=data.prompts[r[0]];
   q('.left img').src=data.pictures[r[1]][r[0]];q('.right img').src=data.pictures[r[2]][r[0]]}
- function vote(side){var r=open.shift();if(!r)return;
+ function vote(side){if(ended)return;var r=open.shift();if(!r)return;
   var v={prompt:data.prompts[r[0]],left:data.makers[r[1]],right:data.makers[r[2]],
    better:side===0?'left':side===1?'right':'tie'};
   votes.push(v);all.push(v);
@@ -117,6 +124,13 @@ document.querySelectorAll('.ballot').forEach(function(box){
    a.href='data:application/json,'+encodeURIComponent(JSON.stringify(votes,null,1));
    q('.result').appendChild(a)}}
  q('.left').onclick=function(){vote(0)};q('.right').onclick=function(){vote(1)};
- q('.tie').onclick=function(){vote(2)};q('.end').onclick=tell;show();
+ q('.tie').onclick=function(){vote(2)};q('.end').onclick=end;show();
+ if(ended)end();
+ var grid=box.parentNode.nextElementSibling;
+ if(grid&&grid.classList.contains('grid')){
+  var fold=document.createElement('details'),head=document.createElement('summary');
+  head.textContent='Show the pictures with their makers, which ends the vote';fold.append(head);
+  Array.from(grid.children).forEach(function(e){if(e.tagName!=='H3')fold.append(e)});
+  grid.append(fold);fold.addEventListener('toggle',function(){if(fold.open)end()})}
 });
 """

@@ -18,7 +18,13 @@ from etude.core.run import Run
 from etude.evaluation.planned.recipe import PlanRecipe
 from etude.evaluation.planned.running import Plan, Shown
 from etude.evaluation.results import Results, Row
-from etude.evaluation.verdict import TOLD_BY_PAIR, Verdict, one_checkpoint_a_run, verdicts
+from etude.evaluation.verdict import (
+    HELD,
+    TOLD_BY_PAIR,
+    Verdict,
+    one_checkpoint_a_run,
+    verdicts,
+)
 from etude.metrics.intervals import IntervalConfig
 
 from . import generators as _registers  # noqa: F401
@@ -105,8 +111,10 @@ def other_protocols(count: int) -> str:
 
 
 def in_words(found: list[Verdict | UserError]) -> list[str]:
-    """What the table says, a paragraph a verdict."""
-    return [f"{one}." if isinstance(one, UserError) else str(one) for one in found]
+    """What the table says, a paragraph a verdict, then how sure their comparisons are."""
+    said = [f"{one}." if isinstance(one, UserError) else str(one) for one in found]
+    several = any(isinstance(one, Verdict) and len(one.differences) > 1 for one in found)
+    return [*said, HELD] if several else said
 
 
 def pairs_table(found: list[Verdict | UserError]) -> tuple[list[str], list[list[object]], str]:
@@ -168,7 +176,7 @@ def _reported(results: Results) -> Results:
 
 
 def _show_pictures(shown: Shown, name: str, look: Look, order: float) -> None:
-    """Rows of prompts, columns of candidates; and the same pictures for a blind vote.
+    """A blind vote, then the same pictures with their makers: rows of prompts, columns of these.
 
     Args:
         name: of the data set, as part of a section's identifier.
@@ -178,15 +186,17 @@ def _show_pictures(shown: Shown, name: str, look: Look, order: float) -> None:
     grid = np.concatenate([np.concatenate(list(column), axis=0) for column in cells], axis=1)
     caption = "Columns: " + "; ".join(titles) + ". Rows: " + "; ".join(shown.prompts)
     title = f"{shown.data_set}: the same prompts and seeds"
-    look.page.grid(look.id(f"pictures-{name}"), title, grid, caption, "side by side", order=order)
     if len(titles) > 1:
+        # First, so that the page folds the captioned pictures behind it (page_vote.py).
         look.page.vote(
             look.id(f"vote-{name}"),
             f"{shown.data_set}: blind vote",
             shown.prompts,
             dict(zip(titles, cells, strict=True)),
-            order=order + 0.01,
+            order=order,
         )
+    order += 0.01
+    look.page.grid(look.id(f"pictures-{name}"), title, grid, caption, "side by side", order=order)
 
 
 def _enlarged(of_all: list[np.ndarray]) -> list[np.ndarray]:

@@ -23,11 +23,15 @@ KEPT = 128  # drawings that a process has at hand: a study's page has this many 
 SMOOTH_FROM = 40  # series with more points get a running mean over the faint raw line
 INK, SOFT, RULE = "#010101", "#020202", "#030303"
 SERIES = [f"#0400{place:02x}" for place in range(1, 9)]
+# Of every eight series, which have the colours of the first eight.
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+HATCHES = (None, "//", "xx", "..", "--")
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule"}
 VARIABLES |= {colour: f"--s{place}" for place, colour in enumerate(SERIES, start=1)}
 STYLE = {
     "svg.fonttype": "none",  # text as text
     "svg.hashsalt": "etude",  # the same drawing gives the same bytes
+    "text.parse_math": False,  # names of series are names
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": SOFT,
@@ -74,7 +78,7 @@ def line_chart(
 
     Args:
         series: name -> (x, y) of equal length; points that are not finite are left out, and those
-            not above zero too when `log`. The legend states each line's last value.
+            not above zero too when `log`. The legend states each line's last value, drawn or not.
         log, log_x: logarithmic y axis, x axis.
         id: tells the drawing's parts apart from those of other charts on the page.
     """
@@ -86,12 +90,16 @@ def line_chart(
     with _axes(xlabel, ylabel, **scales) as axes:
         axes.xaxis.set_major_formatter(lambda value, _: number(value))
         for place, (name, (x, y)) in enumerate(drawn.items()):
-            colour = SERIES[place % len(SERIES)]
+            look = {"color": SERIES[place % len(SERIES)]}
+            look["linestyle"] = LINES[place // len(SERIES) % len(LINES)]
             if len(x) >= SMOOTH_FROM:
-                axes.plot(x, y, color=colour, alpha=0.25, linewidth=1)
+                axes.plot(x, y, alpha=0.25, linewidth=1, **look)
                 y = running_mean(y)
             marker = "o" if len(x) == 1 else None
-            axes.plot(x, y, color=colour, marker=marker, label=f"{name}  {number(y[-1])}")
+            last = drawable(*series[name], False)[1][-1]
+            # Not drawn, but the last that there is: a loss of zero has no logarithm.
+            last = last if log and last <= 0.0 else y[-1]
+            axes.plot(x, y, marker=marker, label=_label(f"{name}  {number(last)}"), **look)
         low, high = axes.get_ylim()
         if log and high < 10 * low:  # within a decade the powers of ten alone say too little
             axes.yaxis.set_minor_formatter(lambda value, _: number(value))
@@ -124,20 +132,14 @@ def bar_chart(
         for place, (name, values) in enumerate(series.items()):
             at = middles + (place - (len(series) - 1) / 2) * width
             heights = np.asarray(values, np.float64)
-            whiskers = None
+            look = {"color": SERIES[place % len(SERIES)], "edgecolor": INK, "linewidth": 0}
+            look["hatch"] = HATCHES[place // len(SERIES) % len(HATCHES)]
+            axes.bar(at, heights, width * 0.92, label=_label(name), **look)
             if intervals and name in intervals:
                 low, high = np.asarray(intervals[name], np.float64).T
-                whiskers = np.stack([heights - low, high - heights])
-            axes.bar(
-                at,
-                heights,
-                width * 0.92,
-                color=SERIES[place % len(SERIES)],
-                label=name,
-                yerr=whiskers,
-                ecolor=INK,
-                capsize=2,
-            )
+                # Around its own middle: an interval need not hold the value.
+                half = (high - low) / 2
+                axes.errorbar(at, low + half, half, fmt="none", ecolor=INK, capsize=2)
         axes.set_xticks(middles, labels)
         axes.legend()
         return _svg(axes.figure, f"{ylabel} by {xlabel}", id)
@@ -195,6 +197,11 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
+def _label(name: str) -> str:
+    """A name as a legend takes it: matplotlib keeps those that begin with "_" out."""
+    return f" {name}" if name.startswith("_") else name
+
+
 @contextmanager
 def _axes(xlabel: str, ylabel: str, **options: Any) -> Iterator[Any]:
     """Empty axes in the page's style, which holds inside the context."""
@@ -206,7 +213,20 @@ def _axes(xlabel: str, ylabel: str, **options: Any) -> Iterator[Any]:
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, **options)
         axes.yaxis.set_major_formatter(lambda value, _: number(value))
         axes.yaxis.set_minor_formatter("")
+        if options.get("xscale") == "log":
+            axes.xaxis.set_minor_formatter(_plain_minor())
         yield axes
+
+
+def _plain_minor() -> Any:
+    """Labels between powers of ten where there are few of these, not written as mathematics."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return number(value) if super().__call__(value, place) else ""
+
+    return Plain(labelOnlyBase=False)
 
 
 def _svg(figure: Any, title: str, id: str) -> str:

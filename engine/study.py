@@ -127,7 +127,7 @@ def run_study(
 
     Args:
         run_job: (recipe, overrides, place, label) -> (run folder, result); a finished run returns
-            at once.
+            at once, unless it is an evaluation.
         show: given the results so far, label -> result; called after every job.
 
     Returns:

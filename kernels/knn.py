@@ -8,6 +8,8 @@ by the search for copies. For rows x_i of (N, D) and y_j of (M, D):
     membership_counts:  per i, how many j have d_ij < r_j; per j, how many i
     neighbour_pairs:    the (i, j, d_ij) with d_ij < r_i, and those with d_ij < s_j
 
+`NearPairs` is the last for blocks of x with one y, whose preparation costs more than a few rows do.
+
 A row is not its own neighbour, by index: an equal row elsewhere is one, at distance 0. Distances
 are float32, rounded from float64, and all comparisons are of these, strictly.
 
@@ -30,7 +32,9 @@ The reference works in float64 throughout: centred rows, |a|^2 + |b|^2 - 2 a.b, 
 1e-16 s / d_ij^2 before the rounding to float32.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -111,7 +115,12 @@ def neighbour_pairs_reference(
     x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor, block: int = _ROWS
 ) -> tuple[Pairs, Pairs]:
     """`neighbour_pairs` in plain torch and float64."""
-    a, b = _centred(x, y)
+    return _pairs_of_centred(*_centred(x, y), reach_x, reach_y, block)
+
+
+def _pairs_of_centred(
+    a: Tensor, b: Tensor, reach_x: Tensor, reach_y: Tensor, block: int
+) -> tuple[Pairs, Pairs]:
     parts: tuple[list, list] = ([], [])
     for first in range(0, len(a), block):
         gap = distances_reference(a[first : first + block], b)
@@ -119,7 +128,7 @@ def neighbour_pairs_reference(
         for into, reach in zip(parts, reaches, strict=True):
             i, j = torch.nonzero(gap < reach, as_tuple=True)
             into.append((i + first, j, gap[i, j]))
-    none = torch.empty(0, dtype=torch.int64, device=x.device)
+    none = torch.empty(0, dtype=torch.int64, device=a.device)
     nothing = (none, none, none.to(torch.float32))
     one, two = (
         tuple(map(torch.cat, zip(*part, strict=True))) if part else nothing for part in parts
@@ -131,22 +140,31 @@ class _Screen:
     """Both sets as the C++ kernels take them: rows as given, centred rows, norms, error bounds."""
 
     def __init__(self, x: Tensor, y: Tensor | None) -> None:
-        self.x = x.to(torch.float32).contiguous()
-        self.y = self.x if y is None else y.to(torch.float32).contiguous()
+        self.y = (x if y is None else y).to(torch.float32).contiguous()
         self.width = x.shape[1]
-        centre = torch.zeros(self.width, dtype=torch.float64)
+        self.centre = torch.zeros(self.width, dtype=torch.float64)
         for rows in self.y.split(4 * _ROWS):
-            centre += rows.sum(0, dtype=torch.float64) / max(1, len(self.y))
-        self.a, self.row_norms = self._around(self.x, centre)
-        same = self.y is self.x
-        self.b, self.column_norms = (
-            (self.a, self.row_norms) if same else self._around(self.y, centre)
-        )
+            self.centre += rows.sum(0, dtype=torch.float64) / max(1, len(self.y))
+        self.b, self.column_norms = self._around(self.y, self.centre)
         self.relative = 1.01 * (self.width + 16) * 2.0**-24
         self.absolute = 1e-36  # below it float32 is no longer spaced relatively
-        norms = (self.row_norms, self.column_norms)
+        self._columns_fit = self.relative < 0.1 and bool((self.column_norms <= _LARGEST).all())
+        if y is None:
+            self._take(self.y, self.b, self.column_norms)
+        else:
+            self._take(x)
+
+    def with_rows(self, x: Tensor) -> "_Screen":
+        """The screen of other rows, with the columns that are prepared."""
+        other = copy.copy(self)
+        other._take(x)
+        return other
+
+    def _take(self, x: Tensor, *moved: Tensor) -> None:
+        self.x = x.to(torch.float32).contiguous()
+        self.a, self.row_norms = moved or self._around(self.x, self.centre)
         # Also wrong where a number is not finite.
-        self.fits = self.relative < 0.1 and all(bool((n <= _LARGEST).all()) for n in norms)
+        self.fits = self._columns_fit and bool((self.row_norms <= _LARGEST).all())
         self.gram = torch.empty(
             min(_ROWS, len(self.x)) * min(_COLUMNS, len(self.y)), dtype=torch.float32
         )
@@ -278,34 +296,127 @@ def _(query, reference, radii):
     return counts[0], counts[1]
 
 
-def _pairs_cpu(x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor) -> tuple[Pairs, Pairs]:
-    screen = _Screen(x, y)
-    if not screen.fits:
-        return neighbour_pairs_reference(x, y, reach_x, reach_y)
-    cpp, threads = backends.cpp(), torch.get_num_threads()
-    reach_x, reach_y = reach_x.contiguous(), reach_y.contiguous()
-    kinds = (torch.int64, torch.int64, torch.float32, torch.uint8)
-    room = [torch.empty(64 * _ROWS, dtype=kind) for kind in kinds]
-    parts = []
-    with _FullProducts():
+class NearPairs:
+    """`neighbour_pairs` of any blocks of rows x with one set y, which is prepared once."""
+
+    def __init__(self, y: Tensor, reach_y: Tensor) -> None:
+        self.y, self.reach_y = y, reach_y.contiguous()
+        kinds = (torch.int64, torch.int64, torch.float32, torch.uint8)
+        self._room = [torch.empty(64 * _ROWS, dtype=kind) for kind in kinds]
+
+    @torch.no_grad()
+    def lists(self, x: Tensor, reach_x: Tensor) -> tuple[Pairs, Pairs]:
+        """The two lists of `neighbour_pairs`."""
+        screen = self._screen_of(x)
+        if screen is None:
+            return _pairs_of_centred(self._wide(x), self._wide_y, reach_x, self.reach_y, _ROWS)
+        parts = [
+            (i + rows.start, j + columns.start, d.clone(), whose.clone())
+            for rows, columns, (i, j, d, whose) in self._scan(screen, reach_x)
+        ]
+        i, j, d, whose = (torch.cat(part) for part in zip(*parts, strict=True))
+        # Blocks of columns come one after another: order the pairs by rows, then columns.
+        order = torch.argsort(i * len(self.y) + j)
+        i, j, d, whose = (t[order] for t in (i, j, d, whose))
+        first, second = (whose & 1).bool(), (whose & 2).bool()
+        return (i[first], j[first], d[first]), (i[second], j[second], d[second])
+
+    @torch.no_grad()
+    def distances(
+        self, x: Tensor, reach_x: Tensor, sure_x: Tensor, sure_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Distances (N, M) float32 of the pairs of the first list and of the second, infinite for
+        all others.
+
+        Where almost all pairs are near, most of the time would go into distances in float64.
+        `sure_x` (N,) and `sure_y` (M,) say from where on they matter: pairs that are seen to be
+        closer may have any smaller distance.
+        """
+        screen = self._screen_of(x)
+        if screen is None:
+            gap = distances_reference(self._wide(x), self._wide_y)
+            reaches = reach_x[:, None], self.reach_y
+            return tuple(gap.masked_fill(gap >= reach, torch.inf) for reach in reaches)
+        ends = [
+            (sure.double().clamp_min(0).square() * (1 - 2.0**-20)).float()
+            for sure in (sure_x, sure_y)
+        ]
+        ends += [
+            (reach.double().clamp_min(0).square() * (1 + 2.0**-20)).float() + screen.absolute
+            for reach in (reach_x, self.reach_y)
+        ]
+        first, second = (
+            torch.full((len(x), len(self.y)), torch.inf, dtype=torch.float32) for _ in range(2)
+        )
+
+        def decide(rows: slice, columns: slice, gram: Tensor) -> None:
+            scale = screen.row_norms[rows, None] + screen.column_norms[columns]
+            square, margin = scale - 2.0 * gram, scale * screen.relative + screen.absolute
+            low, high = square - margin, square + margin
+            in_x, in_y = high < ends[0][rows, None], high < ends[1][columns]
+            known = (in_x | (low > ends[2][rows, None])) & (in_y | (low > ends[3][columns]))
+            first[rows, columns].masked_fill_(in_x & known, 0.0)
+            second[rows, columns].masked_fill_(in_y & known, 0.0)
+            gram.masked_fill_(known, -_LARGEST)  # now far away, and passed over by the scan
+
+        for rows, columns, (i, j, d, whose) in self._scan(screen, reach_x, decide):
+            for bit, found in ((1, first), (2, second)):
+                own = (whose & bit).bool()
+                found[rows, columns][i[own], j[own]] = d[own]
+        return first, second
+
+    def _scan(
+        self,
+        screen: _Screen,
+        reach_x: Tensor,
+        decide: Callable[[slice, slice, Tensor], None] | None = None,
+    ) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
+        """Blocks of rows and columns with their pairs: places in the block, distance, and whose
+        (1: the row's, 2: the column's); these tensors are filled again by the next block.
+
+        Args:
+            decide: sees the products of a block first, and may change them.
+        """
+        cpp, threads, reach_x = backends.cpp(), torch.get_num_threads(), reach_x.contiguous()
         for rows in screen.row_blocks():
             for columns in screen.column_blocks():
-                block = screen.block(rows, columns)
-                reaches = reach_x[rows].data_ptr(), reach_y[columns].data_ptr()
+                with _FullProducts():
+                    block = screen.block(rows, columns)
+                if decide is not None:
+                    (height, width), gram = block[0][:2], screen.gram
+                    decide(rows, columns, gram[: height * width].view(height, width))
+                reaches = reach_x[rows].data_ptr(), self.reach_y[columns].data_ptr()
                 while True:
-                    to = (t.data_ptr() for t in room)
-                    count = cpp.pair_scan(block, *reaches, len(room[0]), *to, threads)
-                    if count <= len(room[0]):
+                    to = (t.data_ptr() for t in self._room)
+                    count = cpp.pair_scan(block, *reaches, len(self._room[0]), *to, threads)
+                    if count <= len(self._room[0]):
                         break
-                    room = [torch.empty(2 * count, dtype=kind) for kind in kinds]
-                i, j, d, whose = (t[:count].clone() for t in room)
-                parts.append((i + rows.start, j + columns.start, d, whose))
-    i, j, d, whose = (torch.cat(part) for part in zip(*parts, strict=True))
-    # Blocks of columns come one after another: put the pairs in the order of rows, then columns.
-    order = torch.argsort(i * len(y) + j)
-    i, j, d, whose = (t[order] for t in (i, j, d, whose))
-    first, second = (whose & 1).bool(), (whose & 2).bool()
-    return (i[first], j[first], d[first]), (i[second], j[second], d[second])
+                    self._room = [torch.empty(2 * count, dtype=t.dtype) for t in self._room]
+                yield rows, columns, tuple(t[:count] for t in self._room)
+
+    def _screen_of(self, x: Tensor) -> _Screen | None:
+        """The screen of rows x; None where the reference is to be taken."""
+        if _pick("neighbour_pairs", x, self.y, twins=("cpp",)) != "cpp":
+            return None
+        if not len(x) or not len(self.y):
+            return None
+        screen = self._screen.with_rows(x)
+        return screen if screen.fits else None
+
+    @cached_property
+    def _screen(self) -> _Screen:
+        return _Screen(self.y[:0], self.y)
+
+    @cached_property
+    def _wide_y(self) -> Tensor:
+        return self._wide(self.y)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(torch.float64) - self._centre
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        return self.y.to(torch.float64).mean(0)
 
 
 def _check(op: str, **rows: Tensor | None) -> None:
@@ -408,9 +519,7 @@ def neighbour_pairs(x: Tensor, y: Tensor, reach_x: Tensor, reach_y: Tensor) -> t
     _check("neighbour_pairs", x=x, y=y)
     _check_radii("neighbour_pairs", "reach_x", reach_x, x)
     _check_radii("neighbour_pairs", "reach_y", reach_y, y)
-    if _pick("neighbour_pairs", x, y, twins=("cpp",)) == "cpp" and len(x) and len(y):
-        return _pairs_cpu(x, y, reach_x, reach_y)
-    return neighbour_pairs_reference(x, y, reach_x, reach_y)
+    return NearPairs(y, reach_y).lists(x, reach_x)
 
 
 OPERATORS = (

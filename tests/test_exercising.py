@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from etude.core.errors import UserError
 from etude.evaluation.results import Results, Row
-from etude.evaluation.table import ResultsTable
+from etude.evaluation.table import ResultsTable, read_table
 from etude.exercising import run_exercise, show_exercise
 
 VOID = {"meta", "img", "br", "input", "hr", "link"}
@@ -72,10 +73,37 @@ def test_the_page_shows_what_was_found_and_asks_nobody(tmp_path: Path, name: str
     assert files == {"page.html", "result.json", *result["files"]}
     drawings = {f"plot-{file[:-4]}" for file in files if file.endswith(".svg")}
     tables = {f"table-{file[:-4]}" for file in files if file.endswith(".csv")}
-    assert drawings and tables and set(reader.sections) == {"found", *drawings, *tables}
+    assert drawings and tables and set(reader.sections) == {"found", "asked", *drawings, *tables}
     assert text.count("<svg") == len(drawings)
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))  # no part of a drawing is another's
+
+
+def test_what_was_asked_stands_in_the_answer(tmp_path: Path) -> None:
+    table = ResultsTable(tmp_path / "plan" / "results")
+    for row in rows():
+        table.add(replace(row, protocol=f"7d{row.metric}c1"))
+    source = tmp_path / "plan"
+    page = run_exercise("ranking", source, ["metrics=[recall, FID]", "level=0.9"])
+    result = json.loads(page.with_name("result.json").read_text())
+    assert result["source"] == str(source) and result["protocols"] == ["7dFIDc1", "7drecallc1"]
+    asked = {"metrics": ["recall", "FID"], "level": 0.9, "models": [], "n_generated": 0}
+    assert result["options"].items() >= asked.items()
+    assert result["newest_figure"] == max(row.date for row in read_table(source).rows)
+    shown = "".join(Reader(page.read_text("utf-8")).text)
+    line = 'options: metrics=["recall", "FID"], level=0.9; protocols: 7dFIDc1, 7drecallc1'
+    assert f"Of {source}; {line}" in shown
+    with page.with_name("pairs.csv").open(newline="") as stream:
+        pairs = list(csv.DictReader(stream))
+    assert len(pairs) == 6  # three models under two figures
+    both = {"small", "large"}
+    (one,) = (p for p in pairs if p["column"] == "FID" and {p["a"], p["b"]} == both)
+    sign = 1 if one["a"] == "small" else -1
+    error = 2**0.5 * 0.5 / stats.norm.ppf(0.975)  # of a difference, from ends 0.5 away
+    half = stats.norm.ppf(1 - 0.05 / 6) * error
+    assert float(one["a minus b"]) == 3.0 * sign and one["better"] == "large"
+    assert float(one["low"]) == pytest.approx(3.0 * sign - half, abs=0.1)
+    assert float(one["high"]) == pytest.approx(3.0 * sign + half, abs=0.1)
 
 
 def test_the_table_reads_back_as_it_was(tmp_path: Path) -> None:

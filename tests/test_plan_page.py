@@ -1,10 +1,15 @@
 """What a plan puts on its page: the table of pairs, verdicts in words, sections of data sets."""
 
+import html
 import json
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from etude.core.log import Log
 from etude.evaluation.planned.running import Shown
@@ -12,7 +17,15 @@ from etude.evaluation.results import Results, Row
 from etude.metrics.figures import mean_of_scores
 from etude.metrics.intervals import IntervalConfig
 from etude.page import Page
-from etude.planning import figures_table, in_words, judged, pairs_table, show_plan, words_of_ids
+from etude.planning import (
+    _show_pictures,
+    figures_table,
+    in_words,
+    judged,
+    pairs_table,
+    show_plan,
+    words_of_ids,
+)
 from etude.training import Look
 
 
@@ -49,6 +62,12 @@ def test_the_table_of_pairs_has_the_best_of_every_figure_and_says_what_it_leaves
     assert pairs_table(judged(scored(3, "one"), IntervalConfig()))[1] == []
 
 
+def test_that_comparisons_are_held_against_each_other_is_said_once() -> None:
+    said = in_words(judged(scored(3, "one", "two", "six"), IntervalConfig()))
+    assert len(said) == 4 and "\n".join(said).count("held against each other: intervals") == 1
+    assert len(in_words(judged(scored(2, "one"), IntervalConfig()))) == 1  # one comparison
+
+
 def test_pictures_of_two_seeds_have_two_rows() -> None:
     one = scored(2, "one").rows
     columns, rows = figures_table(Results(one))
@@ -66,7 +85,50 @@ def test_rows_that_do_not_compare_are_said_once() -> None:
     unlike = Results((first, replace(second, protocol="other")), found.estimates)
     (said,) = in_words(judged(unlike, IntervalConfig()))
     assert said.startswith("rows of CLIPScore on coco have different protocols")
-    assert said.count("CLIPScore") == 1 and said.endswith("rows.")
+    assert said.count("CLIPScore") == 1 and said.endswith("results.where(protocol='').")
+
+
+# Votes once, asks who drew the pictures, and tries to vote again.
+VOTER = """<script>
+var before = document.querySelector('details').open;
+function count() {return document.querySelector('.count').textContent}
+document.querySelector('.left').click();
+var voted = count();
+REVEAL
+setTimeout(function () {
+  document.querySelector('.right').click();
+  document.body.dataset.found = JSON.stringify([before, voted, count(),
+    document.querySelector('.left').disabled, document.querySelector('.result p').textContent]);
+}, 200);
+</script></body>"""
+
+
+@pytest.mark.parametrize(
+    "reveal",
+    ["document.querySelector('.end').click();", "document.querySelector('details').open=true"],
+)
+def test_the_vote_is_blind_until_the_makers_are_shown(tmp_path, reveal: str) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    pictures = {f"model {k}": np.full((2, 8, 8, 3), 90 * k, np.uint8) for k in range(2)}
+    page = Page(tmp_path, "plan")
+    look = Look(Log(None, quiet=True), page)
+    _show_pictures(Shown("coco", ["red", "blue"], pictures), "coco", look, 1.0)
+    text = page.render()
+    assert text.index('class="vote"') < text.index('class="grid"')
+    file = tmp_path / "voter.html"
+    file.write_text(text.replace("</body>", VOTER.replace("REVEAL", reveal)))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    options += [f"--user-data-dir={tmp_path}/browser", "--dump-dom", file.as_uri()]
+    shown = subprocess.run([browser, *options], capture_output=True, text=True, timeout=60)
+    found = re.search(r'data-found="([^"]*)"', shown.stdout)
+    assert found, shown.stderr
+    before, voted, after, disabled, result = json.loads(html.unescape(found[1]))
+    assert not before and disabled
+    assert voted == after == "1 of 2 votes"
+    assert "is preferred in" in result
 
 
 def test_every_data_set_has_sections_of_its_own(tmp_path) -> None:

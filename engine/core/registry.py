@@ -88,7 +88,7 @@ def load_file(path: str | Path) -> None:
     """Run a Python file of somebody's own, for what it registers.
 
     Raises:
-        UserError: the file is not there.
+        UserError: the file is not there, or is not Python. What it raises itself is passed on.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,8 +96,14 @@ def load_file(path: str | Path) -> None:
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     name = f"{_OWN}{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise UserError(f"{path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        where = f"{error.filename or path}, line {error.lineno}"
+        raise UserError(f"{where} is not Python ({error.msg}); mend it there") from None
 
 
 def _origin(thing: object) -> str:

@@ -36,7 +36,7 @@ class ArrayPictures:
         limit: so many pictures only, spread over classes and groups; 0 all.
 
     Raises:
-        UserError: other types or shapes, or other numbers of keys, labels or groups.
+        UserError: no pictures, other types or shapes, or other numbers of keys, labels or groups.
     """
 
     def __init__(
@@ -54,12 +54,16 @@ class ArrayPictures:
         limit: int = 0,
     ) -> None:
         whole = images.cpu().numpy() if isinstance(images, torch.Tensor) else images
+        if isinstance(whole, np.ndarray) and not whole.ndim:
+            _check(whole, name)
         count = len(whole)
+        if not count:
+            raise UserError(f"{name} holds no pictures; give one or more")
         self.name, self.classes = name, list(classes)
         for image in whole[:1] if isinstance(whole, np.ndarray) else whole:
             _check(image, name)
         names = [f"{i:09d}" for i in range(count)] if keys is None else list(keys)
-        given = [-1] * count if labels is None else np.asarray(labels).tolist()
+        given = [-1] * count if labels is None else _numbers(labels, name)
         own = [group_of(self.classes, n) for n in given] if groups is None else list(groups)
         for what, found in (("keys", names), ("labels", given), ("groups", own)):
             if len(found) != count:
@@ -140,7 +144,10 @@ class NpzPictures(ArrayPictures):
 
 def _members(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Pictures, mapped from the disk where they are stored plainly, and labels."""
-    with np.load(path, allow_pickle=False) as archive:
+    opened = np.load(path, allow_pickle=False)
+    if isinstance(opened, np.ndarray):
+        raise ValueError("it is one array, as numpy.save writes it")
+    with opened as archive:
         labels = archive["arr_1"] if "arr_1" in archive.files else None
         with zipfile.ZipFile(path) as file:
             info = file.getinfo("arr_0.npy")
@@ -160,6 +167,16 @@ def _members(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             raise ValueError(f"its arr_0 is {dtype}")
         order = "F" if turned else "C"
         return np.memmap(path, dtype, "r", stream.tell(), shape, order), labels
+
+
+def _numbers(labels: Any, name: str) -> list[int]:
+    found = np.asarray(labels)
+    if found.ndim != 1 or (len(found) and not np.issubdtype(found.dtype, np.integer)):
+        raise UserError(
+            f"{name}: labels are {found.dtype} of shape {found.shape}; give a whole number for "
+            "each picture, its class's or -1"
+        )
+    return found.tolist()
 
 
 def _check(image: Any, name: str) -> None:

@@ -30,7 +30,8 @@ METRICS = {
     "vqascore": ("VQAScore", "", "higher"),
 }
 MODEL, DATA_SET, GUIDANCE = "model_id", "dataset", "cfg_scale"
-SPREADS = ("_std", "_err", "_stderr", "_var")  # ends of columns that say how a figure scatters
+# Ends of columns that say how a figure scatters, or of how many pictures it is.
+SPREADS = ("_std", "_err", "_stderr", "_var", "_ci", "_low", "_high", "_mean", "_n")
 IGNORED = ("output_dir", "")  # a path, and the index column of pandas
 PROTOCOL = "EvalGIM, not stated"
 
@@ -90,21 +91,34 @@ def read_evalgim_table(path: str | Path, better: Mapping[str, str] | None = None
             f"it has {', '.join(columns)}"
         )
     rows = []
-    for number, line in enumerate(lines, start=2):
-        rows += _rows(line, figures, f"{path}:{number}")
+    for where, line in lines:
+        rows += _rows(line, figures, where)
     return EvalgimTable(Results(tuple(rows)), tuple(unknown))
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """The columns, and where each line is with its cells by column."""
+    lines = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            lines = [dict(line) for line in reader]
-            return [name.strip() for name in reader.fieldnames or []], lines
+            reader = csv.reader(stream, skipinitialspace=True)
+            head = [name.strip() for name in next(reader, [])]
+            for cells in reader:
+                where = f"{path}:{reader.line_num}"
+                if not cells:
+                    continue  # an empty line
+                # Without its column of models it is no table of EvalGIM, and not read as one.
+                if MODEL in head and len(cells) != len(head):
+                    raise UserError(
+                        f"{where}: the line has {len(cells)} cells and the head {len(head)}; write "
+                        "text that holds a comma in quotes"
+                    )
+                lines.append((where, dict(zip(head, cells, strict=False))))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; name a table that EvalGIM wrote") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}); write it again") from None
+    return head, lines
 
 
 def _figure(column: str, known: dict) -> tuple[str, str, str, str] | None:
@@ -119,20 +133,19 @@ def _figure(column: str, known: dict) -> tuple[str, str, str, str] | None:
 
 
 def _rows(line: dict[str, str], figures: dict, where: str) -> list[Row]:
-    line = {(name or "").strip(): value for name, value in line.items()}
-    model = _text(line.get(MODEL))
+    model = line[MODEL].strip()
     if not model:
         raise UserError(f"{where}: the row names no model in {MODEL}; fill it in or delete it")
-    guidance = _text(line.get(GUIDANCE))
+    guidance = line.get(GUIDANCE, "").strip()
     rows = []
     for column, (metric, features, better, group) in figures.items():
-        text = _text(line.get(column))
+        text = line[column].strip()
         if not text:
             continue
         rows.append(
             Row(
                 model=model,
-                data_set=_text(line.get(DATA_SET)) or "not named",
+                data_set=line.get(DATA_SET, "").strip() or "not named",
                 metric=metric,
                 value=_number(text, column, where),
                 better=better,
@@ -143,10 +156,6 @@ def _rows(line: dict[str, str], figures: dict, where: str) -> list[Row]:
             )
         )
     return rows
-
-
-def _text(value: object) -> str:
-    return value.strip() if isinstance(value, str) else ""
 
 
 def _number(text: str, column: str, where: str) -> float:

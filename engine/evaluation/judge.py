@@ -6,6 +6,7 @@ must see training pictures only: what it is asked about later must be new to it.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,13 +134,52 @@ def train_judge(
 
 
 def accuracy(judge: str | Path, shards: str | Path) -> float:
-    """Share of labelled shards' pictures that a judge labels rightly."""
+    """Share of labelled shards' pictures that a judge labels rightly.
+
+    Raises:
+        UserError: there is no judge, or the shards have other classes.
+    """
     judge = open_judge(judge)
     pictures = ShardPictures(
         shards, size=judge.extractor.input_size, channels=judge.extractor.channels
     )
     all_of_them = pictures.read(0, len(pictures), Stages())
-    return float((judge.labels(all_of_them.images) == all_of_them.labels).mean())
+    asked = as_judged(
+        torch.from_numpy(all_of_them.labels), pictures.classes, judge.classes, pictures.name
+    )
+    return float((judge.labels(all_of_them.images) == asked.numpy()).mean())
+
+
+def as_judged(labels: Tensor, classes: Sequence[str], judged: Sequence[str], name: str) -> Tensor:
+    """Labels (N,) int64 of pictures in a judge's numbers, found by name; -1 stays.
+
+    Where the pictures or the judge have no names, or numbers for names, labels are taken to be the
+    judge's already.
+
+    Args:
+        classes: names of the pictures' classes.
+        judged: names of the judge's.
+        name: the pictures, as a message says it.
+
+    Raises:
+        UserError: both have names, and the judge lacks one of the pictures'.
+    """
+    if list(classes) == list(judged) or not classes or not judged:
+        return labels
+    place = {one: number for number, one in enumerate(judged)}
+    if set(classes) <= set(place) and len(place) == len(judged):
+        numbers = torch.tensor([place[one] for one in classes])
+        return torch.where(labels < 0, labels, numbers[labels.clamp_min(0)])
+    if any(list(names) == [str(n) for n in range(len(names))] for names in (classes, judged)):
+        return labels
+    raise UserError(
+        f"{name} has the classes {_few(classes)} and the judge {_few(judged)}; give the pictures "
+        "the judge's names, or train a judge on theirs"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _read(shards: str | Path, config: JudgeConfig) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

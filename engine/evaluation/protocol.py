@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from etude.core.errors import UserError
 
 NOT_STATED = "not stated"
+_OPTIONAL = {"judge", "training"}  # left out where unused, so that such results stay comparable
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Protocol:
         n_real, n_generated: numbers of pictures.
         k: neighbours of precision, recall, density and coverage.
         guidance, sampler, profile, seeds: how the pictures were drawn, as JSON text.
+        judge: weights of the classifier that labelled pictures, where it is not the extractor.
+        training: fingerprint of the training pictures, where they were compared with.
     """
 
     extractor: str
@@ -47,22 +50,25 @@ class Protocol:
     sampler: str
     profile: str
     seeds: str
+    judge: str = ""
+    training: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over every field, 64 hex digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 over every field that is stated, 64 hex digits."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def as_dict(self) -> dict:
-        """Plain values for result.json."""
-        return asdict(self)
+        """Plain values for result.json, without what no figure used."""
+        unused = {name for name in _OPTIONAL if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Protocol":
         """Read back from result.json."""
         known = {field.name for field in fields(cls)}
-        if set(data) != known:
-            odd = ", ".join(sorted(set(data) ^ known))
+        if set(data) | _OPTIONAL != known:
+            odd = ", ".join(sorted((set(data) | _OPTIONAL) ^ known))
             raise UserError(f"the result's protocol has other fields ({odd}); evaluate again")
         return cls(**data)
 
@@ -78,6 +84,8 @@ def stated(drawn: dict, key: str) -> str:
 def refuse_difference(a: Protocol, b: Protocol, except_fields: Iterable[str] = ()) -> None:
     """`UserError` naming every field in which two protocols differ.
 
+    A judge or training set that only one of them used is no difference: no figure of both has it.
+
     Args:
         except_fields: fields whose difference is what the comparison is about, for example
             ("guidance",) in a sweep.
@@ -85,10 +93,13 @@ def refuse_difference(a: Protocol, b: Protocol, except_fields: Iterable[str] = (
     unknown = set(except_fields) - {field.name for field in fields(Protocol)}
     if unknown:
         raise UserError(f"a protocol has no field {', '.join(sorted(unknown))}")
+    one, other = (asdict(protocol) for protocol in (a, b))
     differing = [
-        f"{field.name} ({getattr(a, field.name)!r} and {getattr(b, field.name)!r})"
-        for field in fields(Protocol)
-        if getattr(a, field.name) != getattr(b, field.name) and field.name not in except_fields
+        f"{name} ({one[name]!r} and {other[name]!r})"
+        for name in one
+        if one[name] != other[name]
+        and name not in except_fields
+        and (name not in _OPTIONAL or (one[name] and other[name]))
     ]
     if differing:
         raise UserError(

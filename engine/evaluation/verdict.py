@@ -11,10 +11,11 @@ Rows whose pictures chose something never count; where a plan has such rows, the
 guidance, and other pictures give the figure. Otherwise the figures themselves choose, which is
 said: the best of several is too good by chance.
 
-Training runs differ by chance too. Where every model has rows of several training seeds, seeds are
-random effects: with K values of variance S^2, of which pictures explain W, the variance of a mean
-is max(S^2 - W, 0) / K plus the pictures' own, and never less than S^2 / K of both sides together
-(Satterthwaite's degrees of freedom). Otherwise the verdict says that this noise is not included.
+Training runs differ by chance too; where both models have several, that is counted (sides.py).
+Where one has one run, the verdict says that this noise is not included.
+
+A guidance that the same figures chose is the best of several tries, so the p-values and levels of
+such comparisons are corrected by their number (Bonferroni).
 """
 
 import itertools
@@ -28,60 +29,28 @@ import numpy as np
 from etude.core.errors import UserError
 from etude.metrics.comparing import (
     POWER,
-    Error,
-    error_of_contrast,
     level_of_each,
     needed,
-    tested,
     with_holm,
 )
 from etude.metrics.estimates import Estimate
 from etude.metrics.intervals import Interval, IntervalConfig
 
 from .results import Results, Row
+from .sides import Side, compare_sides, scatter_of_runs
 
 OWN_BEST = "each model's own best guidance"
 TOLD_BY_PAIR = 3  # models, up to which the words tell every pair
 NAMED = 3  # of a longer list; the others are a number
+SCATTER = "runs are assumed to scatter equally in every model"
+HELD = (
+    "The comparisons of one paragraph are held against each other: intervals hold together, "
+    "p-values are Holm's. Different paragraphs are not held against each other."
+)
 ASSUMED = (
     f"So many pictures tell apart with probability {POWER:g}, if the true difference is the one "
     "measured and the error falls with the root of their number."
 )
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model in a comparison.
-
-    Attributes:
-        runs: training run -> its rows and estimates; one run where no training seed is known.
-    """
-
-    title: str
-    runs: Mapping[int | None, tuple[tuple[Row, Estimate], ...]]
-
-    @property
-    def values(self) -> np.ndarray:
-        """The figure of each training run, (K,)."""
-        return np.array([np.mean([row.value for row, _ in run]) for run in self.runs.values()])
-
-    @property
-    def value(self) -> float:
-        """Their mean."""
-        return float(self.values.mean())
-
-    @property
-    def pictures(self) -> int:
-        """Generated pictures behind one figure."""
-        return next(iter(self.runs.values()))[0][0].n_generated
-
-    def terms(self, weights: Sequence[float]) -> list[tuple[float, Estimate]]:
-        """Every estimate with its weight, for a weighted sum over the training runs."""
-        return [
-            (weight / len(run), estimate)
-            for weight, run in zip(weights, self.runs.values(), strict=True)
-            for _, estimate in run
-        ]
 
 
 @dataclass(frozen=True)
@@ -161,8 +130,8 @@ def verdicts(
         words = "" if scale is None else f"guidance {scale:g}"
         verdicts_found.append(judge(chosen, words, notes))
     if any(len(of) > 1 for of in scales.values()):
-        best, said = _at_own_best(counted, selecting, models)
-        verdicts_found.append(judge(best, OWN_BEST, [*said, *notes]))
+        best, tries, said = _at_own_best(counted, selecting, models)
+        verdicts_found.append(judge(best, OWN_BEST, [*said, *notes], tries))
     if not verdicts_found:
         said = "The models share no guidance, so this compares guidance as well."
         verdicts_found.append(judge(counted, "each model's guidance", [said, *notes]))
@@ -190,48 +159,9 @@ def refuse_unlike(rows: Iterable[Row]) -> None:
             )
             raise UserError(
                 f"rows of {rows[0].metric} on {rows[0].data_set} have different {what} and cannot "
-                f"be compared: {shown}; evaluate all models the same way{where}, or choose among "
-                "the rows"
+                f"be compared: {shown}; evaluate all models the same way{where}, or keep one kind "
+                f"with results.where({name}={next(iter(found))!r})"
             )
-
-
-def compare_sides(b: Side, a: Side, level: float) -> Interval:
-    """Figure of b minus figure of a, with the noise of training runs where both have several."""
-    value = b.value - a.value
-    counts = len(b.runs), len(a.runs)
-    even = [np.full(count, 1.0 / count) for count in counts]
-    pictures = error_of_contrast([*b.terms(even[0]), *a.terms(-even[1])])
-    if min(counts) < 2:
-        if pictures is None:
-            return Interval(value, None, None, None, level, "none")
-        return tested(value, pictures, level)
-    parts = [_of_runs(side) for side in (b, a)]
-    plain = sum(spread / count for (spread, _), count in zip(parts, counts, strict=True))
-    within = 0.0 if pictures is None else pictures.standard_error**2
-    total = max(
-        sum(beyond / count for (_, beyond), count in zip(parts, counts, strict=True)) + within,
-        plain,
-    )
-    slack = sum(
-        (spread / count) ** 2 / (count - 1)
-        for (spread, _), count in zip(parts, counts, strict=True)
-    )
-    if pictures is not None:
-        slack += within**2 / pictures.degrees
-    degrees = total**2 / slack if slack > 0.0 else math.inf
-    return tested(value, Error(total**0.5, degrees), level)
-
-
-def _of_runs(side: Side) -> tuple[float, float]:
-    """Variance of the figure over training runs, and what of it pictures do not explain."""
-    spread, count = float(side.values.var(ddof=1)), len(side.runs)
-    explained = 0.0
-    for place in range(count):
-        weights = np.full(count, -1.0 / count)
-        weights[place] += 1.0
-        error = error_of_contrast(side.terms(weights))
-        explained += 0.0 if error is None else error.standard_error**2 / (count - 1)
-    return spread, max(spread - explained, 0.0)
 
 
 def _verdict(
@@ -241,13 +171,28 @@ def _verdict(
     rows: Sequence[Row],
     at: str,
     notes: Sequence[str],
+    tries: Mapping[tuple[str, str], int] | None = None,
 ) -> Verdict:
+    """A verdict on these rows.
+
+    Args:
+        tries: model -> guidance scales of which its figures chose the best; 1 where it is left out.
+    """
     sides = _sides(results, rows)
     sign = 1.0 if rows[0].better == "lower" else -1.0
     ranked = sorted(sides, key=lambda side: sign * side.value)
     pairs = list(itertools.combinations(ranked, 2))
-    level = level_of_each(config.level, len(pairs))
-    found = with_holm({(b.title, a.title): compare_sides(b, a, level) for b, a in pairs})
+    scatter = scatter_of_runs(sides)
+    apart, levels = {}, {}
+    for b, a in pairs:
+        # A false winner has to be the best of its own tries only, so the larger number is enough.
+        tried = max((tries or {}).get(side.model, 1) for side in (b, a))
+        pair = b.title, a.title
+        levels[pair] = level_of_each(config.level, len(pairs) * tried)
+        one = compare_sides(b, a, levels[pair], scatter)
+        p_value = None if one.p_value is None else min(tried * one.p_value, 1.0)
+        apart[pair] = replace(one, p_value=p_value)
+    found = with_holm(apart)
     alike = tuple(
         pair
         for pair, one in found.items()
@@ -256,7 +201,7 @@ def _verdict(
     several = {side.title for side in sides if len(side.runs) > 1}
     # Where training runs count on both sides, more pictures do not tell models apart.
     by_pictures = [pair for pair in alike if not several.issuperset(pair)]
-    wanted = {pair: _wanted(found[pair], ranked[0], level) for pair in by_pictures}
+    wanted = {pair: _wanted(found[pair], ranked[0], levels[pair]) for pair in by_pictures}
     verdict = Verdict(
         rows[0].metric,
         rows[0].features,
@@ -270,7 +215,7 @@ def _verdict(
         wanted,
         (),
     )
-    return replace(verdict, sentences=tuple(_sentences(verdict, ranked, config, notes)))
+    return replace(verdict, sentences=tuple(_sentences(verdict, ranked, notes)))
 
 
 def _sides(results: Results, rows: Sequence[Row]) -> list[Side]:
@@ -280,7 +225,7 @@ def _sides(results: Results, rows: Sequence[Row]) -> list[Side]:
         runs.setdefault(row.training_seed, []).append((row, results.estimate(row)))
     titles = _titles(list(found))
     return [
-        Side(titles[who], {seed: tuple(run) for seed, run in runs.items()})
+        Side(titles[who], who, {seed: tuple(run) for seed, run in runs.items()})
         for who, runs in found.items()
     ]
 
@@ -298,9 +243,11 @@ def _titles(models: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 def _at_own_best(
     counted: Sequence[Row], selecting: Sequence[Row], models: Sequence[tuple[str, str]]
-) -> tuple[list[Row], list[str]]:
-    """Each model's rows at the guidance where it does best, and what to say about the choice."""
-    rows, found, titles = [], [], _titles(models)
+) -> tuple[list[Row], dict[tuple[str, str], int], list[str]]:
+    """Each model's rows at the guidance where it does best; the scales tried by those whose own
+    figures chose; and what to say about the choice.
+    """
+    rows, found, titles, tries = [], [], _titles(models), {}
     for model in models:
         own = [row for row in counted if _model(row) == model]
         judges = [row for row in selecting if _model(row) == model]
@@ -318,6 +265,7 @@ def _at_own_best(
         rows += at_best
         worth = sign * np.mean([row.value for row in at_best])
         found.append((worth, titles[model], best, itself and len(offered) > 1))
+        tries[model] = len(offered) if itself else 1
     if len(found) > TOLD_BY_PAIR:
         found.sort(key=lambda one: one[0])  # the best are named
     scales = [f"{name} {'none' if best is None else f'{best:g}'}" for _, name, best, _ in found]
@@ -328,9 +276,10 @@ def _at_own_best(
         which = "Each" if every else f"The guidance of {_listed(chosen_by_itself)}"
         notes.append(
             f"{which} was chosen by these same figures, "
-            "which makes them look better than fresh pictures would."
+            "which makes them look better than fresh pictures would; p-values and intervals are "
+            "corrected for the scales tried."
         )
-    return rows, notes
+    return rows, tries, notes
 
 
 def _wanted(found: Interval, side: Side, level: float) -> int | None:
@@ -339,9 +288,7 @@ def _wanted(found: Interval, side: Side, level: float) -> int | None:
     return needed(found.value, found.standard_error, side.pictures, level)
 
 
-def _sentences(
-    verdict: Verdict, ranked: Sequence[Side], config: IntervalConfig, notes: Sequence[str]
-) -> Iterable[str]:
+def _sentences(verdict: Verdict, ranked: Sequence[Side], notes: Sequence[str]) -> Iterable[str]:
     best, where = ranked[0], f"{verdict.figure} on {verdict.data_set}"
     where += f", {verdict.group}" if verdict.group else ""
     where += f", at {verdict.at}" if verdict.at else ""
@@ -358,19 +305,19 @@ def _sentences(
         yield f"{where}: {_listed(first)} {have} ({best.value:.4g}){apart}."
     yield from notes
     yield from _pairs(verdict, best) if len(ranked) <= TOLD_BY_PAIR else _rivals(verdict, best)
-    if len(verdict.differences) > 1:
-        yield (
-            f"The {len(verdict.differences)} comparisons are held against each other: intervals "
-            f"hold together with {config.level:.0%}, p-values are Holm's."
-        )
     runs = [len(side.runs) for side in ranked]
     if min(runs) > 1:
-        yield f"Training-run noise is included: {min(runs)} runs each or more."
+        yield f"Training-run noise is included: {min(runs)} runs each or more; {SCATTER}."
     elif max(runs) == 1:
         yield "Training-run noise not included: one run each."
     else:
         single = [side.title for side in ranked if len(side.runs) == 1]
-        yield f"Training-run noise not included where it counts {_listed(single)}: one run each."
+        have, its = ("have", "their") if len(single) > 1 else ("has", "its")
+        others = f"; in the others it is, and {SCATTER}" if len(runs) > len(single) + 1 else ""
+        yield (
+            f"{_listed(single)} {have} one training run, so how runs differ is not included in "
+            f"{its} comparisons{others}."
+        )
 
 
 def _pairs(verdict: Verdict, best: Side) -> Iterable[str]:

@@ -1,6 +1,6 @@
 """The base class of torchmetrics: the only file of the engine that imports it.
 
-Called by `metrics/wrappers/marginal.py`, which nothing else imports: torchmetrics is optional.
+Called by `metrics/wrappers/torchmetrics.py`, which nothing else imports: torchmetrics is optional.
 """
 
 from etude.core.errors import UserError

@@ -15,7 +15,8 @@ import torch
 
 from etude.core.config import Config, option
 
-from .checked import check_features
+from .checked import check_features, options_of
+from .directions import apart
 from .kernel_sums import discrepancies
 from .registry import Pair, Values, metric
 
@@ -37,9 +38,9 @@ def cmmd(
     sigma: float = 10.0,
 ) -> float:
     """CMMD of embeddings (N, D) and (M, D) of any length."""
+    options = options_of(CmmdOptions, "cmmd", {"estimator": estimator, "sigma": sigma})
     check_features(2 if estimator == "unbiased" else 1, first=first, second=second)
     keep = torch.ones(1, len(first), dtype=torch.bool), torch.ones(1, len(second), dtype=torch.bool)
-    options = CmmdOptions(estimator=estimator, sigma=sigma)
     return float(cmmd_of_subsets(first, second, *keep, options)[0])
 
 
@@ -52,6 +53,7 @@ def cmmd_of_subsets(
 ) -> torch.Tensor:
     """CMMD of R pairs of subsets, (R,) float64; masks as in `kid_of_subsets`."""
     scale = 1.0 / options.sigma**2
+    first, second = apart(first, second)
 
     def kernel(products: torch.Tensor) -> torch.Tensor:
         return products.sub_(1.0).mul_(scale).exp_()  # |x - y|^2 = 2 - 2 x . y

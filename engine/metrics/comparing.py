@@ -135,4 +135,5 @@ def _error_of_same(terms: Sequence[tuple[float, Estimate]]) -> Error:
         return Error(root_of_errors(errors), len(errors) - 1)
     kind = kind_of(terms[0][1].name, terms[0][1].kind)
     spread = Spread.sum([(weight, estimate.spread) for weight, estimate in terms])
-    return Error(spread.variance(kind) ** 0.5, spread.degrees(kind))
+    unseen = sum(weight**2 * estimate.unseen() for weight, estimate in terms)
+    return Error((spread.variance(kind) + unseen) ** 0.5, spread.degrees(kind))

@@ -7,12 +7,15 @@ were drawn from the same seeds. For independent pictures the common halves add n
 scores of pictures keep the error of each unit too, from which their variances are exact.
 """
 
+import hashlib
 import io
 import json
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from etude.core.rng import Stream, normal
 
 from .intervals import (
     HALF,
@@ -22,6 +25,8 @@ from .intervals import (
     Kind,
     Spread,
     interval,
+    kind_of,
+    least_variance,
     quantile,
 )
 
@@ -101,14 +106,25 @@ class Estimate:
         found = self.interval(IntervalConfig()).standard_error
         return math.nan if found is None else found
 
+    def unseen(self) -> float:
+        """By how much the variance is larger than halves say: for proportions near 0 and 1."""
+        seen = self.spread.variance(kind_of(self.name, self.kind)) if len(self.drawn) else 0.0
+        return max(least_variance(self.name, self.count) - seen, 0.0)
+
     def draws(self) -> np.ndarray:
         """Joint draws around the value, (2 R,) float64; (0,) where nothing is known of the error.
 
-        The value plus and minus half of the differences of halves, brought to the standard error.
+        The value plus and minus half of the differences of halves, brought to the standard error;
+        normal numbers of its own where all halves of a proportion are alike.
         Draw r of two estimates with equal `drawn_by` comes from the same halving, so differences
         and orders of draws count what the estimates share.
         """
         half = self.spread.half
+        if not half.any() and len(half) and self.unseen() > 0.0:
+            about = repr((self.name, self.value, self.count, self.drawn_by)).encode()
+            seed = int.from_bytes(hashlib.sha256(about).digest()[:4], "big")
+            positions = np.arange(len(half))
+            half = normal(seed, Stream.DRAW_OF_INTERVAL, positions, ()).double().numpy()
         size = float(np.mean(half**2)) ** 0.5 if len(half) else 0.0
         if size == 0.0:
             return np.full(2 * len(half), self.value)

@@ -5,7 +5,7 @@ several n on random parts of the set and fitted by a line over 1 / n, its value 
 (Chong and Forsyth 2020). The real side is not extrapolated. Sizes go in equal steps from a tenth of
 the pictures, 5,000 at most, to all of them. With fewer pictures in a part than dimensions the
 distance does not follow the line, and the fit says little: there should be ten times as many
-pictures as dimensions.
+pictures as dimensions. All sizes must differ, or fewer points fix the line than were asked for.
 
 A value costs `points` Fréchet distances.
 """
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from etude.core.config import Config, option
+from etude.core.errors import UserError
 from etude.core.rng import Stream, bits
 
 from . import influences
-from .checked import check_features
+from .checked import check_features, options_of
 from .frechet import distances_of_subsets, frechet_name
 from .registry import Influences, Pair, Values, metric
 
@@ -34,7 +35,13 @@ def fd_infinity(
     real: torch.Tensor, generated: torch.Tensor, points: int = 15, *, warn: bool = True
 ) -> float:
     """The extrapolated distance of features (N, D) and (M, D)."""
+    points = options_of(FdInfinityOptions, "fd_infinity", {"points": points}).points
     check_features(2, real=real, generated=generated)
+    if len(generated) < (least := fewest(points)):
+        raise UserError(
+            f"{points} points need {least} generated pictures and there are {len(generated)}: draw "
+            "more, or set points lower"
+        )
     keep = torch.ones(len(real), dtype=torch.bool), torch.ones(len(generated), dtype=torch.bool)
     smallest = int(sizes(len(generated), points)[0])
     if warn and smallest <= real.shape[1]:
@@ -49,7 +56,19 @@ def fd_infinity(
 
 def sizes(count: int, points: int) -> np.ndarray:
     """Numbers of pictures (points,) int64 from a tenth, 5,000 at most, to all."""
-    return np.linspace(min(5000, max(count // 10, 2)), count, points).astype(np.int64)
+    return np.linspace(_smallest(count), count, points).astype(np.int64)
+
+
+def fewest(points: int) -> int:
+    """The fewest pictures of which so many parts all have different sizes."""
+    count = points + 1
+    while count - _smallest(count) < points - 1:  # steps shorter than one picture
+        count += 1
+    return count
+
+
+def _smallest(count: int) -> int:
+    return min(5000, max(count // 10, 2))
 
 
 def intercept(numbers: np.ndarray, distances: np.ndarray) -> float:
@@ -98,7 +117,9 @@ def influences_of_extrapolated(
     # The intercept is linear in the distances: its weight of each is that of a unit vector.
     weights = np.array([intercept(numbers, unit) for unit in np.eye(len(numbers))])
     share = torch.from_numpy(weights * count / numbers) @ parts.double()
-    return {f"{frechet_name(pair.features)} at infinity": (one, two * share.to(two.device))}
+    # Influences hold up to a constant, which a share that differs by row would turn into noise.
+    two = (two - two[keep_generated.to(two.device)].mean()) * share.to(two.device)
+    return {f"{frechet_name(pair.features)} at infinity": (one, two)}
 
 
 def enough_of_extrapolated(options: Config, dim: int) -> tuple[int, str]:
@@ -115,6 +136,7 @@ def enough_of_extrapolated(options: Config, dim: int) -> tuple[int, str]:
     options=FdInfinityOptions,
     influences=influences_of_extrapolated,
     enough=enough_of_extrapolated,
+    least=lambda options, share: fewest(options.points),
 )
 def extrapolated(pair: Pair, share: float, real: torch.Tensor, generated: torch.Tensor) -> Values:
     """FID at infinitely many pictures, or that of other features, of R pairs of subsets."""

@@ -17,6 +17,7 @@ both means the variance. L is shrunk to that, by no more than 2^(1/2): a standar
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,13 +44,18 @@ def measure(
     Raises:
         UserError: a side has fewer pictures than the metric needs (`Metric.least`).
     """
-    check_features(0, real=pair.real, generated=pair.generated)
     metric = METRICS.get(metric) if isinstance(metric, str) else metric
+    check_features(0, generated=pair.generated)
+    if not metric.needs_real:  # a real side that is looked at by nobody limits nothing
+        pair = replace(pair, real=pair.generated[:0], real_labels=None)
+    check_features(0, real=pair.real, generated=pair.generated)
     options = pair.options_as(metric.options)
     least = metric.least(options, 1.0)
-    there = min(len(pair.generated), len(pair.real) if metric.needs_real else len(pair.generated))
+    sides = (pair.real, pair.generated) if metric.needs_real else (pair.generated,)
+    there = min(map(len, sides))
     if there < least:
-        raise UserError(f"{metric.name} needs {least} pictures on each side and has {there}")
+        where = " on each side" if metric.needs_real else ""
+        raise UserError(f"{metric.name} needs {least} pictures{where} and has {there}")
     values = metric.values(pair, 1.0, *pair.everything())
     units = _units(pair, metric)
     drawn = _on_subsets(pair, metric, config, seed, values) if units > 1 else {}
@@ -121,9 +127,23 @@ def mean_of_scores(
         seed: as in `measure`.
 
     The mean of one picture or prompt has no known error.
+
+    Raises:
+        UserError: a score is not finite, or there is not one prompt a score.
     """
     scores = torch.as_tensor(scores).to("cpu", torch.float64)
+    finite = scores.isfinite()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise UserError(
+            f"score {row} of {name} is {float(scores[row])}: look at what made it, or leave that "
+            "picture out"
+        )
     clusters = None if prompts is None else torch.as_tensor(prompts).cpu()
+    if clusters is not None and len(clusters) != len(scores):
+        raise UserError(
+            f"{name} has {len(clusters)} prompts for {len(scores)} scores; give one a score"
+        )
     units = torch.arange(len(scores))
     if clusters is not None:
         _, units = torch.unique(clusters, return_inverse=True)

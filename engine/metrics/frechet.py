@@ -23,7 +23,7 @@ import torch
 from etude.core.config import Config
 
 from . import influences
-from .checked import check_features
+from .checked import check_alike, check_features
 from .gaussians import Gaussian, Root, root_of_products, trace_root
 from .moments import Moments
 from .registry import Influences, Pair, Values, metric
@@ -41,6 +41,8 @@ class FrechetReference:
     """
 
     def __init__(self, real: torch.Tensor | Moments) -> None:
+        if not isinstance(real, Moments):
+            check_features(2, real=real)
         self.gaussian = Gaussian(real)
         if self.gaussian.rows is None:
             _ = self.gaussian.cholesky
@@ -53,7 +55,10 @@ class FrechetReference:
         self, generated: torch.Tensor | Moments, *, warn: bool = True
     ) -> tuple[float, Root]:
         """The distance and the certified root in it; twice `root.error` bounds its error."""
+        if not isinstance(generated, Moments):
+            check_features(2, generated=generated)
         one, two = self.gaussian, Gaussian(generated)
+        check_alike(real=one.mean, generated=two.mean)
         fewest, dim = min(one.count, two.count), len(one.mean)
         if warn and fewest <= dim:
             warnings.warn(
@@ -81,6 +86,9 @@ def frechet_distance(
     """
     sides = {"first": first, "second": second}
     check_features(2, **{n: side for n, side in sides.items() if not isinstance(side, Moments)})
+    check_alike(
+        **{n: side.mean if isinstance(side, Moments) else side for n, side in sides.items()}
+    )
     return FrechetReference(first).measured(second, warn=warn)[0]
 
 

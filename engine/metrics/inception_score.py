@@ -16,7 +16,7 @@ from etude.core.config import Config, option
 from etude.core.errors import UserError
 from etude.core.rng import Stream, bits
 
-from .checked import check_features
+from .checked import check_features, options_of
 from .registry import Pair, Values, metric
 
 
@@ -32,6 +32,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, *, mixed: bool = Tru
     Args:
         mixed: parts are random ones, fixed by N; else consecutive rows, in the order given.
     """
+    splits = options_of(InceptionScoreOptions, "inception_score", {"splits": splits}).splits
     check_features(given=logits)
     part = parts(len(logits), splits) if mixed else _consecutive(len(logits), splits)
     keep = torch.ones(1, len(logits), dtype=torch.bool)
@@ -77,10 +78,10 @@ def _consecutive(count: int, splits: int) -> torch.Tensor:
     return torch.searchsorted(ends, torch.arange(count), right=True)
 
 
-def enough_of_score(options: Config, dim: int) -> tuple[int, str]:
+def enough_of_score(options: InceptionScoreOptions, dim: int) -> tuple[int, str]:
     """Pictures for parts that hold every class several times."""
-    splits = options.splits if isinstance(options, InceptionScoreOptions) else 10
-    return splits * dim, "with fewer pictures in a part than classes the score is biased downwards"
+    why = "with fewer pictures in a part than classes the score is biased downwards"
+    return options.splits * dim, why
 
 
 @metric(

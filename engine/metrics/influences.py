@@ -64,10 +64,22 @@ def of_vendi(features: torch.Tensor, keep: torch.Tensor, q: float) -> torch.Tens
     With K = sum x x^T / n for rows of length one, up to constants: of tr K^q, q x^T K^(q - 1) x; of
     - tr K log K, - x^T (log K) x; of the largest eigenvalue, the square along its eigenvector.
     """
-    x = F.normalize(features.to(torch.float64), dim=1)
-    kept = x[keep.to(x.device)]
-    values, vectors = torch.linalg.eigh(kept.T @ kept / len(kept))
-    along = (x @ vectors).square()
+    keep = keep.to(features.device)
+    total = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
+    for rows, kept in zip(features.split(_BLOCK), keep.split(_BLOCK), strict=True):
+        x = F.normalize(rows[kept].to(torch.float64), dim=1)
+        total.addmm_(x.T, x)
+    values, vectors = torch.linalg.eigh(total / keep.sum())
+    return torch.cat(
+        [
+            _of_entropy((F.normalize(rows.to(torch.float64), dim=1) @ vectors).square(), values, q)
+            for rows in features.split(_BLOCK)
+        ]
+    )
+
+
+def _of_entropy(along: torch.Tensor, values: torch.Tensor, q: float) -> torch.Tensor:
+    """Influences (B,) of rows whose squares along the eigenvectors are (B, D)."""
     if np.isinf(q):
         return -along[:, -1] / values[-1]
     there = values > 1e-12 * values[-1]

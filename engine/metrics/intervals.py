@@ -13,7 +13,8 @@ the figure is. What follows for n pictures depends on the kind of figure.
 
 "local": averages of local terms, as those of nearest neighbours. The variance is E L^2 + Var D, as
 that of T = (A + B) / 2 - D whose parts have little in common. For a proportion it is E L^2 alone,
-scaled from p (1 - p) of the halves' to that of the whole's.
+scaled from p (1 - p) of the halves' to that of the whole's. At 0 and 1 every half says the same;
+no error is taken to be less than there, with p (1 - p) of the share drawn towards one half.
 
 "concentrated": proportions that may hang on a few rows of the other side, as AuthPct of a collapsed
 model does on the training pictures beside it. More pictures find more such rows only slowly, and
@@ -58,7 +59,7 @@ from etude.core.rng import Stream, bits
 # Shares of rows, and what a share of one is called.
 PROPORTIONS = {"precision": 1.0, "recall": 1.0, "coverage": 1.0, "AuthPct": 100.0}
 HALF, QUARTER = 0.5, 0.25
-FEWEST = 10  # halvings from which a variance can be told
+FEWEST_HALVINGS = 10  # halvings from which a variance can be told
 Kind = Literal["smooth", "local", "distance", "share", "concentrated"]
 
 
@@ -70,8 +71,10 @@ class IntervalConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if 0 < self.replicates < FEWEST:
-            raise ValueError(f"replicates must be 0 or at least {FEWEST}, not {self.replicates}")
+        if 0 < self.replicates < FEWEST_HALVINGS:
+            raise ValueError(
+                f"replicates must be 0 or at least {FEWEST_HALVINGS}, not {self.replicates}"
+            )
         return self
 
 
@@ -178,7 +181,7 @@ class Spread:
         return second + max(total - 2 * second, 0.0)
 
     def second_order(self) -> float:
-        """c, the variance of the part of second order, at most half of E L^2 where that is less."""
+        """c, the variance of the part of second order."""
         return float(np.var(self.middle, ddof=1)) if len(self.middle) > 1 else 0.0
 
     def slowness(self) -> float:
@@ -292,6 +295,7 @@ def interval(
     else:
         low, high = value - z * error, value + z * error
     low, high = (min(max(end, at_least), at_most) for end in (low, high))
+    error = max(error, least_variance(name, count) ** 0.5)
     return Interval(
         value, low, high, error, config.level, "halves", degrees_of_freedom=_finite(degrees)
     )
@@ -300,6 +304,17 @@ def interval(
 def kind_of(name: str, kind: Kind) -> Kind:
     """The kind of one figure of a metric of that kind: "local" proportions are "share"."""
     return "share" if name in PROPORTIONS and kind != "concentrated" else kind
+
+
+def least_variance(name: str, count: int) -> float:
+    """What the variance of a share of `count` rows is at least, 0 for any other figure.
+
+    That of a share of 0 or 1, whose halves show none; of less than about two rows in `count`.
+    """
+    if name not in PROPORTIONS or not count:
+        return 0.0
+    share = _shrunk(1.0, count)
+    return PROPORTIONS[name] ** 2 * share * (1 - share) / count
 
 
 def quantile(level: float, degrees: float = math.inf) -> float:
@@ -311,7 +326,7 @@ def proportion(value: float, count: int, config: IntervalConfig) -> Interval:
     """The score interval of a share of `count` independent rows; needs no replicates."""
     z = quantile(config.level)
     low, high = _score_interval(value, 0.0, count, z)
-    error = (value * (1 - value) / count) ** 0.5
+    error = max(value * (1 - value) / count, least_variance("precision", count)) ** 0.5
     return Interval(value, max(low, 0.0), min(high, 1.0), error, config.level, "score")
 
 

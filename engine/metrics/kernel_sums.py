@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from etude.core.errors import UserError
+
 from .remembered import remember
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
@@ -49,6 +51,8 @@ def discrepancies(
         rows = x[start : start + block].to(torch.float64)
         return F.normalize(rows, dim=1) if normalise else rows
 
+    if block < 1:
+        raise UserError(f"block={block} holds no rows; set it to 1 or more")
     masks = [keep.to(first.device) for keep in (keep_first, keep_second)]
     pairs = masks[0].sum(1).double() * masks[1].sum(1)
     total = -2.0 * _across(first, second, *masks, kernel, rows_of, block) / pairs

@@ -12,16 +12,18 @@ It compares whole marginal distributions, not two moments. Sorting is done once 
 subsets take their rows from the sorted order.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
 from etude.core.config import Config, option
 from etude.core.rng import Stream, normal
 
-from .checked import check_features
+from .checked import check_features, options_of
 from .registry import Pair, Values, metric
 
-_BLOCK = 64  # directions at a time
+_BLOCK, _ROWS = 64, 4096  # directions, and rows in float64, at a time
 
 
 class MindOptions(Config):
@@ -32,9 +34,10 @@ class MindOptions(Config):
 
 def mind(first: torch.Tensor, second: torch.Tensor, directions: int = 1000) -> float:
     """MIND of features (N, D) and (M, D)."""
+    options = options_of(MindOptions, "mind", {"directions": directions})
     check_features(first=first, second=second)
     keep = torch.ones(1, len(first), dtype=torch.bool), torch.ones(1, len(second), dtype=torch.bool)
-    return float(mind_of_subsets(first, second, *keep, directions)[0])
+    return float(mind_of_subsets(first, second, *keep, options.directions)[0])
 
 
 def mind_of_subsets(
@@ -72,16 +75,23 @@ def squared_wasserstein(first: torch.Tensor, second: torch.Tensor) -> torch.Tens
     n, m = first.shape[1], second.shape[1]
     if n == m:
         return (first - second).square().mean(1)
-    # Both quantile functions are constant between these ends, in units of 1 / (n m).
+    one, two, lengths = (part.to(first.device) for part in _steps(n, m))
+    return (first[:, one] - second[:, two]).square() @ lengths.to(first)
+
+
+@lru_cache(maxsize=4)
+def _steps(n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where both quantile functions are constant: places in either, and lengths float64."""
+    # They change at these ends, in units of 1 / (n m); halves all have the same numbers.
     ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
-    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype)).to(first) / (n * m)
-    at = ends.to(first.device) - 1
-    return (first[:, at // m] - second[:, at // n]).square() @ lengths
+    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype)).double() / (n * m)
+    return (ends - 1) // m, (ends - 1) // n, lengths
 
 
 def _sorted(side: torch.Tensor, along: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending projections (B, N) float64 and the rows they come from."""
-    return torch.sort((along @ side.to(torch.float64).T), dim=1)
+    parts = [along @ rows.to(torch.float64).T for rows in side.split(_ROWS)]
+    return torch.sort(torch.cat(parts, dim=1), dim=1)
 
 
 def _kept(values: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

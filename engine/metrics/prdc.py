@@ -26,12 +26,14 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from scipy import stats
 
 from etude.core.config import Config, option
 from etude.kernels import membership_counts, nearest_neighbours, neighbour_pairs
+from etude.kernels.knn import NearPairs
 
-from .checked import check_features
-from .hits import Hits, few_subsets, hits_of_levels
+from .checked import check_features, options_of
+from .hits import Hits, Totals, few_subsets, hits_of_levels
 from .registry import Pair, Values, metric
 from .remembered import remember
 
@@ -165,11 +167,11 @@ class Neighbourhoods:
             _edge(side.radii(kept, self.k), self.closed)
             for side, kept in zip(self._sides, (kept_x, kept_y), strict=True)
         ]
-        found = self._hits(kept_x.shape[1])
+        found, near = self._hits(kept_x.shape[1]), NearPairs(generated, reach_y)
         for start in range(0, len(real), _ROWS):
             rows = slice(start, start + _ROWS)
-            near = neighbour_pairs(real[rows], generated, reach_x[rows], reach_y)
-            for owner, (hits, (i, j, distance)) in enumerate(zip(found, near, strict=True)):
+            lists = near.lists(real[rows], reach_x[rows])
+            for owner, (hits, (i, j, distance)) in enumerate(zip(found, lists, strict=True)):
                 i = i + start
                 owned = (i, j)[owner]
                 for some in few_subsets(len(i), kept_x.shape[1]):
@@ -190,39 +192,45 @@ class Neighbourhoods:
         beside.of_real += membership_counts(real, generated, radius_y)[0][:, None].int()
         return inside, beside
 
-    def _levelled(self, kept_x: torch.Tensor, kept_y: torch.Tensor) -> tuple[Hits, Hits]:
+    def _levelled(self, kept_x: torch.Tensor, kept_y: torch.Tensor) -> tuple[Totals, Totals]:
         """By the level of every pair; (N, R) and (M, R) bool."""
         (real, generated), (reach_x, reach_y) = self.features, self._reach
-        kept = kept_x, kept_y
-        places = [side.places(k, self.k) for side, k in zip(self._sides, kept, strict=True)]
+        kept, near = (kept_x, kept_y), NearPairs(generated, reach_y)
+        places = [side.places(k, self.k).short() for side, k in zip(self._sides, kept, strict=True)]
         edges = [_edge(side.distance, self.closed) for side in self._sides]
-        inside, beside = self._hits(kept_x.shape[1])
+        sure = [edge[:, self.k - 1].contiguous() for edge in edges]
+        pairs, covered, recalled = torch.zeros(
+            3, kept_x.shape[1], dtype=torch.float64, device=real.device
+        )
+        inside = torch.zeros_like(kept_y)
         size = max(1, _CELLS // len(generated))
         for start in range(0, len(real), size):
             rows = slice(start, start + size)
-            near = neighbour_pairs(real[rows], generated, reach_x[rows], reach_y)
-            gaps = [_dense(pairs, len(real[rows]), len(generated)) for pairs in near]
+            gaps = near.distances(real[rows], reach_x[rows], sure[0][rows], sure[1])
             level = torch.searchsorted(edges[0][rows], gaps[0], right=True, out_int32=True)
-            of_real, of_generated = hits_of_levels(
+            for some, of_real, of_generated in hits_of_levels(
                 level, places[0][rows], kept_x[rows], kept_y, self.k - 1
-            )
-            inside.of_real[rows] += of_real
-            inside.of_generated += of_generated
+            ):
+                pairs[some] += of_real.sum(0, dtype=torch.float64)
+                covered[some] += (of_real > 0).sum(0)
+                inside[:, some] |= of_generated > 0
             level = torch.searchsorted(edges[1], gaps[1].T.contiguous(), right=True, out_int32=True)
-            of_generated, of_real = hits_of_levels(
-                level, places[1], kept_y, kept_x[rows], self.k - 1
-            )
-            beside.of_generated += of_generated
-            beside.of_real[rows] += of_real
-        return inside, beside
+            for some, _, of_real in hits_of_levels(
+                level, places[1], kept_y, kept_x[rows], self.k - 1, owners_too=False
+            ):
+                recalled[some] += (of_real > 0).sum(0)
+        none = torch.zeros_like(pairs)
+        return Totals(pairs, covered, inside.sum(0).double()), Totals(none, recalled, none)
 
 
 def prdc(
     real: torch.Tensor, generated: torch.Tensor, k: int = 5, convention: Convention = "prdc"
 ) -> dict[str, float]:
     """Precision, recall, density and coverage of features (N, D) and (M, D)."""
+    options = options_of(PrdcOptions, "prdc", {"k": k, "convention": convention})
     check_features(real=real, generated=generated)
-    return Neighbourhoods.of(real, generated, k, convention=convention).values()
+    near = Neighbourhoods.of(real, generated, options.k, convention=options.convention)
+    return near.values()
 
 
 def own_neighbours(features: torch.Tensor, listed: int) -> Neighbours:
@@ -234,16 +242,6 @@ def own_neighbours(features: torch.Tensor, listed: int) -> Neighbours:
     )
 
 
-def _dense(
-    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: int, columns: int
-) -> torch.Tensor:
-    """Distances (rows, columns) float32 of listed pairs, infinite where none is listed."""
-    i, j, distance = pairs
-    found = distance.new_full((rows, columns), torch.inf)
-    found[i, j] = distance
-    return found
-
-
 def _edge(radius: torch.Tensor, closed: bool) -> torch.Tensor:
     """What distances are smaller than: a closed ball's radius is the next float32."""
     return torch.nextafter(radius, torch.full_like(radius, torch.inf)) if closed else radius
@@ -252,14 +250,12 @@ def _edge(radius: torch.Tensor, closed: bool) -> torch.Tensor:
 def enough(k: int, kept_share: float, count: int) -> int:
     """How many neighbours to list so that k of them stay when `kept_share` of the rows are kept.
 
-    The number kept is nearly binomial; four standard deviations leave about one row in 100,000.
+    The number kept is nearly binomial; fewer than k stay for less than one row in 100,000.
     """
-    listed = k
-    while listed * kept_share - 4.0 * (listed * kept_share * (1 - kept_share)) ** 0.5 < k:
-        if kept_share >= 1.0 or listed >= count - 1:
-            break
+    listed = min(k, count - 1)
+    while listed < count - 1 and stats.binom.cdf(k - 1, listed, kept_share) >= 1e-5:
         listed += 1
-    return min(listed, count - 1)
+    return listed
 
 
 class PrdcOptions(Config):
@@ -271,10 +267,9 @@ class PrdcOptions(Config):
     )
 
 
-def enough_of_prdc(options: Config, dim: int) -> tuple[int, str]:
+def enough_of_prdc(options: PrdcOptions, dim: int) -> tuple[int, str]:
     """Pictures among which the k-th neighbour is near."""
-    k = options.k if isinstance(options, PrdcOptions) else 5
-    return 20 * k, "with fewer the ball of the k-th neighbour spans a large part of the set"
+    return 20 * options.k, "with fewer the ball of the k-th neighbour spans a large part of the set"
 
 
 @metric(

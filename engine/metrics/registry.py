@@ -17,6 +17,8 @@ from etude.core.config import Config
 from etude.core.errors import UserError
 from etude.core.registry import Registry
 
+from .checked import options_of
+
 Values = dict[str, np.ndarray]
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 Influences = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -37,20 +39,46 @@ class Pair:
     Attributes:
         features: what they are, "inception" or "dinov2/cls": the extractor, and the tap where it
             is not the extractor's first.
-        options: the metric's own `Options`.
+        options: the metric's own `Options`, or a mapping of their names to values.
+
+    Raises:
+        UserError: there is not one label or prompt a picture.
     """
 
     real: torch.Tensor
     generated: torch.Tensor
     features: str
-    options: Config = field(default_factory=NoOptions)
+    options: Config | Mapping[str, Any] = field(default_factory=NoOptions)
     real_labels: torch.Tensor | None = None
     generated_labels: torch.Tensor | None = None
     generated_prompts: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name, rows in (
+            ("real_labels", self.real),
+            ("generated_labels", self.generated),
+            ("generated_prompts", self.generated),
+        ):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(rows):
+                raise UserError(
+                    f"{name} has {len(given)} numbers for {len(rows)} pictures; give one a picture"
+                )
+
     def options_as(self, kind: type[AnyConfig]) -> AnyConfig:
-        """The options where they are of this kind, else that kind's defaults."""
-        return self.options if isinstance(self.options, kind) else kind()
+        """The options of this kind, made of a mapping where they are one; defaults of none.
+
+        Raises:
+            UserError: they are another metric's, or not what this kind has.
+        """
+        if isinstance(self.options, kind):
+            return self.options
+        if isinstance(self.options, NoOptions):
+            return kind()
+        if isinstance(self.options, Mapping):
+            return options_of(kind, "options", self.options)
+        given = type(self.options).__name__
+        raise UserError(f"the options are {given}, and {kind.__name__} are needed: give these")
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The one subset that keeps all rows: (1, N) and (1, M) bool."""

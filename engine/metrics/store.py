@@ -3,19 +3,21 @@
 A folder per entry, named by the sha256 of everything that fixes its numbers: the fingerprint of the
 set of pictures, the extractor's name, version and weights, its preprocessing, dtype and the number
 of pictures. Shards are safetensors files written beside and renamed; `manifest.json` is written
-last, after every shard has been counted and every sample key has been seen exactly once. Two jobs
-with one size of batch and one device write equal files; other batches round otherwise
-(evaluation/extract.py), so of two writers of a shard the first stays. Stores that were filled apart
-merge file by file. Moments of a set or of a group of it are kept beside its features once somebody
-asked for them, where the folder can be written to.
+last, after every shard has been counted and every sample key has been seen exactly once; a damaged
+one counts as none, so that the entry is finished again. Two jobs with one size of batch and one
+device write equal files; other batches round otherwise (evaluation/extract.py), so of two writers
+of a shard the first stays. Stores that were filled apart merge file by file. Moments of a set or of
+a large group of it are kept beside its features once somebody asked for them, where the folder can
+be written to.
 """
 
 import contextlib
 import hashlib
 import json
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from .moments import Moments
 # Age of a temporary file whose writer was killed: writing one takes seconds, so that hours later
 # no job wants it, not even one that was suspended or waited for a slow disk.
 _ABANDONED_S = 6 * 3600
+_BLOCK = 8192  # rows that wait to be merged into moments
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,16 @@ class FeatureSet:
         return len(self.keys)
 
     def rows(self, index: torch.Tensor) -> "FeatureSet":
-        """The rows at `index` (K,) int64, in that order."""
+        """The rows at `index` (K,) int64, in that order.
+
+        Raises:
+            UserError: the index is a mask or no whole numbers.
+        """
+        if index.dtype not in (torch.int64, torch.int32):
+            raise UserError(
+                f"rows are chosen by int64 numbers, got {index.dtype}; a mask's are "
+                "mask.nonzero()[:, 0]"
+            )
         chosen = index.tolist()
         return FeatureSet(
             self.digest,
@@ -82,7 +94,7 @@ class FeatureStore:
 
     def has(self, key: FeatureKey) -> bool:
         """Whether the entry is complete."""
-        return (self._entry(key.digest()) / "manifest.json").exists()
+        return _manifest(self._entry(key.digest())) is not None
 
     def writer(self, key: FeatureKey, shard_size: int = 1024) -> "EntryWriter":
         """Start or continue an entry; shards found whole are not asked for again."""
@@ -112,26 +124,40 @@ class FeatureStore:
         Raises:
             UserError: as `load`; or no row is of that group.
         """
+        return self.moments_of(key, [group])[group]
+
+    def moments_of(
+        self, key: FeatureKey | str, groups: Iterable[str | None]
+    ) -> dict[str | None, Moments]:
+        """Moments of several groups, None being all rows, in one pass over the entry.
+
+        Those of no more rows than dimensions are not kept: they would be larger than their rows. In
+        2,048 dimensions the moments of each group take 32 MiB of memory.
+
+        Raises:
+            UserError: as `load`; or no row is of one of the groups.
+        """
         digest = key if isinstance(key, str) else key.digest()
-        # A group's name may hold anything; a file's may not.
-        name = "all" if group is None else hashlib.sha256(group.encode()).hexdigest()[:32]
-        path = self._entry(digest) / f"moments-{name}.safetensors"
-        if path.exists():
-            with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
-                return _read_moments(path)
-        total: Moments | None = None
+        found = {group: self._kept(digest, group) for group in groups}
+        totals = {group: _Total() for group, known in found.items() if known is None}
+        if not totals:
+            return found
         for features, _, note in self._shards(digest):
-            if group is not None:
-                features = features[torch.tensor([one == group for one in note["groups"]])]
-            part = Moments.of(features)
-            total = part if total is None else total.merge(part)
-        if total is None or not total.count:
-            raise UserError(f"the set of features {digest[:12]} has no group {group!r}")
-        count = torch.tensor(total.count)
-        tensors = {"count": count, "mean": total.mean.cpu(), "scatter": total.scatter.cpu()}
-        with contextlib.suppress(OSError):  # of a store that can only be read: they are known now
-            write_bytes_atomic(path, save(tensors, {"sha256": _tensor_sha256(tensors)}))
-        return total
+            rows: dict[str, list[int]] = {}
+            for row, group in enumerate(note["groups"]):
+                rows.setdefault(group, []).append(row)
+            for group, total in totals.items():
+                if group is None:
+                    total.add(features)
+                elif group in rows:
+                    total.add(features[rows[group]])
+        for group, total in totals.items():
+            found[group] = total.moments()
+            if found[group] is None:
+                raise UserError(f"the set of features {digest[:12]} has no group {group!r}")
+            if group is None or found[group].count > len(found[group].mean):
+                self._keep(digest, group, found[group])
+        return found
 
     def merge(self, other: "FeatureStore") -> int:
         """Take over every shard of another store that this one lacks, then count entries anew.
@@ -148,7 +174,7 @@ class FeatureStore:
                 f"{other.folder} holds no features; name a folder that was extract's --store"
             )
         for begun in entries:
-            key = FeatureKey(**read_json(begun))
+            key = _read_key(begun)
             if self.has(key):
                 continue
             for size, shards in _shards_by_size(begun.parent).items():
@@ -161,15 +187,32 @@ class FeatureStore:
     def _shards(self, digest: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
         """Every shard of a complete entry, checked, in order."""
         entry = self._entry(digest)
-        try:
-            manifest = json.loads((entry / "manifest.json").read_text())
-        except FileNotFoundError:
+        manifest = _manifest(entry)
+        if manifest is None:
             raise UserError(
                 f"the feature store {self.folder} has no complete entry {digest[:12]}; "
                 f"run the extract or evaluate command that makes it"
-            ) from None
+            )
         for shard in manifest["shards"]:
             yield self._checked(entry / shard["file"], shard["sha256"])
+
+    def _kept(self, digest: str, group: str | None) -> Moments | None:
+        """Moments that an earlier call kept; None where there are none, or damaged ones."""
+        with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return _read_moments(self._moments_file(digest, group))
+        return None
+
+    def _keep(self, digest: str, group: str | None, found: Moments) -> None:
+        count = torch.tensor(found.count)
+        tensors = {"count": count, "mean": found.mean.cpu(), "scatter": found.scatter.cpu()}
+        data = save(tensors, {"sha256": _tensor_sha256(tensors)})
+        with contextlib.suppress(OSError):  # of a store that can only be read: they are known now
+            write_bytes_atomic(self._moments_file(digest, group), data)
+
+    def _moments_file(self, digest: str, group: str | None) -> Path:
+        # A group's name may hold anything; a file's may not.
+        name = "all" if group is None else hashlib.sha256(group.encode()).hexdigest()[:32]
+        return self._entry(digest) / f"moments-{name}.safetensors"
 
     def _entry(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest
@@ -221,8 +264,6 @@ class EntryWriter:
         if not torch.isfinite(features).all():
             bad = keys[int((~torch.isfinite(features).all(1)).nonzero()[0])]
             raise UserError(f"{self.key.extractor} features of picture {bad} are not finite")
-        path = self._shard(start)
-        damaged = path.exists()  # unless it turns out to be whole
         if self.has(start, stop):
             return
         tensors = {
@@ -231,21 +272,33 @@ class EntryWriter:
         }
         about = {"keys": list(keys), "groups": list(groups), "sha256": _tensor_sha256(tensors)}
         # One entry: safetensors writes several in an order that differs from call to call.
-        data = save(tensors, {"about": json.dumps(about)})
-        with self._writing():
-            write_bytes_atomic(path, data, keep=not damaged)
+        self._place(self._shard(start), save(tensors, {"about": json.dumps(about)}), stop - start)
 
     def adopt(self, shard: Path) -> None:
         """Copy a shard that another store's writer wrote, unless it is here already and whole."""
         target = self.folder / shard.name
-        damaged = target.exists()  # unless it turns out to be whole
         if _is_whole(target):
             return
         if not _is_whole(shard):
             raise UserError(f"features {shard} are damaged; extract them again")
-        data = shard.read_bytes()
+        self._place(target, shard.read_bytes())
+
+    def _place(self, path: Path, data: bytes, count: int | None = None) -> None:
+        """Write a shard unless a whole one, of `count` rows, is there by now.
+
+        What is there is moved aside before it is judged: another writer may mend it at any moment,
+        and its manifest then names what it wrote.
+        """
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         with self._writing():
-            write_bytes_atomic(target, data, keep=not damaged)
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(aside)
+                if _is_whole(aside, count):
+                    data = aside.read_bytes()
+            try:
+                write_bytes_atomic(path, data, keep=True)
+            finally:
+                aside.unlink(missing_ok=True)
 
     def finish_if_whole(self) -> bool:
         """Finish the entry if no shard is missing; whether it did."""
@@ -302,6 +355,51 @@ def check_keys(keys: Sequence[str]) -> None:
     twice = next((key for key, times in Counter(keys).items() if times > 1), None)
     if twice is not None:
         raise UserError(f"picture {twice} is in the set twice; every sample key must be unique")
+
+
+def _manifest(entry: Path) -> dict | None:
+    """What names a complete entry's shards; None where it is not there, or damaged."""
+    try:
+        found = json.loads((entry / "manifest.json").read_text())
+        names = [(shard["file"], shard["sha256"]) for shard in found["shards"]]
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    return found if names else None
+
+
+def _read_key(path: Path) -> FeatureKey:
+    """The key of an entry that was begun; `UserError` where its fields are others."""
+    found, known = read_json(path), {field.name for field in fields(FeatureKey)}
+    if not isinstance(found, dict) or set(found) != known:
+        odd = ", ".join(sorted(set(found) ^ known)) if isinstance(found, dict) else "no fields"
+        raise UserError(
+            f"{path} is not a key of this version ({odd}); extract its pictures again, or merge "
+            "with the version of Etude that wrote it"
+        )
+    return FeatureKey(**found)
+
+
+class _Total:
+    """Moments of rows that come in parts, merged in blocks: a merge costs D^2 however few come."""
+
+    def __init__(self) -> None:
+        self._merged: Moments | None = None
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, rows: torch.Tensor) -> None:
+        self._rows.append(rows)
+        if sum(map(len, self._rows)) >= _BLOCK:
+            self._merge()
+
+    def moments(self) -> Moments | None:
+        """Of all rows; None where there were none."""
+        if self._rows:
+            self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
+        part, self._rows = Moments.of(torch.cat(self._rows)), []
+        self._merged = part if self._merged is None else self._merged.merge(part)
 
 
 def _read_shard(path: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:

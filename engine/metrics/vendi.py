@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from etude.core.config import Config, option
 
 from . import influences
-from .checked import check_features
+from .checked import check_features, options_of
+from .directions import apart
 from .registry import Influences, Pair, Values, metric
 
 _BLOCK = 4096
@@ -32,14 +33,16 @@ class VendiOptions(Config):
 
 def vendi_score(features: torch.Tensor, q: float = 1.0) -> float:
     """The Vendi score of order q of features (N, D) of any length."""
+    options = options_of(VendiOptions, "vendi_score", {"q": q})
     check_features(given=features)
     keep = torch.ones(1, len(features), dtype=torch.bool)
-    return float(scores_of_subsets(features, keep, q)[0])
+    return float(scores_of_subsets(features, keep, options.q)[0])
 
 
 def scores_of_subsets(features: torch.Tensor, keep: torch.Tensor, q: float) -> np.ndarray:
     """The Vendi scores of R subsets of features (N, D), (R,) float64; keep (R, N) bool."""
     keep = keep.to(features.device)
+    (features,) = apart(features)
     if len(features) <= features.shape[1]:
         x = F.normalize(features.to(torch.float64), dim=1)
         gram = x @ x.T
@@ -84,8 +87,9 @@ def influences_of_vendi(
 ) -> Influences:
     """What each row adds to the score of the kept ones."""
     order = pair.options_as(VendiOptions).q
-    value = float(scores_of_subsets(pair.generated, keep_generated[None], order)[0])
-    found = value * influences.of_vendi(pair.generated, keep_generated, order)
+    (features,) = apart(pair.generated)
+    value = float(scores_of_subsets(features, keep_generated[None], order)[0])
+    found = value * influences.of_vendi(features, keep_generated, order)
     return {_name(pair.features, order): (pair.real.new_zeros(len(pair.real)), found)}
 
 

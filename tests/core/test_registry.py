@@ -58,6 +58,20 @@ def test_a_file_of_somebodys_own(things: Registry, tmp_path: Path) -> None:
         load_file(tmp_path / "missing.py")
 
 
+def test_a_file_that_is_not_python_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("first = 1\ndef second(:\n")
+    with pytest.raises(UserError, match=r"own.py, line 2 is not Python \(invalid syntax\); mend"):
+        load_file(own)
+    text = tmp_path / "own.txt"
+    text.write_text("first = 1\n")
+    with pytest.raises(UserError, match="own.txt is no Python file; its name must end in .py"):
+        load_file(text)
+    own.write_text("raise KeyError('theirs')\n")  # with its traceback
+    with pytest.raises(KeyError, match="theirs"):
+        load_file(own)
+
+
 def test_two_files_with_one_name_are_refused(things: Registry, tmp_path: Path) -> None:
     other = tmp_path / "other.py"
     other.write_text(BUILT_IN.format(package="registered_things", name="first", said="hello"))

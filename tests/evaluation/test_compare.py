@@ -1,6 +1,8 @@
 """Protocols and the refusal to compare unlike with unlike; differences with known truth."""
 
-from dataclasses import fields, replace
+import hashlib
+import json
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -65,6 +67,19 @@ def test_the_fingerprint_follows_every_field() -> None:
         prints.add(replace(PROTOCOL, **{field.name: other}).fingerprint)
     assert len(prints) == len(fields(Protocol)) + 1
     assert Protocol.from_dict(PROTOCOL.as_dict()) == PROTOCOL
+
+
+def test_a_judge_and_a_training_set_count_where_they_were_used() -> None:
+    stated = {n: v for n, v in asdict(PROTOCOL).items() if n not in ("judge", "training")}
+    plain = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+    assert PROTOCOL.fingerprint == plain and Protocol.from_dict(stated) == PROTOCOL
+    for name in ("judge", "training"):
+        one, two = (replace(PROTOCOL, **{name: value}) for value in "ab")
+        assert len({plain, one.fingerprint, two.fingerprint}) == 3
+        assert Protocol.from_dict(one.as_dict()) == one
+        with pytest.raises(UserError, match=rf"compared: {name} \('a' and 'b'\);"):
+            refuse_difference(one, two)
+        refuse_difference(one, PROTOCOL)
 
 
 def test_every_differing_field_is_named() -> None:

@@ -319,6 +319,15 @@ def test_geode_without_a_column_or_a_picture(tmp_path) -> None:
         open_data_set("geode", folder, whole=False).prompts()
 
 
+def test_geode_of_other_objects_is_not_an_empty_set(tmp_path) -> None:
+    text = "file_path,object,region\na.jpg,banana,Africa\nb.jpg,bag,Mars\n"
+    (tmp_path / "index.csv").write_text(text)
+    with pytest.raises(
+        UserError, match=r"of the 27 objects in the 6 regions, but banana in Africa"
+    ):
+        open_data_set("geode", tmp_path, whole=False).prompts()
+
+
 # ---- the balanced parts
 
 

@@ -65,7 +65,8 @@ def test_a_folder_with_captions_is_asked_for_by_them(tmp_path) -> None:
     put(tmp_path, {"a.png": 1, "b.png": 2})
     assert open_data_set("folder", tmp_path).prompts() is None
     (tmp_path / "a.txt").write_text("one\n")
-    assert open_data_set("folder", tmp_path).prompts() is None
+    with pytest.raises(UserError, match=r"/b.txt is missing and other pictures have a caption"):
+        open_data_set("folder", tmp_path).prompts()
     (tmp_path / "b.txt").write_text("two\n")
     assert asked(open_data_set("folder", tmp_path)) == [
         ("a.png", "one", -1, ""),
@@ -76,6 +77,16 @@ def test_a_folder_with_captions_is_asked_for_by_them(tmp_path) -> None:
     found = open_data_set("folder", tmp_path)
     assert asked(found) == [("a.png", "first", -1, "north"), ("b.png", "second", -1, "south")]
     assert everything(found).groups == ["north", "south"]
+
+
+def test_captions_lie_in_class_folders_too(tmp_path) -> None:
+    put(tmp_path, {"cat/1.png": 1, "dog/1.png": 2})
+    (tmp_path / "dog" / "1.txt").write_text("a dog\n")
+    (tmp_path / "1.txt").write_text("of no picture\n")
+    with pytest.raises(UserError, match=r"/cat/1.txt is missing and other"):
+        open_data_set("folder", tmp_path).prompts()
+    (tmp_path / "cat" / "1.txt").write_text("a cat\n")
+    assert [row[1] for row in asked(open_data_set("folder", tmp_path))] == ["a cat", "a dog"]
 
 
 def test_shards_are_asked_for_by_captions_or_classes(tmp_path) -> None:

@@ -134,6 +134,22 @@ def test_drawbench_has_each_prompt_once(tmp_path) -> None:
         open_data_set("drawbench", other).prompts()
 
 
+def test_drawbench_is_taken_from_the_file_of_its_name(tmp_path) -> None:
+    (tmp_path / "A.csv").write_text("Prompt,Note\nother,1\n")
+    (tmp_path / "drawbench.txt").write_text("lines\n")
+    assert asked(open_data_set("drawbench", tmp_path, whole=False))[0][1] == "lines"
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\nsheet,Colors\n")
+    assert asked(open_data_set("drawbench", tmp_path, whole=False))[0][1] == "sheet"
+    (tmp_path / "Imagen DrawBench.csv").write_text("Prompts,Category\nsheet,Colors\n")
+    with pytest.raises(UserError, match="holds Imagen DrawBench.csv and drawbench.csv; keep one"):
+        open_data_set("drawbench", tmp_path)
+    for name in ("drawbench.csv", "Imagen DrawBench.csv", "drawbench.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "B.csv").write_text("Prompts,Category\nsheet,Colors\n")
+    with pytest.raises(UserError, match="holds A.csv and B.csv; keep one, or name one drawbench"):
+        open_data_set("drawbench", tmp_path)
+
+
 def test_t2icompbench_has_a_file_a_category(tmp_path) -> None:
     folder = tmp_path / "examples" / "dataset"
     folder.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The exercises on small tables with made-up figures: what they find, leave out and refuse."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -109,6 +110,26 @@ def test_a_selected_figure_and_one_that_is_no_number_are_beside_and_left_out() -
     ]
 
 
+def test_decisions_about_fronts_hold_on_all_of_them() -> None:
+    """A pair 2.8 errors apart: enough among 2 comparisons, too little among 20."""
+    rows = []
+    for k in range(10):
+        for metric, sign in (("FID", -1.0), ("recall", 1.0)):
+            for model, value in (("a", 2.8 * 2**0.5), ("b", 0.0)):
+                more = {"data_set": f"sets/{k}"}
+                rows.append(row(model, metric, sign * value, 1.0, **more))
+    alone = answer("trade-offs", results(*rows), {"data_sets": ["sets/3"]})
+    assert alone.data["fronts"]["sets/3"][0]["decided"] == ["on", "off"]
+    found = answer("trade-offs", results(*rows))
+    assert all(front["decided"] == ["open", "open"] for (front,) in found.data["fronts"].values())
+    assert "What is decided holds on all 10 fronts at once, with probability 0.95." in (
+        found.sentences
+    )
+    line = found.tables["points"].rows[0]
+    at = found.tables["points"].columns.index("decided on FID and recall")
+    assert line[at] == "open" and 0.9 < line[at + 1] <= 1.0
+
+
 def test_settings_of_one_model_are_told_apart() -> None:
     rows = []
     for guidance, fid, recall in ((1.0, 30.0, 0.7), (2.0, 20.0, 0.6), (4.0, 25.0, 0.5)):
@@ -168,7 +189,54 @@ def test_equal_groups_show_the_gap_of_the_studentized_range() -> None:
     found = answer("groups", results(*by_group(values, 0.2)))
     one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
     assert one["chance_gap"] == pytest.approx(expected, rel=0.06)
-    assert one["p_equal"] == pytest.approx(1 / 1001)
+    assert one["p_equal"] < 1e-50  # 10 apart with an error of 0.2 each
+
+
+def test_a_group_of_large_error_hides_no_gap_of_the_others() -> None:
+    errors = {"north": 0.01, "south": 0.01, "east": 0.01, "west": 0.5}
+    values = {"north": 10.0, "south": 10.5, "east": 10.25, "west": 10.25}
+    rows = [row("m", "FID", v, errors[g], group=g) for g, v in values.items()]
+    found = answer("groups", results(*rows))
+    one = found.data["groups"]["sets/a"]["FID"]["models"]["m"]
+    half = stats.norm.ppf(1 - 0.025 / 6) * 0.01 * 2**0.5
+    assert one["gap_low"] == pytest.approx(0.5 - half, abs=0.003)
+    assert one["p_equal"] < 1e-6 and "equal groups can show" not in said(found)
+    (line,) = found.tables["gaps"].rows
+    assert line[:6] == ("sets/a", "FID", "m", "south", "north", 0.5)
+    assert line[6:9] == (one["gap_low"], one["gap_high"], one["p_equal"])
+
+
+def test_the_sentence_on_a_gap_agrees_with_its_interval() -> None:
+    rng, told = np.random.default_rng(4), 0
+    rows = []
+    for k in range(8):
+        values, errors = 10 + rng.normal(0, 1.0, 4), rng.choice([0.3, 1.0], 4)
+        for g in range(4):
+            rows.append(row(f"m{k}", "FID", values[g], errors[g], group=f"g{g}"))
+    found = answer("groups", results(*rows))
+    for name, one in found.data["groups"]["sets/a"]["FID"]["models"].items():
+        (sentence,) = (s for s in found.sentences if s.startswith(f"{name} on"))
+        assert (one["gap_low"] == 0.0) == (one["p_equal"] > 0.05)
+        assert ("equal groups can show too" in sentence) == (one["gap_low"] == 0.0)
+        told += one["gap_low"] == 0.0
+    assert 2 <= told <= 6
+
+
+def test_decisions_about_groups_hold_over_the_whole_table() -> None:
+    """A group 2.9 errors from its mean: enough among 4 tests, too little among 48."""
+    values = {"north": 10.0, "south": 10.0, "east": 10.0, "west": 10.0 + 2.9 * 0.5 / 0.75**0.5}
+    rows = [
+        row(f"m{k}", metric, v, 0.5, group=g)
+        for k in range(6)
+        for metric in ("FID", "recall")
+        for g, v in values.items()
+    ]
+    alone = answer("groups", results(*rows), {"models": ["m3"], "metrics": ["FID"]})
+    assert "decidedly worse than the mean of the groups: west" in said(alone)
+    assert "over 4 tests; intervals of gaps hold one by one (1 of them" in said(alone)
+    found = answer("groups", results(*rows))
+    assert "decidedly" not in said(found)
+    assert "over 48 tests; intervals of gaps hold one by one (12 of them, each" in said(found)
 
 
 def test_holm_decides_more_than_bonferroni_and_never_other_groups() -> None:
@@ -275,6 +343,46 @@ def test_a_ranking_without_intervals_decides_nothing() -> None:
     assert all(t["low"] is None for t in found.data["kendall"])
 
 
+def test_ties_name_no_winner() -> None:
+    rows = [
+        row(m, metric, 1.0 if metric == "recall" else 2.0 + (m == "c"), 0.1)
+        for m in "abc"
+        for metric in ("FID", "precision", "recall")
+    ]
+    found = answer("ranking", results(*rows))
+    assert "First in FID: a and b; precision: c; recall: all 3 equal." in found.plots["heat"].alt
+    # FID and precision order c and the others in opposite ways; recall orders nothing.
+    assert "FID and precision have a Kendall tau of -1.00" in said(found)
+    alone = [one for one in rows if one.metric != "precision"]
+    found = answer("ranking", results(*(replace(r, low=None, high=None) for r in alone)))
+    assert "3 of 3 pairs of models have the same order in both columns" in said(found)
+    rows = [
+        row(m, metric, (-1 if metric == "FID" else 1) * float(k), 0.1)
+        for k, m in enumerate("abc")
+        for metric in ("FID", "precision", "recall")
+    ]
+    found = answer("ranking", results(*rows))
+    assert "Every two columns have the same Kendall's tau, 1.00." in found.sentences
+    assert "agree least" not in said(found)
+    rows += [row(m, "CLIPScore", -float(k), 0.1) for k, m in enumerate("abc")]
+    found = answer("ranking", results(*rows))
+    assert "FID and precision (and 2 more pairs of columns) agree most" in said(found)
+
+
+@pytest.mark.parametrize("name", ["trade-offs", "groups", "ranking", "prompt-types"])
+def test_that_entries_are_single_runs_is_said_once(name: str) -> None:
+    rows = [
+        row(m, metric, 1.0 + k, 0.1, data_set=d, group=g)
+        for k, m in enumerate("ab")
+        for metric in ("FID", "recall")
+        for d in ("sets/a", "sets/b")
+        for g in ("", "x", "y")
+    ]
+    found = answer(name, results(*rows))
+    note = "Each entry is one training run; how runs differ is not included."
+    assert found.sentences.count(note) == 1
+
+
 # Prompt types.
 
 
@@ -298,7 +406,9 @@ def test_prompt_types_tell_whether_the_order_changes() -> None:
     assert "the order changes with the prompts: a is better on captions and b on classes" in (
         said(found)
     )
-    assert "open: 3 of 3 pairs" in said(found)
+    assert said(found).count("; open: 3 of 3 pairs.") + said(found).count(": open: 3 of 3") == 1
+    assert "probability of a change" not in said(found)
+    assert "share of draws that change" in found.tables["orders"].columns
 
 
 def test_data_sets_of_unequal_numbers_are_refused_unless_told() -> None:

@@ -7,7 +7,10 @@ import xml.etree.ElementTree as tree
 import numpy as np
 import pytest
 
-from etude.evaluation.exercises import answer, drawing
+from etude.core.errors import UserError
+from etude.evaluation.exercises import Choice, answer, drawing, trade_off_drawings
+from etude.evaluation.exercises.fronts import cloud_of
+from etude.evaluation.exercises.rows import choose
 from etude.evaluation.results import Results, Row
 from etude.page_style import STYLE
 
@@ -131,6 +134,139 @@ def test_series_differ_without_colour() -> None:
     looks = [drawing.series_look(k) for k in range(64)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 64
     assert len({look["marker"] for look in looks[:8]}) == 8
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"kernel distance ({f} features) on people" for f in ("mobilenet", "pixels", "clip")],
+        [f"{tone} skin tone" for tone in ("medium-light", "medium-dark", "dark", "light")],
+        [f"a-model-of-a-long-name-{k} (checkpoint {c}, guidance 1)" for k in "ab" for c in (1, 10)],
+        [f"{'x' * 30}{k}{'y' * 60}" for k in range(3)],
+        [f"{'x' * 60}{k}{'y' * 60}" for k in range(3)],  # what differs is in no end that fits
+        ["short", "_short", "x" * 90],
+    ],
+)
+@pytest.mark.parametrize("most", [18, 34, 56])
+def test_different_names_stay_different(names: list[str], most: int) -> None:
+    found = drawing.shortened([*names, names[0]], most)
+    assert len(set(found)) == len(names) and found[-1] == found[0]
+    assert all(len(text) <= most + len(" (3)") for text in found)
+    short = [name for name in names if len(name) <= most and name[0] != "_"]
+    assert set(short) <= set(found)
+
+
+def shown(svg: str) -> list[str]:
+    return [(e.text or "").strip() for e in tree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def figures(model: str, place: int, **more) -> list[Row]:
+    return [
+        Row(model, "d", metric, value + 0.1 * place, better, **more)
+        for metric, better, value in (("FID", "lower", 20.0), ("recall", "higher", 0.5))
+    ]
+
+
+def test_points_that_look_alike_are_numbered_and_listed() -> None:
+    places = [(f"m{k:02d}", g) for k in range(9) for g in (1.0, 2.0)]
+    rows = [r for k, (m, g) in enumerate(places) for r in figures(m, k, guidance=g)]
+    (plot,) = answer("trade-offs", Results(tuple(rows))).plots.values()
+    # Colour tells the guidance, so the ninth model has the marker of the first.
+    assert {str(k) for k in range(1, 19)} <= set(shown(plot.svg))
+    assert "1 m00 (guidance 1); 2 m00 (guidance 2); " in plot.note
+    assert "18 m08 (guidance 2)." in plot.note
+    few = [row for row in rows if row.model in ("m00", "m01")]
+    (plot,) = answer("trade-offs", Results(tuple(few))).plots.values()
+    assert "Numbers: guidance." in plot.note and "m00 (" not in plot.note
+    runs = [r for seed in range(3) for r in figures("m", seed, training_seed=seed)]
+    (plot,) = answer("trade-offs", Results(tuple(runs))).plots.values()
+    assert "Points: 1 m (training seed 0); 2 m (training seed 1); 3 m (training" in plot.note
+
+
+def test_a_line_joins_what_differs_in_guidance_alone_in_its_order() -> None:
+    rows = []
+    for seed in (0, 1):
+        for at in (1000, 2000):
+            for guidance in (4.0, 1.0, 2.0):
+                more = {"guidance": guidance, "training_seed": seed, "images_seen": at}
+                rows += figures("m", guidance + at + seed / 2, checkpoint=str(at), **more)
+    chosen = choose(Results(tuple(rows)), Choice())
+    cloud = cloud_of(chosen, "d", [])
+    for along, count, size in (("guidance", 4, 3), ("images_seen", 6, 2), ("model", 0, 0)):
+        swept = trade_off_drawings._values(cloud, along)
+        lines = trade_off_drawings._lines(cloud, along, swept)
+        assert len(lines) == count
+        for line in lines:
+            values = [swept[k] for k in line]
+            assert len(line) == size and values == sorted(set(values))
+            fixed = "checkpoint" if along == "guidance" else "guidance"
+            some = [cloud.subjects[k] for k in line]
+            assert len({(getattr(one, fixed), one.training_seed) for one in some}) == 1
+
+
+def test_a_setting_that_varies_between_models_alone_is_not_swept() -> None:
+    rows = [r for k, m in enumerate("abc") for r in figures(m, k, guidance=1.0 + k)]
+    (plot,) = answer("trade-offs", Results(tuple(rows))).plots.values()
+    assert "Numbers" not in plot.note and "Points" not in plot.note
+    with pytest.raises(UserError, match="guidance does not vary within a model on d"):
+        answer("trade-offs", Results(tuple(rows)), {"along": "guidance"})
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([31.2511, 31.2513, 31.2515], ["31.2511", "31.2513", "31.2515"]),
+        ([1234.0, 1234.5, 1235.0], ["1,234.0", "1,234.5", "1,235.0"]),
+        ([-0.05, 0.0, 0.05], ["-0.05", "0.00", "0.05"]),
+        ([0.1, 0.2, 0.30000000000000004], ["0.1", "0.2", "0.3"]),
+        ([1e6, 1.25e6, 1.5e6], ["1.00M", "1.25M", "1.50M"]),
+        ([10.0, 20.0], ["10", "20"]),
+        ([2e-5, 4e-5], ["2.0e-05", "4.0e-05"]),
+    ],
+)
+def test_ticks_have_the_digits_of_their_step(values: list[float], texts: list[str]) -> None:
+    assert drawing.tick_texts(values) == texts
+
+
+def test_an_axis_of_close_values_has_ticks_that_differ() -> None:
+    with drawing.panels(1) as (figure, axes):
+        axes[0, 0].plot([31.2511, 31.2519], [0.0, 1.0])
+        drawing.label_axes(axes[0, 0], "x", "y")
+        figure.canvas.draw()
+        low, high = axes[0, 0].get_xlim()
+        ticks = zip(axes[0, 0].get_xticks(), axes[0, 0].get_xticklabels(), strict=True)
+        found = {float(t.get_text()): at for at, t in ticks if low <= at <= high}
+    assert len(found) >= 3
+    assert all(text == pytest.approx(at, abs=1e-7) for text, at in found.items())
+
+
+def test_data_sets_are_named_once_in_a_row_of_panels_and_whole() -> None:
+    sets = ["captions of everyday scenes, validation split", "class names, validation split"]
+    rows = [
+        Row(m, d, metric, 1.0 + k, "higher", n_generated=9)
+        for k, m in enumerate("ab")
+        for d in sets
+        for metric in ("recall", "density", "DSG")
+    ]
+    (plot,) = answer("prompt-types", Results(tuple(rows))).plots.values()
+    text = " ".join(shown(plot.svg))
+    assert text.count("captions of everyday scenes, validation split") == 1
+    assert text.count("class names, validation split") == 1
+
+
+def test_a_radar_has_few_models_and_whole_names_of_groups() -> None:
+    groups = [f"{tone} skin tone" for tone in ("medium-light", "medium-dark", "dark")]
+    for count, drawn in ((6, True), (7, False)):
+        rows = [
+            Row(f"m{k}", "d", "FID", 10.0 + k + g, "lower", group=group)
+            for k in range(count)
+            for g, group in enumerate(groups)
+        ]
+        plots = answer("groups", Results(tuple(rows))).plots
+        assert ("radar-0" in plots) == drawn and "forest-0" in plots
+        if drawn:
+            text = " ".join(shown(plots["radar-0"].svg))
+            assert all(group in text for group in groups)
 
 
 def test_the_ramp_is_ordered_as_its_values() -> None:

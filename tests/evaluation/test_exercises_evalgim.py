@@ -58,7 +58,9 @@ def test_a_column_of_ones_own_needs_a_direction(wide: Path) -> None:
 def test_how_a_figure_scatters_is_no_group(tmp_path: Path) -> None:
     path = tmp_path / "spread.csv"
     spreads = ["precision_std", "precision_Err", "fid_North_stderr", "fid_var"]
-    path.write_text(f"model_id,fid,fid_North,precision,{','.join(spreads)}\na,3,4,0.5,1,1,1,1\n")
+    spreads += ["fid_ci", "fid_ci_low", "fid_CI_high", "fid_North_mean", "precision_n"]
+    head = ",".join(["model_id", "fid", "fid_North", "precision", *spreads])
+    path.write_text(f"{head}\na,3,4,0.5{',1' * len(spreads)}\n")
     table = read_evalgim_table(path)
     found = [(row.metric, row.group, row.value) for row in table.results.rows]
     assert found == [("FID", "", 3.0), ("FID", "North", 4.0), ("precision", "", 0.5)]
@@ -93,6 +95,8 @@ def test_both_kinds_of_fid_stay_apart(tmp_path: Path) -> None:
         ("model_id,dataset,speed\na,x,1\n", "no column of a known metric .* it has model_id"),
         ("model_id,dataset,fid\na,x,low\n", "t.csv:2: fid is 'low'; write a number"),
         ("model_id,dataset,fid\n,x,1\n", "t.csv:2: the row names no model"),
+        ("model_id,dataset,fid\n\na,x,8,1\n", "t.csv:3: the line has 4 cells and the head 3"),
+        ("model_id,dataset,fid\na,x,1\nb,1\n", "t.csv:3: the line has 2 cells and the head 3"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:

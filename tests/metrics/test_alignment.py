@@ -6,11 +6,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from etude.core.errors import UserError
-from etude.metrics.alignment import SCORERS, Answer, Question, open_scorer
+from etude.metrics.alignment import SCORERS, Answer, Question, as_pictures, open_scorer
 from etude.metrics.alignment.dsg import answered, is_yes, scored
 from etude.metrics.alignment.questions import counting, parents_first
 
@@ -208,7 +209,7 @@ def test_clipscore_needs_no_normalised_features_and_reads_a_text_once(clip, monk
         ("dsg", {"yes": "Yes"}, "dsg: yes has no effect with answer=generate: leave it out"),
         ("dsg", {"question": "Is it?"}, r"dsg.question: there is no place .* put \{question\}"),
         ("vqascore", {"question": "Is it?"}, r"vqascore.question: .* put \{text\} into it"),
-        ("vqascore", {"batch": 0}, "vqascore.batch: Input should be greater than 0"),
+        ("vqascore", {"batch": 0}, "vqascore.batch: Input should be greater than 0, got 0$"),
         (
             "vqascore",
             {"beams": 5},
@@ -234,3 +235,15 @@ def test_scorers_say_what_they_need_and_give() -> None:
         "vqascore": "picture",
     }
     assert all(one.better == "higher" and one.name == name for name, one in about.items())
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"\(H, W, 1 or 3\), got float32 \(4, 4, 3\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"\(H, W, 1 or 3\), got uint8 \(3, 4, 4\)"),
+    ],
+)
+def test_a_picture_of_another_dtype_or_shape_is_named_with_both(image, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        as_pictures([image], [Prompt("0", "a cat")])

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from etude.core.errors import UserError
 from etude.metrics.cmmd import CmmdOptions, cmmd, cmmd_of_subsets
+from etude.metrics.figures import measure
+from etude.metrics.intervals import IntervalConfig
 from etude.metrics.registry import METRICS, Pair
 
 
@@ -51,3 +54,31 @@ def test_the_registered_figure_takes_its_options_and_subsets() -> None:
         assert value == pytest.approx(plain(x[one], y[two], 1.0, True), rel=1e-9, abs=1e-9)
     again = cmmd_of_subsets(pair.real, pair.generated, *keep, CmmdOptions(sigma=1.0))
     assert not np.allclose(again, found)  # what is kept of a side knows its estimator
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-13])
+def test_embeddings_without_a_direction_have_one_of_their_own(length: float) -> None:
+    x, y = torch.from_numpy(cloud(60, 6)), torch.from_numpy(cloud(60, 7))
+    y[4] *= length
+    y[9] = 0.0
+    wider = [torch.cat([side, torch.zeros(60, 1).double()], 1) for side in (x, y)]
+    wider[1][[4, 9]] = torch.eye(wider[1].shape[1]).double()[-1]
+    assert cmmd(x, y) == pytest.approx(cmmd(*wider), rel=1e-9)
+    (found,) = measure(Pair(x, y, "clip"), "cmmd", IntervalConfig(replicates=0)).values()
+    assert found.value == pytest.approx(cmmd(*wider), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sigma": 0.0}, "cmmd.sigma: Input should be greater than 0, got 0.0"),
+        (
+            {"estimator": "unbias"},
+            "cmmd.estimator: Input should be 'biased' or 'unbiased', got 'unbias'",
+        ),
+    ],
+)
+def test_options_that_do_not_exist_are_refused_in_one_sentence(given: dict, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cmmd(torch.ones(3, 2), torch.ones(3, 2), **given)
+    assert str(caught.value) == said

@@ -1,5 +1,7 @@
 """Differences of figures with known truth, several at once, and how many pictures would tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,46 @@ def test_weights_of_a_contrast_count() -> None:
 def test_without_replicates_only_the_difference_is_known() -> None:
     found = difference(Estimate("x", 3.0), Estimate("x", 1.0), CONFIG)
     assert (found.value, found.low, found.p_value) == (2.0, None, None)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_shares_of_none_and_all_have_an_error(scale: float) -> None:
+    """No half of them differs from another; the truth may."""
+    name = {1.0: "precision", 100.0: "AuthPct"}[scale]
+
+    def share(value: float, count: int, drawn_by: str = "") -> Estimate:
+        drawn = {0.5: np.full(200, scale * value)}
+        return Estimate(
+            name, scale * value, drawn, "local", count=count, units=count, drawn_by=drawn_by
+        )
+
+    found = difference(share(0.0, 20, "b"), share(1.0, 20, "a"))
+    # Agresti and Caffo (2000) put one success and one failure a sample, Wilson's centre two.
+    assert found.standard_error == pytest.approx(scale * (2 * (22 / 24) * (2 / 24) / 20) ** 0.5)
+    assert found.low < -scale < found.high < 0.0 < found.p_value < 1e-6
+    assert share(1.0, 20).standard_error() == pytest.approx(found.standard_error / 2**0.5)
+    exact = stats.fisher_exact([[0, 4], [4, 0]]).pvalue
+    assert exact == pytest.approx(0.0286, abs=1e-4)
+    for drawn_by in ("a", "b"):  # halved together, and apart
+        few = difference(share(0.0, 4, "a"), share(1.0, 4, drawn_by))
+        assert exact / 2 < few.p_value < 2 * exact
+    draws = share(1.0, 20).draws()
+    assert np.std(draws) == pytest.approx(share(1.0, 20).standard_error())
+    assert not np.array_equal(draws - scale, share(0.0, 20).draws())
+
+
+def test_ordinary_shares_keep_the_error_of_their_halves() -> None:
+    rng, drawn_by = np.random.default_rng(12), "the same seeds"
+    halves = rng.binomial(100, 0.9, (2, 200)) / 100
+    a, b = (
+        Estimate("precision", 0.9, {0.5: half}, "local", count=200, drawn_by=drawn_by)
+        for half in halves
+    )
+    plain = [replace(one, name="x") for one in (a, b)]
+    scale = [one.standard_error() / other.standard_error() for one, other in ((a, b), plain)]
+    assert scale[0] == pytest.approx(scale[1], rel=0.05)
+    together = a.spread.half - b.spread.half
+    assert difference(a, b).standard_error == pytest.approx(np.mean(together**2) ** 0.5, rel=1e-12)
 
 
 def test_several_comparisons_are_held_against_each_other() -> None:

@@ -13,6 +13,7 @@ from etude.metrics.comparing import error_of_contrast
 from etude.metrics.estimates import Estimate
 from etude.metrics.figures import mean_of_scores, measure
 from etude.metrics.intervals import IntervalConfig
+from etude.metrics.prdc import prdc
 from etude.metrics.registry import METRICS, Pair
 from etude.metrics.shortages import shortages
 from etude.metrics.vendi import vendi_score
@@ -131,6 +132,57 @@ def test_halves_that_are_too_small_give_no_interval() -> None:
         assert np.isfinite(value.value) and value.interval(CONFIG).low is None
 
 
+def test_figures_of_generated_pictures_alone_do_not_look_at_the_real_side() -> None:
+    logits = torch.from_numpy(np.random.default_rng(6).normal(size=(600, 4)))
+    options = {"splits": 2}
+    alone = Pair(torch.zeros(0, 4), logits, "test/logits", options)
+    beside = replace(alone, real=torch.zeros(6, 4), real_labels=torch.arange(6))
+    for name, pairs in (
+        ("inception_score", (alone, beside)),
+        ("vendi", [replace(one, options={}) for one in (alone, beside)]),
+    ):
+        (expected,), (found,) = (measure(pair, name, CONFIG).values() for pair in pairs)
+        assert found.interval(CONFIG) == expected.interval(CONFIG)
+        assert found.interval(CONFIG).low < found.value
+    with pytest.raises(UserError, match="vendi needs 2 pictures and has 1"):
+        measure(Pair(logits[:9], logits[:1], "test"), "vendi", CONFIG)
+
+
+def test_options_are_the_metrics_own_or_a_mapping() -> None:
+    pair = Pair(rows(0, 30, 3), rows(1, 30, 3, 1.5), "test")
+    own = METRICS.get("prdc").options(k=3)
+    none = IntervalConfig(replicates=0)
+    by_hand = prdc(pair.real, pair.generated, 3)
+    for options in (own, {"k": 3}):
+        found = measure(replace(pair, options=options), "prdc", none)
+        assert {name: one.value for name, one in found.items()} == by_hand
+    assert by_hand != prdc(pair.real, pair.generated)
+    for options, words in (
+        ({"k": 0}, "options.k: .* got 0"),
+        ({"n": 3}, "options.n: there is no such option; options has k, convention"),
+        (METRICS.get("kid").options(), "the options are KidOptions, and PrdcOptions are needed"),
+        (7, "the options are int"),
+    ):
+        with pytest.raises(UserError, match=words):
+            measure(replace(pair, options=options), "prdc", none)
+
+
+@pytest.mark.parametrize("name", ["real_labels", "generated_labels", "generated_prompts"])
+@pytest.mark.parametrize("count", [29, 31])
+def test_there_is_a_label_and_a_prompt_for_every_picture(name: str, count: int) -> None:
+    numbers = {name: torch.zeros(count, dtype=torch.int64)}
+    with pytest.raises(UserError, match=f"{name} has {count} numbers for 30 pictures"):
+        Pair(rows(0, 30, 3), rows(1, 30, 3), "test", **numbers)
+
+
+def test_scores_that_are_no_numbers_are_named() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UserError, match=f"score 1 of CLIPScore is {bad}"):
+            mean_of_scores("CLIPScore", [1.0, bad, 2.0], CONFIG)
+    with pytest.raises(UserError, match="CLIPScore has 2 prompts for 3 scores"):
+        mean_of_scores("CLIPScore", [1.0, 3.0, 2.0], CONFIG, prompts=[0, 1])
+
+
 def test_files_give_everything_back() -> None:
     scores = mean_of_scores("score", np.arange(9.0), CONFIG, at_least=0.0, at_most=8.0)
     (other,) = measure(Pair(rows(0, 60, 3), rows(1, 60, 3), "test"), "kid", CONFIG).values()
@@ -194,7 +246,9 @@ def test_frechet_influences_are_derivatives_along_the_weights(counts, dim) -> No
 
 
 @pytest.mark.parametrize("q", [1.0, 2.0, float("inf")])
-def test_vendi_influences_are_derivatives_along_the_weights(q: float) -> None:
+@pytest.mark.parametrize("block", [7, 4096])
+def test_vendi_influences_are_derivatives_along_the_weights(q, block, monkeypatch) -> None:
+    monkeypatch.setattr(influences, "_BLOCK", block)
     x = rows(7, 30, 4)
     psi = influences.of_vendi(x, torch.ones(30, dtype=torch.bool), q).numpy()
     units = (x / x.norm(dim=1, keepdim=True)).numpy()

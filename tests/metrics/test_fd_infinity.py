@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from etude.metrics.fd_infinity import fd_infinity, intercept, sizes
+from etude.core.errors import UserError
+from etude.metrics.fd_infinity import fd_infinity, fewest, intercept, sizes
+from etude.metrics.figures import measure
 from etude.metrics.frechet import frechet_distance
+from etude.metrics.intervals import IntervalConfig
 from etude.metrics.registry import METRICS, Pair
 
 
@@ -34,6 +37,38 @@ def test_the_bias_over_n_goes() -> None:
         extrapolated.append(fd_infinity(real, generated))
     assert np.mean(plain) > 0.03
     assert abs(np.mean(extrapolated)) < np.mean(plain) / 5
+
+
+@pytest.mark.parametrize(("count", "points"), [(16, 15), (3, 2), (109, 100), (22_221, 20_000)])
+def test_the_fewest_pictures_make_parts_of_different_sizes(count: int, points: int) -> None:
+    assert fewest(points) == count
+    assert len(set(sizes(count, points))) == points > len(set(sizes(count - 1, points)))
+
+
+def test_parts_of_one_size_fix_no_line() -> None:
+    with pytest.raises(UserError, match="15 points need 16 generated pictures and there are 2"):
+        fd_infinity(cloud(50, 0), cloud(2, 1))
+    with pytest.raises(UserError, match="fd_infinity needs 16 pictures"):
+        measure(Pair(cloud(50, 0), cloud(15, 1), "test"), "fd_infinity", IntervalConfig())
+    found = measure(Pair(cloud(50, 0), cloud(16, 1), "test"), "fd_infinity", IntervalConfig())
+    assert all(one.interval(IntervalConfig()).low is None for one in found.values())
+
+
+def test_the_error_by_influences_is_that_of_fresh_draws() -> None:
+    """Influences are known up to a constant, and the rows' places in the parts must not see it."""
+    rng, options = np.random.default_rng(0), METRICS.get("fd_infinity").options(points=5)
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.from_numpy(scale * rng.normal(size=(1000, 66))) for scale in (1, 2)]
+
+    deviation = np.std([fd_infinity(*draw(), 5) for _ in range(60)], ddof=1)
+    errors = []
+    for _ in range(4):
+        pair = Pair(*draw(), "test", options)
+        (found,) = measure(pair, "fd_infinity", IntervalConfig(replicates=100)).values()
+        errors.append(found.standard_error())
+    # A deviation of 60 draws is known to 9%, three times which are allowed.
+    assert np.mean(errors) / deviation == pytest.approx(1.0, abs=0.27)
 
 
 def test_parts_smaller_than_the_dimensions_warn() -> None:

@@ -273,6 +273,8 @@ def test_a_proportion_has_wilsons_interval() -> None:
     )
     everything = proportion(1.0, 10, IntervalConfig())
     assert everything.high == 1.0 and everything.low == pytest.approx(0.7225, abs=1e-4)
+    assert everything.standard_error == pytest.approx(((12 / 14) * (2 / 14) / 10) ** 0.5)
+    assert found.standard_error == pytest.approx(0.016**0.5)
 
 
 def test_quantiles_are_students() -> None:

@@ -108,3 +108,8 @@ def test_what_is_kept_of_a_side_does_not_change_a_value() -> None:
     assert kid(x, y) == first
     x *= 2.0
     assert kid(x, y) == pytest.approx(plain(x.numpy(), y.numpy()), rel=1e-10)
+
+
+def test_a_block_without_rows_is_refused() -> None:
+    with pytest.raises(UserError, match="block=0 holds no rows; set it to 1 or more"):
+        kid(torch.ones(3, 2), torch.ones(3, 2), block=0)

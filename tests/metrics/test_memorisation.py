@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from etude.metrics.memorisation import label_agreement, nearest_pictures
+from etude.core.errors import UserError
+from etude.metrics.memorisation import NearestPictures, label_agreement, nearest_pictures
 
 
 def test_nearest_is_found_and_copies_stand_out() -> None:
@@ -29,6 +30,36 @@ def test_the_quantile_leaves_out_the_picture_itself() -> None:
     near = nearest_pictures(torch.tensor([[2.9]]), train)
     assert near.train_distance.tolist() == [1.0, 1.0, 2.0, 4.0]
     assert near.figures(0.5)["train-train quantile"] == 1.5
+
+
+def test_duplicates_in_the_training_set_do_not_hide_copies() -> None:
+    rng = np.random.default_rng(2)
+    fresh, same = rng.normal(size=(95, 5)), rng.normal(size=(1, 5))
+    train = np.concatenate([fresh[:50], same, fresh[50:], same.repeat(5, 0), fresh[:1]])
+    given, real = (torch.from_numpy(rows) for rows in (train[:40].copy(), train))
+    found = nearest_pictures(given, real).figures()
+    distinct = np.concatenate([fresh, same])
+    gaps = np.sqrt(((distinct[:, None] - distinct[None]) ** 2).sum(2))
+    nearest = np.sort(gaps, 1)[:, 1]
+    assert found["train-train quantile"] == pytest.approx(np.quantile(nearest, 0.05), rel=1e-6)
+    assert found["share below the quantile"] == 1.0 and found["training duplicates"] == 6
+
+
+def test_the_median_lies_between_the_two_in_the_middle() -> None:
+    near = nearest_pictures(torch.tensor([[1.0], [9.0]]), torch.tensor([[0.0], [100.0]]))
+    assert near.figures()["median nearest distance"] == 5.0
+
+
+def test_a_copy_counts_where_no_distance_is_below_the_quantile() -> None:
+    near = NearestPictures(torch.tensor([0.0, 1.0]), torch.zeros(2), torch.zeros(3), 0)
+    assert near.figures()["share below the quantile"] == 0.5
+
+
+def test_training_pictures_without_another_are_refused() -> None:
+    with pytest.raises(UserError, match="training features need 2 rows, got 1"):
+        nearest_pictures(torch.ones(3, 2), torch.ones(1, 2))
+    with pytest.raises(UserError, match="are all equal"):
+        nearest_pictures(torch.zeros(3, 2), torch.ones(4, 2))
 
 
 def test_agreement_overall_and_per_class() -> None:

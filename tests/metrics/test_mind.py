@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import etude.metrics.mind as module
 from etude.metrics.mind import mind, mind_of_subsets, sphere, squared_wasserstein
 from etude.metrics.registry import METRICS, Pair
 
@@ -28,6 +29,15 @@ def test_unequal_numbers_are_copies_up_to_a_common_number(n: int, m: int) -> Non
     gaps = np.repeat(x, common // n, axis=1) - np.repeat(y, common // m, axis=1)
     found = squared_wasserstein(torch.from_numpy(x), torch.from_numpy(y))
     np.testing.assert_allclose(found, (gaps**2).mean(1), rtol=1e-12)
+
+
+def test_blocks_of_rows_do_not_matter_and_ends_are_made_once(monkeypatch) -> None:
+    x, y = cloud(31, 0).float(), cloud(17, 1, 0.5).float()
+    expected = mind(x, y, 200)
+    module._steps.cache_clear()
+    monkeypatch.setattr(module, "_ROWS", 5)
+    assert mind(x, y, 200) == pytest.approx(expected, rel=1e-12)
+    assert module._steps.cache_info().misses == 1  # of four blocks of directions
 
 
 def test_a_shift_counts_three_times_its_square() -> None:

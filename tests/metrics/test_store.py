@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from etude.core.errors import UserError
+from etude.metrics import store as store_module
 from etude.metrics.store import FeatureKey, FeatureStore
 
 KEY = FeatureKey("pictures", "test", "1", "abc", "none", "float32", 10)
@@ -131,6 +132,47 @@ def test_of_two_writers_that_round_otherwise_the_first_stays(tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("adopts", [False, True])
+def test_a_shard_that_another_mended_meanwhile_stays(tmp_path, monkeypatch, adopts: bool) -> None:
+    """The second sees the damage; the first mends it and finishes the entry; then the second goes
+    on.
+    """
+    store, other = FeatureStore(tmp_path / "store"), FeatureStore(tmp_path / "other")
+    first, second, apart = (one.writer(KEY, 10) for one in (store, store, other))
+    rest = [f"k{i}" for i in range(10)], torch.arange(10), ["g"] * 10
+    first.write(0, ROWS, *rest)
+    apart.write(0, ROWS + 1e-6, *rest)
+    (shard,), (theirs,) = ((tmp_path / name).rglob("0*.safetensors") for name in ("store", "other"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    looked = store_module._is_whole
+
+    def is_whole(path, count=None) -> bool:
+        found = looked(path, count)
+        if path == shard:
+            monkeypatch.undo()
+            first.write(0, ROWS, *rest)
+            first.finish()
+        return found
+
+    monkeypatch.setattr(store_module, "_is_whole", is_whole)
+    if adopts:
+        second.adopt(theirs)
+    else:
+        second.write(0, ROWS + 1e-6, *rest)
+    assert torch.equal(store.load(KEY).features, ROWS)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_whole_shard_of_another_length_is_made_again(tmp_path) -> None:
+    store = FeatureStore(tmp_path)
+    fill(store)
+    long, short = (next(tmp_path.rglob(f"{start:09d}-4.*")) for start in (0, 8))
+    long.write_bytes(short.read_bytes())
+    assert store.writer(KEY, 4).missing() == [(0, 4)]
+    fill(store)
+    assert torch.equal(store.load(KEY).features, ROWS)
+
+
 def test_two_writers_of_one_entry_agree(tmp_path) -> None:
     one, two = (FeatureStore(tmp_path).writer(KEY, 4) for _ in "ab")
     for start, stop in one.missing():
@@ -165,6 +207,79 @@ def test_moments_of_a_group_are_those_of_its_rows(tmp_path) -> None:
     (kept,) = {p for p in tmp_path.rglob("moments-*") if "all" in p.name}
     kept.write_bytes(kept.read_bytes()[:-8])  # damaged: computed again
     np.testing.assert_allclose(store.moments(KEY).mean, ROWS.double().mean(0), atol=1e-12)
+
+
+def grouped(store: FeatureStore) -> list[str]:
+    """An entry of ten rows whose groups' sizes are 7, 2 and 1; its groups."""
+    groups, writer = list("aabaaacaba"), store.writer(KEY, 4)
+    for start, stop in writer.missing():
+        keys = [f"k{i}" for i in range(start, stop)]
+        rows, labels = ROWS[start:stop], torch.zeros(stop - start)
+        writer.write(start, rows, keys, labels, groups[start:stop])
+    writer.finish()
+    return groups
+
+
+@pytest.mark.parametrize("block", [1, 3, 8192])
+def test_all_groups_are_made_in_one_pass(tmp_path, monkeypatch, block: int) -> None:
+    store, read = FeatureStore(tmp_path), []
+    groups = grouped(store)
+    once = store_module._read_shard
+    monkeypatch.setattr(store_module, "_read_shard", lambda path: read.append(path) or once(path))
+    monkeypatch.setattr(store_module, "_BLOCK", block)
+    found = store.moments_of(KEY, iter(["c", "a", None, "b"]))
+    assert list(found) == ["c", "a", None, "b"] and len(read) == 3
+    for group, moments in found.items():
+        rows = ROWS.double()[[group in (None, one) for one in groups]].numpy()
+        assert moments.count == len(rows)
+        np.testing.assert_allclose(moments.mean, rows.mean(0), atol=1e-12)
+        scatter = (rows - rows.mean(0)).T @ (rows - rows.mean(0))
+        np.testing.assert_allclose(moments.scatter, scatter, atol=1e-12)
+    assert len(list(tmp_path.rglob("moments-*"))) == 2  # of "a" and of all: the others are small
+    store.moments_of(KEY, ["a", None])
+    assert len(read) == 3
+    with pytest.raises(UserError, match="has no group 'd'"):
+        store.moments_of(KEY, ["a", "d"])
+
+
+@pytest.mark.parametrize("damage", ["", "cut", "{}", "[]", '{"shards": []}', '{"shards": [1]}'])
+def test_a_damaged_manifest_is_written_again_and_never_read(tmp_path, damage: str) -> None:
+    store = FeatureStore(tmp_path)
+    fill(store)
+    manifest = next(tmp_path.rglob("manifest.json"))
+    whole = manifest.read_text()
+    manifest.write_text(whole[:200] if damage == "cut" else damage)
+    assert not store.has(KEY)
+    for read in (store.load, store.moments):
+        with pytest.raises(UserError, match="has no complete entry .*; run the extract or"):
+            read(KEY)
+    fill(store)
+    assert manifest.read_text() == whole and torch.equal(store.load(KEY).features, ROWS)
+
+
+@pytest.mark.parametrize("key", [{"more": 1}, [], {"count": None}])
+def test_a_store_of_other_keys_is_not_merged(tmp_path, key: dict | list) -> None:
+    other = FeatureStore(tmp_path / "other")
+    fill(other)
+    path = next(tmp_path.rglob("key.json"))
+    known = json.loads(path.read_text())
+    if isinstance(key, dict):
+        key = {name: value for name, value in (known | key).items() if value is not None}
+    path.write_text(json.dumps(key))
+    with pytest.raises(
+        UserError, match=r"key.json is not a key of this version \((more|count|no f)"
+    ):
+        FeatureStore(tmp_path / "mine").merge(other)
+
+
+def test_rows_are_chosen_by_number_and_not_by_a_mask(tmp_path) -> None:
+    store = FeatureStore(tmp_path)
+    fill(store)
+    found, mask = store.load(KEY), ROWS[:, 0] > 0
+    with pytest.raises(UserError, match=r"got torch.bool; a mask's are mask.nonzero\(\)\[:, 0\]"):
+        found.rows(mask)
+    some = found.rows(mask.nonzero()[:, 0])
+    assert torch.equal(some.features, ROWS[mask]) and len(some) == int(mask.sum())
 
 
 def test_merging_mends_a_damaged_shard_and_keeps_a_whole_one(tmp_path) -> None:

@@ -41,6 +41,27 @@ def test_subsets_have_the_score_of_their_rows(count: int, share: float) -> None:
         assert value == pytest.approx(np.exp(-(values * np.log(values)).sum()), rel=1e-9)
 
 
+@pytest.mark.parametrize("q", [*ORDERS, 0.0])
+@pytest.mark.parametrize("count", [2, 9])
+def test_rows_without_a_direction_are_one_more_kind(count: int, q: float) -> None:
+    """Black pictures are like each other and unlike all others, as a direction of their own is."""
+    x = torch.eye(5)[:1].repeat(count, 1)
+    assert vendi_score(x * 1e-5, q) == pytest.approx(1.0)
+    assert vendi_score(torch.zeros(count, 5), q) == pytest.approx(1.0)
+    other = x.clone()
+    x[1], other[1] = 0.0, torch.eye(5)[1]
+    assert vendi_score(x, q) == pytest.approx(vendi_score(other, q))
+    if count == 2:  # two equal eigenvalues: influences on the largest are not defined
+        return
+    metric, keep = METRICS.get("vendi"), torch.ones(count, dtype=torch.bool)
+    found = [
+        metric.influences(Pair(x[:0], one, "dinov2", metric.options(q=q)), keep[:0], keep)
+        for one in (x, other)
+    ]
+    ((_, mine),), ((_, theirs),) = (one.values() for one in found)
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_the_registered_figure_needs_no_real_side() -> None:
     metric = METRICS.get("vendi")
     assert not metric.needs_real and metric.better_of("any") == "higher"

@@ -14,7 +14,7 @@ from etude.metrics.extractors import Backbone, Extractor, extractor  # noqa: E40
 from etude.metrics.frechet import frechet_distance  # noqa: E402
 from etude.metrics.kid import kid  # noqa: E402
 from etude.metrics.prdc import prdc  # noqa: E402
-from etude.metrics.wrappers.marginal import (  # noqa: E402
+from etude.metrics.wrappers.torchmetrics import (  # noqa: E402
     FrechetDistance,
     KernelDistance,
     PrecisionRecall,
@@ -24,7 +24,7 @@ RANKS = """
 import os, sys, torch
 import torch.distributed as dist
 from torchmetrics import MetricCollection
-from etude.metrics.wrappers.marginal import FrechetDistance, KernelDistance, PrecisionRecall
+from etude.metrics.wrappers.torchmetrics import FrechetDistance, KernelDistance, PrecisionRecall
 
 class Flat:
     dim = 12
@@ -105,6 +105,32 @@ def test_a_collection_gives_our_values_with_one_forward_per_batch() -> None:
     assert float(found["KernelDistance"]) == pytest.approx(kid(x, y), rel=1e-9)
     for name, value in prdc(x, y, 3).items():
         assert float(found[name]) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_buffer_that_is_filled_again_gives_every_batch(kind: type, inference: bool) -> None:
+    extractor = Counting("pixels", input_size=2, channels=3)
+    buffer = np.zeros((20, 3, 2, 2), np.uint8)
+    images, sides = torch.from_numpy(buffer), (pictures(60, 40), pictures(60, 41, 200))
+    metrics = torchmetrics.MetricCollection({name: kind(extractor) for name in "ab"})
+    for side, real in zip(sides, (True, False), strict=True):
+        for batch in side.split(20):
+            buffer[:] = batch.numpy()
+            with torch.inference_mode(inference):
+                metrics.update(images, real=real)
+    assert extractor.calls == 6
+    of = {FrechetDistance: frechet_distance, KernelDistance: kid}[kind]
+    expected = of(*(flat(side.permute(0, 2, 3, 1)) for side in sides))
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found == pytest.approx(dict.fromkeys("ab", expected), rel=1e-6)
+
+
+def test_a_convention_that_does_not_exist_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="PrecisionRecall.convention: .* got 'torch_fidelity'$"):
+        PrecisionRecall(Flat(), convention="torch_fidelity")
+    with pytest.raises(UserError, match="PrecisionRecall.k: .* got 0$"):
+        PrecisionRecall(Flat(), k=0)
 
 
 def test_channels_may_come_last() -> None:
@@ -332,7 +358,7 @@ def test_pictures_in_the_other_order_are_reported_as_given() -> None:
 
 def test_ranks_of_unequal_shares_are_one_set(tmp_path, serve) -> None:
     """Also where one has no pictures of a side, or none at all."""
-    forks = serve("torchmetrics", "etude.metrics.wrappers.marginal")
+    forks = serve("torchmetrics", "etude.metrics.wrappers.torchmetrics")
     sides = {"real": pictures(90, 10), "generated": pictures(71, 11, 230)}
     torch.save(sides, tmp_path / "pictures.pt")
     shares = "(31, 31), (31, 71), (0, 31), (0, 71), (90, 71)"

@@ -1,12 +1,13 @@
 """Data sets of one's own: a folder of pictures, a folder of shards, or a CSV table."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from etude.core.errors import UserError
 from etude.data.shards import ShardSet
 
-from ..sets import SUFFIXES, FolderPictures, ShardPictures, first_absent
+from ..sets import SUFFIXES, FolderPictures, ShardPictures
 from ..text_files import METADATA, read_metadata
 from . import Prompt, Prompts, data_set
 from .items import Item, ItemDataSet, read_table, read_text
@@ -17,8 +18,9 @@ class Folder:
     """Picture files in a folder.
 
     Class subfolders give labels and groups, or a `metadata.csv` does (file_name, label, group).
-    Prompts are the captions in that table's column caption, or in a `.txt` beside each picture;
-    without captions but with classes, a prompt asks for the picture's class.
+    Prompts are the captions in that table's column caption, or in a `.txt` beside each picture, of
+    which none may be missing; without captions but with classes, a prompt asks for the picture's
+    class.
 
     Args:
         folder: of the pictures.
@@ -47,8 +49,16 @@ class Folder:
         if rows:
             return [rows[file].get("caption", "").strip() for file in files]
         beside = [str(Path(file).with_suffix(".txt")) for file in files]
-        if first_absent(self.folder, beside):
+        folders = {str(Path(name).parent) for name in beside}
+        there = {str(Path(one, name)) for one in folders for name in os.listdir(self.folder / one)}
+        absent = [name for name in beside if name not in there]
+        if len(absent) == len(beside):
             return [""] * len(files)
+        if absent:
+            raise UserError(
+                f"{self.folder / absent[0]} is missing and other pictures have a caption; write it "
+                "or take the captions out of the folder"
+            )
         return [read_text(self.folder / name).strip() for name in beside]
 
 

@@ -17,6 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from etude.core.errors import UserError
+
 from . import data_set
 from .items import Item, ItemDataSet, expect, first_file, read_table
 
@@ -60,12 +62,19 @@ class GeoDe(ItemDataSet):
             if row.get("tree_tag") != "yes":
                 file = row["file_path"].lstrip("/").removeprefix("images/")
                 blocks[row["object"], row["region"]].append(file)
-        return [
+        found = [
             Item(file, file, f"{thing.replace('_', ' ')} in {said}", label, region)
             for label, thing in enumerate(OBJECTS)
             for region, said in REGIONS.items()
             for file in self._block(blocks[thing, region], thing, region)
         ]
+        if not found:
+            seen = next((" in ".join(block) for block in blocks if blocks[block]), "nothing")
+            raise UserError(
+                f"{self._index} has no picture of the {len(OBJECTS)} objects in the "
+                f"{len(REGIONS)} regions, but {seen}; copy GeoDE's own index.csv"
+            )
+        return found
 
     def _block(self, files: list[str], thing: str, region: str) -> list[str]:
         some = files[:PER_BLOCK]

@@ -69,7 +69,7 @@ class DrawBench(ItemDataSet):
     file with a prompt per line, which has no groups.
 
     Args:
-        folder: holds one such file, `drawbench.csv` or another.
+        folder: holds one such file. One with "drawbench" in its name goes before others.
         whole: refuse another number of prompts.
     """
 
@@ -79,7 +79,17 @@ class DrawBench(ItemDataSet):
     def __init__(self, folder: str | Path, *, whole: bool = True) -> None:
         super().__init__(folder)
         self.whole = whole
-        found = sorted(self.folder.glob("*.csv")) or sorted(self.folder.glob("drawbench*.txt"))
+        tables, texts = (sorted(self.folder.glob(f"*.{kind}")) for kind in ("csv", "txt"))
+        named = [
+            [path for path in paths if "drawbench" in path.name.lower()]
+            for paths in (tables, texts)
+        ]
+        found = next((paths for paths in (*named, tables) if paths), [])
+        if len(found) > 1:
+            raise UserError(
+                f"{self.name}: {self.folder} holds {found[0].name} and {found[1].name}; keep one, "
+                "or name one drawbench.csv"
+            )
         if not found:
             raise UserError(
                 f"{self.name}: {self.folder} has no .csv of the sheet; export it there as CSV"

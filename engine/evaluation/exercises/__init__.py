@@ -9,7 +9,7 @@ models pair by pair, drawing.py draws.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationError
@@ -76,6 +76,8 @@ class Finding:
         sentences: what was found, the most important first, then what was left out and why.
         data: plain values for result.json.
         tables, plots: by name; names are lower-case words joined by hyphens.
+        protocols: of the figures it rests on, by fingerprint.
+        options: what was asked, every option of the exercise as a plain value; `answer` fills it.
     """
 
     exercise: str
@@ -84,6 +86,8 @@ class Finding:
     data: dict[str, Any]
     tables: dict[str, Table] = field(default_factory=dict)
     plots: dict[str, Plot] = field(default_factory=dict)
+    protocols: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def answer(
         options = _options(found, dict(given or {}))
     if not results.rows:
         raise UserError(f"{name}: the table has no rows; evaluate something first")
-    return found.run(results, options)
+    return replace(found.run(results, options), options=options.model_dump(mode="json"))
 
 
 def _options(found: Exercise, given: dict[str, Any]) -> Choice:

@@ -8,8 +8,9 @@ line of its own, and a filled marker means something else than a hollow one.
 import io
 import math
 import re
+import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -133,7 +134,7 @@ def finish(figure: Any, id: str, title: str, alt: str) -> str:
 
 def legend_columns(figure: Any, names: Sequence[str]) -> int:
     """How many of these names stand side by side below a figure, at most four."""
-    longest = max((len(cut(name)) for name in names), default=0)
+    longest = max((len(name) for name in shortened(names)), default=0)
     columns = int(figure.get_figwidth() // (0.6 + 0.07 * longest))  # inches, at the legend's size
     return min(max(columns, 1), 4)
 
@@ -157,9 +158,34 @@ def label_axes(axes: Any, xlabel: str = "", ylabel: str = "") -> None:
     """Axis labels, plain numbers on the ticks and a grid."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_formatter(lambda value, _: number(round(value, 10)))
-    axes.yaxis.set_major_formatter(lambda value, _: number(round(value, 10)))
+    axes.xaxis.set_major_formatter(ticks())
+    axes.yaxis.set_major_formatter(ticks())
     axes.grid(True)
+
+
+def ticks() -> Any:
+    """A formatter of plain numbers with the digits that tell an axis's ticks apart."""
+    from matplotlib.ticker import FuncFormatter
+
+    class Ticks(FuncFormatter):
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return tick_texts(values)
+
+    return Ticks(lambda value, _: number(round(value, 10)))
+
+
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Numbers at even steps as text, all with as many decimals as their step needs."""
+    steps = np.diff(np.unique(values))
+    largest = max(map(abs, values), default=0.0)
+    if not len(steps) or largest < 1e-3:
+        return [number(value) for value in values]
+    unit, letter = (1e6, "M") if largest >= 1e6 else (1.0, "")
+    shown, step = [value / unit for value in values], float(steps.min()) / unit
+    decimals = next(
+        (d for d in range(12) if all(abs(v - round(v, d)) <= 1e-3 * step for v in shown)), 12
+    )
+    return [f"{round(v, decimals) + 0.0:,.{decimals}f}{letter}" for v in shown]
 
 
 def ellipse(
@@ -217,33 +243,62 @@ def strip(
         A handle per series, for a legend.
     """
     step, handles = min(0.8 / len(series), 0.2), []
-    for place, (name, values, intervals) in enumerate(series):
+    labels = shortened([name for name, *_ in series])
+    for place, (_, values, intervals) in enumerate(series):
         look = series_look(place)
         heights = np.arange(len(names)) + (place - (len(series) - 1) / 2) * step
         for interval, height in zip(intervals, heights, strict=True):
             if interval is not None:
                 axes.plot(interval, [height, height], color=look["color"], linewidth=1.6, zorder=2)
-        drawn = axes.plot(values, heights, linestyle="none", label=cut(name), zorder=3, **look)
+        drawn = axes.plot(values, heights, linestyle="none", label=labels[place], zorder=3, **look)
         handles.append(drawn[0])
     name_rows(axes, names)
     return handles
 
 
-def name_rows(axes: Any, names: Sequence[str]) -> None:
-    """Names along y, the first on top."""
-    axes.set_yticks(range(len(names)), [cut(name) for name in names])
+def name_rows(axes: Any, names: Sequence[str], width: int = 0) -> None:
+    """Names along y, the first on top.
+
+    Args:
+        width: characters of a line, over which names are wrapped; 0: one line each.
+    """
+    texts = shortened(names)
+    axes.set_yticks(range(len(names)), [wrapped(t, width) if width else t for t in texts])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
 
 
-def cut(name: str, most: int = 56) -> str:
-    """A name that fits beside a panel; its middle is left out where it is long."""
-    if name.startswith("_"):
-        name = f" {name}"  # matplotlib keeps labels that begin with "_" out of legends
-    half = (most - 3) // 2
-    return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+def wrapped(name: str, width: int) -> str:
+    """A name over lines of so many characters."""
+    return "\n".join(textwrap.wrap(name, width)) or name
+
+
+def shortened(names: Iterable[str], most: int = 56) -> list[str]:
+    """Names that fit beside a panel; different ones stay different.
+
+    Long ones are cut in the middle, or where else none is cut to the text of another.
+    """
+    names = list(names)
+    different, kept = list(dict.fromkeys(names)), most - 3
+    heads = sorted(range(kept + 1), key=lambda head: abs(head - kept // 2))
+    for head in heads:
+        texts = [_cut(name, head, kept - head) for name in different]
+        if len(set(texts)) == len(texts):
+            break
+    else:  # they differ by more than fits
+        texts = [_cut(name, kept // 2, kept - kept // 2) for name in different]
+        texts = [f"{text} ({place})" for place, text in enumerate(texts, start=1)]
+    found = dict(zip(different, texts, strict=True))
+    # matplotlib keeps labels that begin with "_" out of legends
+    return [f" {found[name]}" if name.startswith("_") else found[name] for name in names]
+
+
+def _cut(name: str, head: int, tail: int) -> str:
+    if len(name) <= head + tail + 3:
+        return name
+    return f"{name[:head]}...{name[len(name) - tail :]}"
 
 
 def _colours() -> str:

@@ -9,7 +9,6 @@ import numpy as np
 from ..results import Row
 from .joint import (
     Joint,
-    decisions,
     dominance,
     front_decided,
     front_probability,
@@ -74,27 +73,29 @@ def cloud_of(chosen: Chosen, data_set: str, notes: list[str]) -> Cloud | None:
     return cloud
 
 
-def front_of(cloud: Cloud, which: list[int], level: float) -> dict[str, Any]:
+def front_of(cloud: Cloud, which: list[int], decided: Sequence[np.ndarray]) -> dict[str, Any]:
     """Membership and dominance of one pair or triple, as plain values.
 
     Shares of draws tell how close a point is. What is decided comes from tests of pairs: draws
     scatter around values that have scattered once already, and would decide too often.
+
+    Args:
+        decided: of every figure of the cloud, (S, S) as of `decisions`, over all fronts at once.
     """
     joints = cloud.oriented(which)
     values = np.stack([joint.values for joint in joints])
-    member = on_front(values)
     found = {
         "data_set": cloud.data_set,
         "figures": [cloud.figures[m].name for m in which],
         "subjects": cloud.names,
-        "on_front": member.tolist(),
+        "on_front": on_front(values).tolist(),
         "decided": None,
         "front_probability": None,
         "dominance": dominance(values[:, :, None]).tolist(),
     }
     if cloud.known:
         draws = np.stack([joint.draws for joint in joints])
-        found["decided"] = front_decided(decisions(joints, level))
+        found["decided"] = front_decided([decided[m] for m in which])
         found["front_probability"] = front_probability(draws).tolist()
         found["dominance"] = dominance(draws).tolist()
     return found

@@ -3,11 +3,13 @@
 The gap of noisy figures is too large: even equal groups show one. Its interval therefore comes from
 intervals of the differences of all pairs of groups that hold at once (Bonferroni): where they hold,
 the true gap, the largest of the true differences, lies between the largest lower end and the
-largest upper end. Beside it stands the gap that equal groups would show by chance. No end leaves
-what the figure can be. Called by groups.py.
+largest upper end. Whether equal groups can show it too is asked of the same pairs, so the p-value
+and the interval agree. Beside them stands the gap that equal groups would show by chance. No end
+leaves what the figure can be. Called by groups.py.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +32,10 @@ class GroupModel:
     found: dict[str, Any]
 
 
-def findings(
-    joint: Joint, figure: Figure, groups: list[str], level: float, correction: str
-) -> dict[str, Any]:
+def findings(joint: Joint, figure: Figure, groups: list[str], level: float) -> dict[str, Any]:
     """Worst and best groups, gap with interval, differences from the mean, as plain values.
 
-    Args:
-        correction: "holm" or "bonferroni", of the tests whether groups differ from their mean.
+    Which differences are decided is left to `decide`, which sees those of all models.
     """
     better = figure.sign * joint.values
     worst, best = float(better.min()), float(better.max())
@@ -54,20 +53,17 @@ def findings(
     }
     if not joint.known.all():
         return found
-    found["gap_low"], found["gap_high"] = gap_interval(joint, level)
+    found["gap_low"], found["gap_high"], found["p_equal"] = gap_interval(joint, level)
     by_chance = np.ptp(joint.draws - joint.draws.mean(1, keepdims=True), axis=0)
     found["chance_gap"] = min(float(np.quantile(by_chance, level)), joint.span)
-    # One more on both sides: a test by draws is never surer than their number, of which half
-    # counts, since draws come in pairs of opposite signs with one range.
-    count = len(by_chance) // 2
-    share = float((by_chance >= found["gap"]).mean())
-    found["p_equal"] = (1 + count * share) / (1 + count)
-    found["differences"] = _differences(joint, figure, groups, level, correction)
+    found["differences"] = _differences(joint, groups, level)
     return found
 
 
-def gap_interval(joint: Joint, level: float) -> tuple[float, float]:
-    """Low and high end for the true difference of the best and the worst of (S,) figures."""
+def gap_interval(joint: Joint, level: float) -> tuple[float, float, float]:
+    """Low and high end for the true difference of the best and the worst of (S,) figures, and the
+    p-value of "all are equal", which is above 1 - level where the low end is 0.
+    """
     pairs = list(itertools.combinations(range(len(joint.values)), 2))
     apart = [
         tested(
@@ -78,38 +74,49 @@ def gap_interval(joint: Joint, level: float) -> tuple[float, float]:
         for i, j in pairs
     ]
     high = min(max(one.high for one in apart), joint.span)
-    return max(0.0, *(one.low for one in apart)), high
+    p_equal = min(holm([one.p_value for one in apart]))
+    return max(0.0, *(one.low for one in apart)), high, p_equal
 
 
-def _differences(
-    joint: Joint, figure: Figure, groups: list[str], level: float, correction: str
-) -> list[dict[str, Any]]:
-    """Each group less the mean of all, with intervals that hold at once and corrected p values."""
+def decide(found: Sequence[tuple[Figure, dict[str, Any]]], level: float, correction: str) -> int:
+    """Correct the p-values of all differences from means together, and say which are decided.
+
+    Args:
+        found: of each model its figure and what `findings` gave.
+        correction: "holm" or "bonferroni".
+
+    Returns:
+        How many tests hold together.
+    """
+    tests = [(figure, one) for figure, of in found for one in of["differences"] or ()]
+    p = [one["p"] for _, one in tests]
+    adjusted = holm(p) if correction == "holm" else np.minimum(len(p) * np.array(p), 1.0)
+    for (figure, one), value in zip(tests, adjusted, strict=True):
+        one["p"] = float(value)
+        if one["p"] <= 1 - level:
+            one["verdict"] = "better" if figure.sign * one["difference"] > 0 else "worse"
+    return len(tests)
+
+
+def _differences(joint: Joint, groups: list[str], level: float) -> list[dict[str, Any]]:
+    """Each group less the mean of all, with intervals that hold at once and plain p-values."""
     values, count = joint.values - joint.values.mean(), len(groups)
     most = joint.span * (count - 1) / count  # where all others are at the other end
-    apart = [
-        tested(
+    found = []
+    for place, group in enumerate(groups):
+        one = tested(
             float(values[place]),
             joint.error({k: float(k == place) - 1.0 / count for k in range(count)}),
             level_of_each(level, count),
         )
-        for place in range(count)
-    ]
-    p = [one.p_value for one in apart]
-    adjusted = holm(p) if correction == "holm" else np.minimum(count * np.array(p), 1.0)
-    found = []
-    for place, group in enumerate(groups):
-        verdict = "not decided"
-        if adjusted[place] <= 1 - level:
-            verdict = "better" if figure.sign * values[place] > 0 else "worse"
         found.append(
             {
                 "group": group,
-                "difference": apart[place].value,
-                "low": max(apart[place].low, -most),
-                "high": min(apart[place].high, most),
-                "p": float(adjusted[place]),
-                "verdict": verdict,
+                "difference": one.value,
+                "low": max(one.low, -most),
+                "high": min(one.high, most),
+                "p": one.p_value,
+                "verdict": "not decided",
             }
         )
     return found

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from etude.core.log import number
-
 from . import Plot, drawing
 from .gaps import GroupModel
 from .joint import interval_of
 from .names import Figure
 
-MOST_ON_RADAR, MOST_IN_FOREST = 16, 40
+MOST_ON_RADAR, MOST_IN_FOREST = 16, 40  # groups
+MOST_MODELS_ON_RADAR = 6  # more outlines hide each other; the forest has all
 
 
 def radar(
@@ -32,7 +31,8 @@ def radar(
         axes,
     ):
         panel = axes[0, 0]
-        for place, model in enumerate(models):
+        labels = drawing.shortened([model.name for model in models])
+        for place, (model, label) in enumerate(zip(models, labels, strict=True)):
             look = drawing.series_look(place)
             line = {"linestyle": drawing.LINES[place % len(drawing.LINES)]}
             values = np.append(model.joint.values, model.joint.values[0])
@@ -40,10 +40,10 @@ def radar(
             if all(spans):
                 ends = np.array([*spans, spans[0]]).T
                 panel.fill_between(closed, *ends, color=look["color"], alpha=0.13, linewidth=0)
-            panel.plot(closed, values, label=drawing.cut(model.name), **look, **line)
+            panel.plot(closed, values, label=label, **look, **line)
         panel.set_theta_zero_location("N")
         panel.set_theta_direction(-1)
-        panel.set_xticks(angles, [drawing.cut(group, 18) for group in groups])
+        panel.set_xticks(angles, [drawing.wrapped(g, 13) for g in drawing.shortened(groups)])
         panel.tick_params(axis="x", labelcolor=drawing.INK, pad=2)
         for angle, text in zip(angles, panel.get_xticklabels(), strict=True):
             side = np.sin(angle)  # zero on top and below, where the text stands centred
@@ -51,7 +51,7 @@ def radar(
         panel.set_rlim(*_reach(models, level, figure.sign))
         panel.set_rlabel_position(np.degrees(angles[1] / 2))
         panel.yaxis.set_major_locator(_few_ticks())
-        panel.yaxis.set_major_formatter(lambda value, _: number(round(value, 10)))
+        panel.yaxis.set_major_formatter(drawing.ticks())
         heading = f"{figure.label}; outside is better"
         side_by_side = drawing.legend_columns(drawn, [model.name for model in models])
         drawn.legend(loc="outside lower center", ncols=side_by_side, title=heading)

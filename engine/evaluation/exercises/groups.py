@@ -12,8 +12,8 @@ from etude.core.errors import UserError
 
 from ..results import Results, Row
 from . import Choice, Finding, Name, Table, exercise
-from .gaps import GroupModel, findings
-from .group_drawings import MOST_ON_RADAR, forest, radar
+from .gaps import GroupModel, decide, findings
+from .group_drawings import MOST_MODELS_ON_RADAR, MOST_ON_RADAR, forest, radar
 from .joint import interval_of, joint_draws
 from .mixtures import (
     refuse_numbers,
@@ -21,7 +21,7 @@ from .mixtures import (
     refuse_two_numbers,
     unequal_numbers,
 )
-from .names import Figure, all_of, joined, reasons, subject, subject_names
+from .names import ONE_RUN_EACH, Figure, all_of, joined, reasons, subject, subject_names
 from .rows import Chosen, choose, selected_table
 
 MOST_TIED = 3  # groups at one end that a sentence names
@@ -52,40 +52,49 @@ def run(results: Results, options: GroupOptions) -> Finding:
     chosen = choose(results, options, groups=True)
     there = list(dict.fromkeys(row.group for row in chosen.rows))
     chosen = _of_groups(chosen, there, options.groups)
-    sentences, notes, data, plots = [], list(chosen.notes), {}, {}
-    rows_of_table, number = [], 0
-    unequal: dict[tuple[str, str], list[str]] = {}  # data set and numbers: figures
+    notes, found = list(chosen.notes), []
     for data_set in chosen.data_sets:
         for figure in chosen.figures:
             groups, models = _models(chosen, figure, data_set, options, notes)
-            if not models:
-                continue
-            numbers = unequal_numbers([row for model in models for row in model.rows])
-            if numbers:
-                unequal.setdefault((data_set, numbers), []).append(figure.name)
-            entry = {model.name: model.found for model in models}
-            data.setdefault(data_set, {})[figure.name] = {"groups": groups, "models": entry}
-            sentences += [_sentence(data_set, figure, groups, model, options) for model in models]
-            rows_of_table += _table_rows(data_set, figure, groups, models, options.level)
-            if 3 <= len(groups) <= MOST_ON_RADAR:
-                id = f"radar-{number}"
-                plots[id] = radar(data_set, figure, groups, models, options.level, id)
-            id = f"forest-{number}"
-            plots[id] = forest(data_set, figure, groups, models, options.level, id)
-            number += 1
-    if not data:
+            if models:
+                found.append((data_set, figure, groups, models))
+    if not found:
         raise UserError(_nothing(chosen, there, options.groups, notes[len(chosen.notes) :]))
+    every = [(figure, model.found) for _, figure, _, models in found for model in models]
+    tests = decide(every, options.level, options.correction)
+    sentences, data, plots, rows, gaps = [], {}, {}, [], []
+    unequal: dict[tuple[str, str], list[str]] = {}  # data set and numbers: figures
+    for number, (data_set, figure, groups, models) in enumerate(found):
+        numbers = unequal_numbers([row for model in models for row in model.rows])
+        if numbers:
+            unequal.setdefault((data_set, numbers), []).append(figure.name)
+        entry = {model.name: model.found for model in models}
+        data.setdefault(data_set, {})[figure.name] = {"groups": groups, "models": entry}
+        sentences += [_sentence(data_set, figure, groups, model, options) for model in models]
+        rows += _table_rows(data_set, figure, groups, models, options.level)
+        gaps += [_gap_row(data_set, figure, model) for model in models]
+        if 3 <= len(groups) <= MOST_ON_RADAR and len(models) <= MOST_MODELS_ON_RADAR:
+            id = f"radar-{number}"
+            plots[id] = radar(data_set, figure, groups, models, options.level, id)
+        id = f"forest-{number}"
+        plots[id] = forest(data_set, figure, groups, models, options.level, id)
+    if tests:
+        notes.append(
+            f"What is decided of groups holds together, over {tests} tests; intervals of gaps hold "
+            f"one by one ({len(gaps)} of them, each with probability {options.level:g})."
+        )
     for (data_set, numbers), figures in unequal.items():
         notes.append(
             f"{joined(figures)} on {data_set} {'is' if len(figures) == 1 else 'are'} of unequal "
             f"numbers of {numbers}: figures depend on them, so a part of a gap may come from that, "
             "and protocols are compared among equal numbers alone."
         )
-    tables = {"groups": _table(rows_of_table, options)}
+    tables = {"groups": _table(rows, options), "gaps": _gap_table(gaps, options)}
     if chosen.selected:
         tables["selected"] = selected_table(chosen)
     title = f"Groups of {joined(data)}"
-    return Finding("groups", title, (*sentences, *notes), {"groups": data}, tables, plots)
+    said = (*sentences, *notes, ONE_RUN_EACH)
+    return Finding("groups", title, said, {"groups": data}, tables, plots, chosen.protocols)
 
 
 def _of_groups(chosen: Chosen, there: list[str], wanted: tuple[str, ...]) -> Chosen:
@@ -142,7 +151,7 @@ def _models(
             continue
         ordered = [own[group] for group in groups]
         joint = joint_draws(chosen.results, ordered)
-        what = findings(joint, figure, groups, options.level, options.correction)
+        what = findings(joint, figure, groups, options.level)
         found.append(GroupModel(name, ordered, joint, what))
     return groups, found
 
@@ -183,17 +192,20 @@ def _sentence(
     text += f" [{found['gap_low']:.3g}, {found['gap_high']:.3g}]"
     if len(found["worst"]) == len(groups):
         return f"{text}."
-    if found["p_equal"] > 1 - options.level:
-        return (
-            f"{text}, which equal groups can show too (up to {found['chance_gap']:.3g} by chance "
-            f"with probability {options.level:g})."
-        )
     parts = []
     for verdict in ("worse", "better"):
         some = [d["group"] for d in found["differences"] if d["verdict"] == verdict]
         if some:
             parts.append(f"decidedly {verdict} than the mean of the groups: {joined(some)}")
-    return f"{text}; {'; '.join(parts) or 'no group alone differs decidedly from their mean'}."
+    if parts:
+        return f"{text}; {'; '.join(parts)}."
+    if found["gap_low"] > 0.0:
+        return f"{text}; no group alone differs decidedly from their mean."
+    text += ", which equal groups can show too"
+    if found["gap"] <= found["chance_gap"]:
+        by_chance = f"up to {found['chance_gap']:.3g} by chance with probability"
+        text += f" ({by_chance} {options.level:g})"
+    return f"{text}."
 
 
 def _table_rows(
@@ -222,6 +234,24 @@ def _table_rows(
     return rows
 
 
+def _gap_row(data_set: str, figure: Figure, model: GroupModel) -> tuple:
+    found = model.found
+    ends = (", ".join(found[end]) for end in ("worst", "best"))
+    keys = ("gap", "gap_low", "gap_high", "p_equal", "chance_gap")
+    return data_set, figure.name, model.name, *ends, *(found[key] for key in keys)
+
+
+def _gap_table(rows: list[tuple], options: GroupOptions) -> Table:
+    return Table(
+        "Gaps between the worst and the best group",
+        ("data set", "figure", "model", "worst", "best", "gap", "low", "high", "p", "by chance"),
+        tuple(rows),
+        f"Low and high hold with {options.level:.0%} for one model's gap; p is that of equal "
+        "groups, from the differences of all pairs of groups after Holm. By chance: the gap that "
+        f"equal groups stay below with probability {options.level:g}.",
+    )
+
+
 def _table(rows: list[tuple], options: GroupOptions) -> Table:
     columns = ("data set", "figure", "model", "group", "pictures", "value", "low", "high")
     columns += ("less the mean", "from", "to", "p", "verdict")
@@ -230,6 +260,6 @@ def _table(rows: list[tuple], options: GroupOptions) -> Table:
         columns,
         tuple(rows),
         f"The last columns are the group less the mean of all groups: intervals that hold at once "
-        f"for all groups of a model at {options.level:.0%} (Bonferroni), p values corrected after "
-        f"{options.correction.capitalize()}.",
+        f"for all groups of a model at {options.level:.0%} (Bonferroni), p values corrected over "
+        f"the whole table after {options.correction.capitalize()}.",
     )

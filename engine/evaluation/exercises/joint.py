@@ -15,6 +15,7 @@ the orders that agree with them (Mogstad, Romano, Shaikh and Wilhelm 2024 for ra
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +24,13 @@ import numpy as np
 from scipy.special import ndtri
 
 from etude.core.rng import Stream, normal, permute
-from etude.metrics.comparing import Error, error_of_contrast, holm, tested
+from etude.metrics.comparing import Error, error_of_contrast, level_of_each, tested, with_holm
 from etude.metrics.estimates import Estimate
-from etude.metrics.intervals import PROPORTIONS
+from etude.metrics.intervals import PROPORTIONS, Interval
 
 from ..results import Results, Row
 
+Tests = dict[tuple[int, int], Interval]  # of pairs of figures, the first minus the second
 UNLIMITED = (-math.inf, math.inf)
 DRAWS = 2000  # of figures that come with an interval alone
 
@@ -78,10 +80,10 @@ class Joint:
         drawn = sum(weight * self.draws[k] for k, weight in weights.items())
         return Error(float(np.std(drawn, ddof=1)), math.inf)
 
-    def p_value(self, i: int, j: int) -> float:
-        """Two-sided, of "no difference" of figures i and j, for this pair alone."""
-        difference = float(self.values[i] - self.values[j])
-        return tested(difference, self.error({i: 1.0, j: -1.0}), 0.95).p_value
+    def difference(self, i: int, j: int, level: float) -> Interval:
+        """Figure i minus figure j, for this pair alone."""
+        value = float(self.values[i] - self.values[j])
+        return tested(value, self.error({i: 1.0, j: -1.0}), level)
 
 
 def joint_draws(results: Results, rows: Sequence[Row]) -> Joint:
@@ -214,22 +216,42 @@ def beats(joint: Joint) -> np.ndarray:
 def decisions(columns: Sequence[Joint], level: float) -> list[np.ndarray]:
     """Which pairs differ, per column (S, S) of 1 (i is larger), -1 and 0 (not decided).
 
-    Two-sided tests of all pairs of all columns (metrics/comparing.py) with Holm's correction: with
-    probability `level` at least, not one decided sign is wrong. A pair of which one figure has no
-    known error is not decided.
+    With probability `level` at least, not one decided sign is wrong.
     """
-    places, tests = [], []
-    for number, joint in enumerate(columns):
-        for i in range(len(joint.values)):
-            for j in range(i):
-                if joint.known[i] and joint.known[j]:
-                    places.append((number, i, j))
-                    tests.append(joint.p_value(i, j))
-    found = [np.zeros((len(joint.values),) * 2, dtype=np.int64) for joint in columns]
-    for (number, i, j), p in zip(places, holm(tests), strict=True):
-        if p <= 1 - level:
-            sign = int(np.sign(columns[number].values[i] - columns[number].values[j]))
-            found[number][i, j], found[number][j, i] = sign, -sign
+    found = pair_tests(columns, level)
+    return [
+        signs_of(tests, len(joint.values), level)
+        for tests, joint in zip(found, columns, strict=True)
+    ]
+
+
+def pair_tests(columns: Sequence[Joint], level: float) -> list[Tests]:
+    """Differences of all pairs (i, j), i before j, of every column, held against each other.
+
+    Two-sided tests (metrics/comparing.py) with Holm's correction over all columns, and intervals
+    that hold at once. A pair of which one figure has no known error is left out.
+    """
+    pairs = [
+        (number, i, j)
+        for number, joint in enumerate(columns)
+        for i, j in itertools.combinations(range(len(joint.values)), 2)
+        if joint.known[i] and joint.known[j]
+    ]
+    each = level_of_each(level, len(pairs))
+    tested_pairs = with_holm({(n, i, j): columns[n].difference(i, j, each) for n, i, j in pairs})
+    found: list[Tests] = [{} for _ in columns]
+    for (number, i, j), one in tested_pairs.items():
+        found[number][i, j] = one
+    return found
+
+
+def signs_of(tests: Tests, count: int, level: float) -> np.ndarray:
+    """What the tests of a column's pairs decide, (count, count) as of `decisions`."""
+    found = np.zeros((count, count), dtype=np.int64)
+    for (i, j), one in tests.items():
+        if one.adjusted_p_value <= 1 - level:
+            sign = int(np.sign(one.value))
+            found[i, j], found[j, i] = sign, -sign
     return found
 
 

@@ -7,6 +7,8 @@ from etude.core.errors import UserError
 
 from ..results import Row
 
+ONE_RUN_EACH = "Each entry is one training run; how runs differ is not included."
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -12,7 +12,8 @@ import numpy as np
 from etude.core.errors import UserError
 
 from ..results import Row
-from .joint import Joint, beats, decisions, joint_draws
+from . import Table
+from .joint import Joint, Tests, beats, joint_draws, pair_tests, signs_of
 from .mixtures import refuse_mixture
 from .names import Figure, Subject, joined, subject, subject_names
 from .rows import Chosen
@@ -24,6 +25,8 @@ class Column:
 
     Attributes:
         joint: oriented, larger is better, in the order of the models.
+        tests: of pairs of models (i, j), i minus j where larger is better, held against those of
+            all columns.
         decided: (S, S) of 1 where the first is better, -1 and 0.
     """
 
@@ -32,6 +35,7 @@ class Column:
     figure: Figure
     rows: list[Row]
     joint: Joint
+    tests: Tests
     decided: np.ndarray
 
     @property
@@ -73,9 +77,9 @@ def compared(chosen: Chosen, level: float, notes: list[str]) -> tuple[list[str],
         for k, (_, figure, _, _) in enumerate(found)
     ]
     columns = [
-        Column(title, data_set, figure, own, one, decided)
-        for title, (data_set, figure, _, _), own, one, decided in zip(
-            titles, found, rows, joints, decisions(joints, level), strict=True
+        Column(title, data_set, figure, own, one, tests, signs_of(tests, count, level))
+        for title, (data_set, figure, _, _), own, one, tests in zip(
+            titles, found, rows, joints, pair_tests(joints, level), strict=True
         )
     ]
     without = [column.name for column in columns if not column.known]
@@ -123,9 +127,9 @@ def _titles(found: list[tuple]) -> list[str]:
 def order_of_pairs(names: list[str], columns: list[Column], level: float) -> list[dict[str, Any]]:
     """What is known of the order of each pair of models, as plain values.
 
-    Per column the probability that `a` is better; over all columns the probability of an inversion
-    (that the order is not the same everywhere), and the verdict: "a" or "b" is decidedly better
-    everywhere, "reversed" where columns decide in opposite ways, else "open".
+    Per column the share of joint draws in which `a` is better; over all columns the share in which
+    the order is not the same everywhere ("inversion"), and the verdict: "a" or "b" is decidedly
+    better everywhere, "reversed" where columns decide in opposite ways, else "open".
     """
     probabilities = [beats(column.joint) for column in columns]
     # A figure without an error knows no probability, only an order.
@@ -150,12 +154,33 @@ def order_of_pairs(names: list[str], columns: list[Column], level: float) -> lis
                     for p, column in zip(probabilities, columns, strict=True)
                 ],
                 "decided": signs,
-                "same_by_value": len(set(ahead)) == 1,
+                "same_by_value": not {1.0, -1.0} <= set(ahead),  # nor by value
                 "inversion": 1.0 - float(same.mean()) if known else None,
                 "verdict": verdict,
             }
         )
     return found
+
+
+def pair_table(names: list[str], columns: list[Column], level: float) -> Table:
+    """The test of every pair of models in every column; what is decided rests on it alone."""
+    rows = []
+    for column in columns:
+        for (i, j), one in column.tests.items():
+            # In the figure's own direction: a's value minus b's.
+            ends = sorted((column.figure.sign * one.low, column.figure.sign * one.high))
+            sign = int(column.decided[i, j])
+            verdict = names[i] if sign > 0 else names[j] if sign < 0 else "open"
+            value = column.figure.sign * one.value
+            rows.append((column.name, names[i], names[j], value, *ends, one.adjusted_p_value))
+            rows[-1] += (verdict,)
+    return Table(
+        "Every pair in every column",
+        ("column", "a", "b", "a minus b", "low", "high", "adjusted p", "better"),
+        tuple(rows),
+        f"Intervals hold at once with {level:.0%} over all pairs and columns (Bonferroni); p "
+        "values are corrected over all of them after Holm. Pairs without an interval are left out.",
+    )
 
 
 def decided_orders(pairs: list[dict], which: list[int]) -> list[str]:

@@ -16,8 +16,8 @@ from ..results import Results
 from . import Choice, Finding, Plot, Table, drawing, exercise
 from .joint import interval_of, kendall_tau
 from .mixtures import refuse_mixture
-from .names import Figure, all_of, find_figure, joined
-from .orders import Column, compared, decided_orders, order_of_pairs
+from .names import ONE_RUN_EACH, Figure, all_of, find_figure, joined
+from .orders import Column, compared, decided_orders, order_of_pairs, pair_table
 from .rows import Chosen, choose, selected_table
 
 
@@ -61,13 +61,16 @@ def run(results: Results, options: PromptTypeOptions) -> Finding:
         sentences.append(_sentence(figure, found, options.level))
         orders += [(figure.name, *row) for row in _order_rows(found)]
     tables = {"values": _value_table(names, columns, options.level)}
+    if any(column.tests for column in columns):
+        tables["pairs"] = pair_table(names, columns, options.level)
     if orders:
         tables["orders"] = _order_table(orders)
     if chosen.selected:
         tables["selected"] = selected_table(chosen)
     plots = {"prompt-types": _plot(names, columns, chosen, pair, options.level)}
     title = f"{joined(names)} on {len(chosen.data_sets)} data sets"
-    return Finding("prompt-types", title, (*sentences, *notes), {"figures": data}, tables, plots)
+    said = (*sentences, *notes, ONE_RUN_EACH)
+    return Finding("prompt-types", title, said, {"figures": data}, tables, plots, chosen.protocols)
 
 
 def _check_numbers(
@@ -155,11 +158,7 @@ def _sentence(figure: Figure, found: dict[str, Any], level: float) -> str:
     parts += [f"the same on {all_of(len(sets))} data sets: {joined(kept)}"] if kept else []
     still = sum(pair["verdict"] == "open" for pair in found["pairs"])
     if still:
-        likely = max(p["inversion"] for p in found["pairs"] if p["verdict"] == "open")
-        parts.append(
-            f"open: {still} of {len(found['pairs'])} pairs (probability of a change up to "
-            f"{likely:.2f})"
-        )
+        parts.append(f"open: {still} of {len(found['pairs'])} pairs")
     return f"{figure.label}, decided with probability {level:g}: {'; '.join(parts)}."
 
 
@@ -184,10 +183,11 @@ def _order_rows(found: dict[str, Any]) -> list[tuple]:
 def _order_table(rows: list[tuple]) -> Table:
     return Table(
         "Does the order of models change between data sets?",
-        ("figure", "a", "b", "decided", "P(change)", "P(a better) by data set"),
+        ("figure", "a", "b", "decided", "share of draws that change", "share with a better"),
         tuple(rows),
-        "P(change): share of joint draws in which the order is not the same on all data sets; it "
-        "is high for close models, of whose order nothing is known.",
+        "Shares of joint draws: in which the order is not the same on all data sets, and, by data "
+        "set, in which a is better. The first is high for close models, of whose order nothing is "
+        "known; neither is a probability.",
     )
 
 
@@ -222,9 +222,12 @@ def _plot(
         if pair:
             by_figure = [[c for c in columns if c.figure == one] for one in pair]
             _scatter(panels.pop(0), by_figure, names, sets, level)
-        for one in others:
+        for place, one in enumerate(others, start=int(bool(pair))):
             panel = panels.pop(0)
             _strip(panel, one, [c for c in columns if c.figure == one], names, sets, level)
+            # The names of data sets stand once in a row of panels.
+            if place % across and not (pair and place == 1):
+                panel.tick_params(axis="y", labelleft=False)
         for panel in panels:
             panel.set_visible(False)
         side_by_side = drawing.legend_columns(figure, names)
@@ -286,14 +289,15 @@ def _strip(
         series.append((name, values, spans))
     drawing.label_axes(axes, figure.label)
     drawing.strip(axes, sets, series)
+    drawing.name_rows(axes, sets, width=24)
 
 
 def _handles(names: list[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     return [
-        Line2D([], [], linestyle="none", label=drawing.cut(name), **drawing.series_look(place))
-        for place, name in enumerate(names)
+        Line2D([], [], linestyle="none", label=label, **drawing.series_look(place))
+        for place, label in enumerate(drawing.shortened(names))
     ]
 
 

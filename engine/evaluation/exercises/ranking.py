@@ -2,10 +2,9 @@
 
 A column is one figure on one data set at one number of pictures. Statements about orders come from
 pairs that tests decide (joint.py), so they hold all at once with the stated probability; shares of
-joint draws say how likely each rank and each inversion is.
+joint draws stand beside them in the tables.
 """
 
-import textwrap
 from itertools import combinations
 from typing import Any
 
@@ -17,8 +16,8 @@ from etude.core.log import number
 from ..results import Results
 from . import Choice, Finding, Plot, Table, drawing, exercise
 from .joint import kendall_tau, rank_bounds, rank_distribution, ranks, tau_bounds
-from .names import all_of, joined
-from .orders import Column, compared, decided_orders, order_of_pairs
+from .names import ONE_RUN_EACH, all_of, joined
+from .orders import Column, compared, decided_orders, order_of_pairs, pair_table
 from .rows import choose, selected_table
 
 MOST_COLUMNS = 12  # that the drawings show; the tables have all
@@ -48,6 +47,7 @@ def run(results: Results, options: Choice) -> Finding:
     distribution = _ranks(names, columns)
     tables = {
         "ranks": _rank_table(names, columns, distribution),
+        "pairs": pair_table(names, columns, options.level),
         "orders": _order_table(pairs, columns),
         "kendall": _tau_table(taus),
     }
@@ -66,7 +66,8 @@ def run(results: Results, options: Choice) -> Finding:
     }
     title = f"Rankings of {len(names)} models under {len(columns)} columns"
     sentences = _sentences(pairs, taus, columns, options.level)
-    return Finding("ranking", title, (*sentences, *notes), data, tables, plots)
+    said = (*sentences, *notes, ONE_RUN_EACH)
+    return Finding("ranking", title, said, data, tables, plots, chosen.protocols)
 
 
 def _taus(columns: list[Column]) -> list[dict[str, Any]]:
@@ -137,19 +138,30 @@ def _sentences(
     still = sum(p["verdict"] == "open" for p in pairs)
     if still and any(column.known for column in columns):
         sentences.append(f"{still} of {len(pairs)} pairs of models are open.")
+    return sentences + _agreement(taus)
+
+
+def _agreement(taus: list[dict]) -> list[str]:
+    """Which columns order the models most and least alike; ties name no winner."""
     numbers = [t for t in taus if np.isfinite(t["tau"])]
-    for words, tau in (
-        ("agree least", min(numbers, key=lambda t: t["tau"], default=None)),
-        ("agree most", max(numbers, key=lambda t: t["tau"], default=None)),
-    ):
-        if tau and (len(numbers) > 1 or words == "agree least"):
-            span = "" if tau["low"] is None else f" [{tau['low']:.2f}, {tau['high']:.2f}]"
-            words = words if len(numbers) > 1 else "have a Kendall tau"
-            joint_words = ": Kendall's tau " if len(numbers) > 1 else " of "
-            sentences.append(
-                f"{joined(tau['columns'])} {words}{joint_words}{tau['tau']:.2f}{span}."
-            )
-    return sentences
+    if not numbers:
+        return []
+    least, most = (end(numbers, key=lambda t: t["tau"]) for end in (min, max))
+    if len(numbers) == 1:
+        return [f"{joined(least['columns'])} have a Kendall tau of {_tau(least)}."]
+    if most["tau"] - least["tau"] < 1e-9:
+        return [f"Every two columns have the same Kendall's tau, {least['tau']:.2f}."]
+    found = []
+    for words, one in (("least", least), ("most", most)):
+        more = sum(abs(t["tau"] - one["tau"]) < 1e-9 for t in numbers) - 1
+        beside = f" (and {more} more pairs of columns)" if more else ""
+        found.append(f"{joined(one['columns'])}{beside} agree {words}: Kendall's tau {_tau(one)}.")
+    return found
+
+
+def _tau(one: dict) -> str:
+    span = "" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]"
+    return f"{one['tau']:.2f}{span}"
 
 
 def _within(pairs: list[dict], columns: list[Column]) -> list[str]:
@@ -179,7 +191,7 @@ def _rank_table(names: list[str], columns: list[Column], found: list[dict]) -> T
                 *chances,
             )
         )
-    heads = [f"P(rank {rank})" for rank in range(1, len(names) + 1)]
+    heads = [f"share of draws, rank {rank}" for rank in range(1, len(names) + 1)]
     return Table(
         "Ranks",
         ("column", "model", "value", "rank", "best rank", "worst rank", *heads),
@@ -191,6 +203,7 @@ def _rank_table(names: list[str], columns: list[Column], found: list[dict]) -> T
 
 def _order_table(pairs: list[dict], columns: list[Column]) -> Table:
     words = {"open": "open", "reversed": "reversed"}
+    heads = [f"share of draws, a better, {c.name}" for c in columns]
     rows = [
         (
             p["a"],
@@ -203,10 +216,11 @@ def _order_table(pairs: list[dict], columns: list[Column]) -> Table:
     ]
     return Table(
         "Order of every pair",
-        ("a", "b", "decided", "P(inversion)", *(f"P(a better), {c.name}" for c in columns)),
+        ("a", "b", "decided", "share of draws inverted", *heads),
         tuple(rows),
-        "P(inversion): that the order is not the same in every column. Close models have a high "
-        "one because nothing is known of their order.",
+        "Shares of joint draws: inverted, where the order is not the same in every column, and "
+        "those in which a is better. Close models are inverted often because nothing is known of "
+        "their order; no share is a probability.",
     )
 
 
@@ -229,7 +243,7 @@ def _heat(names: list[str], columns: list[Column]) -> Plot:
     table = np.stack([ranks(column.joint.values) for column in shown], axis=1)
     order = np.argsort(table.mean(1), kind="stable")
     title = "Values and ranks of every model in every column"
-    lines = max(len(textwrap.wrap(column.name, 18)) for column in shown)
+    lines = max(drawing.wrapped(column.name, 18).count("\n") + 1 for column in shown)
     width, height = 2.2 + 1.15 * len(shown), 1.1 + 0.12 * lines + 0.34 * len(names)
     with drawing.panels(1, width=width, height=height) as (figure, axes):
         panel = axes[0, 0]
@@ -243,7 +257,7 @@ def _heat(names: list[str], columns: list[Column]) -> Plot:
         drawing.name_rows(panel, [names[model] for model in order])
         panel.grid(False)
         panel.set_xlim(-0.5, len(shown) - 0.5)
-        heads = ["\n".join(textwrap.wrap(c.name, 18)) for c in shown]
+        heads = [drawing.wrapped(c.name, 18) for c in shown]
         arrows = [
             f"{head}\n{c.figure.better} is better" for head, c in zip(heads, shown, strict=True)
         ]
@@ -252,13 +266,20 @@ def _heat(names: list[str], columns: list[Column]) -> Plot:
         panel.tick_params(axis="x", length=0, labelcolor=drawing.INK)
         for side in panel.spines.values():
             side.set_visible(False)
-        best = [f"{c.name}: {names[int(np.argmax(c.joint.values))]}" for c in shown]
+        best = [f"{c.name}: {_first(names, c)}" for c in shown]
         alt = f"{title}. First in {'; '.join(best)}."
         svg = drawing.finish(figure, "heat", title, alt)
     note = "In brackets: the rank in its column, 1 for the best. Sorted by the mean rank."
     if len(columns) > len(shown):
         note += f" The first {len(shown)} of {len(columns)} columns; the table has all."
     return Plot(title, svg, alt, note)
+
+
+def _first(names: list[str], column: Column) -> str:
+    """The models with the best value of a column."""
+    values = column.joint.values
+    first = [name for name, value in zip(names, values, strict=True) if value == values.max()]
+    return f"{all_of(len(names))} equal" if len(first) == len(names) else joined(first)
 
 
 def _intervals(names: list[str], columns: list[Column], found: list[dict]) -> Plot:
@@ -279,7 +300,7 @@ def _intervals(names: list[str], columns: list[Column], found: list[dict]) -> Pl
                 continue
             own = [e for e in found if e["column"] == shown[place].name]
             _rank_panel(panel, [own[k] for k in order])
-            panel.set_title(drawing.cut(shown[place].name, 34))
+            panel.set_title(drawing.wrapped(shown[place].name, 22))
             drawing.name_rows(panel, [names[k] for k in order])
             panel.set_xlim(0.5, len(names) + 0.5)
             panel.set_xticks(range(1, len(names) + 1) if len(names) <= 10 else [1, len(names)])
@@ -291,7 +312,7 @@ def _intervals(names: list[str], columns: list[Column], found: list[dict]) -> Pl
         )
         svg = drawing.finish(figure, "rank-intervals", title, alt)
     note = "Points: ranks by value. Bars: ranks that the decided pairs leave open."
-    note += " Larger squares: more probable ranks, by joint draws."
+    note += " Larger squares: ranks of more joint draws."
     return Plot(title, svg, alt, note)
 
 

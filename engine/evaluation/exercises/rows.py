@@ -42,6 +42,11 @@ class Chosen:
         """In the order of the table."""
         return list(dict.fromkeys(row.data_set for row in self.rows))
 
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Fingerprints of what the figures' protocols fix; none where the table does not say."""
+        return tuple(dict.fromkeys(row.protocol for row in self.rows if row.protocol))
+
     def of(self, figure: Figure, data_set: str) -> list[Row]:
         """The rows of a figure on a data set, which must all compare."""
         found = [row for row in self.rows if figure.has(row) and row.data_set == data_set]

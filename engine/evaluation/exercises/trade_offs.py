@@ -1,7 +1,7 @@
 """Trade-offs: which models, checkpoints and guidance scales no other beats in two or three figures.
 
 One is on the front when no other dominates it: nowhere worse and somewhere better (Pareto). Since
-figures have errors, so has the front: with intervals each point has a probability to be on it.
+figures have errors, so has the front: with intervals tests decide which points are on it or off it.
 """
 
 from itertools import combinations
@@ -15,8 +15,8 @@ from etude.core.errors import UserError
 from ..results import Results
 from . import Choice, Finding, Table, exercise
 from .fronts import Cloud, cloud_of, front_of
-from .joint import interval_of
-from .names import Figure, joined, reasons
+from .joint import decisions, interval_of
+from .names import ONE_RUN_EACH, Figure, joined, reasons
 from .rows import choose, selected_table
 from .trade_off_drawings import plot
 
@@ -53,12 +53,15 @@ def run(results: Results, options: TradeOffOptions) -> Finding:
     sets += [[0, 1, 2]] if len(figures) == 3 else []
     sentences, notes, data, plots = [], list(chosen.notes), {}, {}
     points, dominated = [], []
-    for place, data_set in enumerate(chosen.data_sets):
-        cloud = cloud_of(chosen, data_set, notes)
-        if cloud is None:
-            continue
-        fronts = [front_of(cloud, which, options.level) for which in sets]
-        data[data_set] = fronts
+    found = [cloud_of(chosen, data_set, notes) for data_set in chosen.data_sets]
+    clouds = [cloud for cloud in found if cloud is not None]
+    # One correction over all figures and data sets, so that all fronts hold at once.
+    every = [joint for cloud in clouds for joint in cloud.oriented(range(len(figures)))]
+    decided = decisions(every, options.level)
+    for place, cloud in enumerate(clouds):
+        own = decided[place * len(figures) : (place + 1) * len(figures)]
+        fronts = [front_of(cloud, which, own) for which in sets]
+        data[cloud.data_set] = fronts
         told = [_sentence(cloud, front, options.level) for front in fronts]
         sentences += told
         for front in fronts:
@@ -67,6 +70,11 @@ def run(results: Results, options: TradeOffOptions) -> Finding:
         id = f"front-{place}"
         plots[id] = plot(
             cloud, fronts, chosen.selected, options.along, options.level, id, " ".join(told)
+        )
+    if len(sets) * len(clouds) > 1 and any(cloud.known for cloud in clouds):
+        notes.append(
+            f"What is decided holds on all {len(sets) * len(clouds)} fronts at once, with "
+            f"probability {options.level:g}."
         )
     if not data:
         why = reasons(notes)
@@ -78,15 +86,16 @@ def run(results: Results, options: TradeOffOptions) -> Finding:
     if dominated:
         tables["dominance"] = Table(
             "Who dominates whom",
-            ("data set", "figures", "this", "dominates", "probability"),
+            ("data set", "figures", "this", "dominates", "share of draws"),
             tuple(dominated),
-            "Pairs with a probability of one half at least, or by their values where the table has "
-            "no intervals.",
+            "Pairs in half of the joint draws at least, or by their values where the table has no "
+            "intervals.",
         )
     if chosen.selected:
         tables["selected"] = selected_table(chosen)
     title = f"Trade-offs of {joined(figure.name for figure in figures)}"
-    return Finding("trade-offs", title, (*sentences, *notes), {"fronts": data}, tables, plots)
+    said = (*sentences, *notes, ONE_RUN_EACH)
+    return Finding("trade-offs", title, said, {"fronts": data}, tables, plots, chosen.protocols)
 
 
 def _sentence(cloud: Cloud, front: dict[str, Any], level: float) -> str:
@@ -99,9 +108,8 @@ def _sentence(cloud: Cloud, front: dict[str, Any], level: float) -> str:
     parts = []
     for what, words in (("on", "on the front"), ("open", "open"), ("off", "off it")):
         some = [k for k in order if front["decided"][k] == what]
-        shown = [cloud.names[k] + (f" ({chance[k]:.2f})" if what == "open" else "") for k in some]
-        if shown:
-            parts.append(f"{words}: {joined(shown)}")
+        if some:
+            parts.append(f"{words}: {joined(cloud.names[k] for k in some)}")
     return f"{about}, decided with probability {level:g}: {'; '.join(parts)}."
 
 
@@ -129,7 +137,8 @@ def _points(cloud: Cloud, fronts: list[dict[str, Any]], level: float) -> list[tu
             row += [float(cloud.joints[m].values[s]), *(interval or (None, None))]
         for front in fronts:
             chance = front["front_probability"]
-            row += ["yes" if front["on_front"][s] else "no", None if chance is None else chance[s]]
+            row += ["yes" if front["on_front"][s] else "no"]
+            row += [None, None] if chance is None else [front["decided"][s], chance[s]]
         found.append(tuple(row))
     return found
 
@@ -141,11 +150,13 @@ def _point_table(figures: list[Figure], sets: list[list[int]], points: list[tupl
         columns += [figure.name, f"{figure.name} low", f"{figure.name} high"]
     for which in sets:
         words = " and ".join(figures[m].name for m in which)
-        columns += [f"on the front of {words}", f"probability of {words}"]
+        columns += [f"on the front of {words} by value", f"decided on {words}"]
+        columns += [f"share of draws on {words}"]
     return Table(
         "Every point",
         tuple(columns),
         tuple(points),
         "; ".join(figure.label for figure in figures)
-        + ". The probability to be on the front is a share of joint draws around the values.",
+        + ". Decided: on or off the front, by tests, or open. Share of draws: of joint draws "
+        "around the values, in which the point is on the front; no probability that it is.",
     )

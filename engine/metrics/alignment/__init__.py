@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from etude.core.config import Config
 from etude.core.errors import UserError
 from etude.core.registry import Registry
 
+from ..checked import options_of
 from .questions import Answer, Asked, Question
 
 __all__ = ["SCORERS", "Answer", "Asked", "Question", "Scorer", "open_scorer", "scorer"]
@@ -82,7 +82,9 @@ def open_scorer(
         UserError: there is no such scorer, an option is wrong, or weights are missing or wrong.
     """
     made = SCORERS.get(name)
-    given = options if isinstance(options, Config) else _parsed(made, name, dict(options or {}))
+    given = options
+    if not isinstance(options, Config):
+        given = options_of(made.Options, name, options or {})
     if made.needs == "picture":
         return made(given, device)
     if extractor is None:
@@ -100,7 +102,9 @@ def as_pictures(images: Images, prompts: Sequence[Asked]) -> list[np.ndarray]:
     ]
     for image in found:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
-            raise ValueError(f"pictures must be uint8 (H, W, 1 or 3), got {image.shape}")
+            raise ValueError(
+                f"pictures must be uint8 (H, W, 1 or 3), got {image.dtype} {image.shape}"
+            )
     return found
 
 
@@ -114,18 +118,3 @@ def texts_of(prompts: Sequence[Asked], name: str) -> list[str]:
         if not prompt.text.strip():
             raise UserError(f"prompt {prompt.id!r} has no text: leave {name} out, or give it one")
     return [prompt.text for prompt in prompts]
-
-
-def _parsed(made: Any, name: str, options: dict[str, Any]) -> Config:
-    try:
-        return made.Options(**options)
-    except ValidationError as error:
-        # An unknown name first: it may be what is missing, misspelt.
-        first = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")[0]
-        place = ".".join(map(str, (name, *first["loc"])))
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            said = f"there is no such option; {name} has {', '.join(made.Options.model_fields)}"
-        if first["type"] == "missing":
-            said = f"set it, as options: {{{first['loc'][-1]}: ...}}"
-        raise UserError(f"{place}: {said}") from None

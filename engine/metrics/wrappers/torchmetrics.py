@@ -2,6 +2,8 @@
 
 For users' own training loops; nothing of Etude imports this file.
 
+    from etude.metrics.wrappers.torchmetrics import FrechetDistance, PrecisionRecall
+
     extractor = Extractor("inception", weights)
     metrics = MetricCollection([FrechetDistance(extractor), PrecisionRecall(extractor)])
     metrics.update(real_pictures, real=True)
@@ -9,11 +11,10 @@ For users' own training loops; nothing of Etude imports this file.
     metrics.compute()
 
 Metrics that share an `Extractor` share its forward: features of a batch are found once and kept
-while the batch lives (under `torch.no_grad`; nothing can be kept of tensors of
-`torch.inference_mode`). The Fréchet distance keeps moments, merged exactly over batches and ranks
-in float64, and few rows that are not in them yet; the others keep float32 features and gather them.
-Shard pictures over ranks without padding: a picture seen twice counts twice. A rank may lack
-pictures.
+while the batch lives with the same content; one buffer may be filled again and again. The Fréchet
+distance keeps moments, merged exactly over batches and ranks in float64, and few rows that are not
+in them yet; the others keep float32 features and gather them. Shard pictures over ranks without
+padding: a picture seen twice counts twice. A rank may lack pictures.
 """
 
 import weakref
@@ -27,11 +28,12 @@ from torch import Tensor
 from etude.core.errors import UserError
 from etude.external.torchmetrics import Metric, dim_zero_cat
 
+from ..checked import options_of
 from ..extractors import Extractor
 from ..frechet import frechet_distance
 from ..kid import kid
 from ..moments import Moments
-from ..prdc import Convention, prdc
+from ..prdc import Convention, PrdcOptions, prdc
 from ..remembered import remember
 
 Extract = Callable[[Tensor], Tensor]  # uint8 (B, H, W, C) -> (B, D); an Extractor, for example
@@ -264,7 +266,8 @@ class PrecisionRecall(Listed):
         self, extractor: Extract, *, k: int = 5, convention: Convention = "prdc", **options: Any
     ) -> None:
         super().__init__(extractor, **options)
-        self.k, self.convention, self.least = k, convention, k + 1
+        asked = options_of(PrdcOptions, "PrecisionRecall", {"k": k, "convention": convention})
+        self.k, self.convention, self.least = asked.k, asked.convention, asked.k + 1
 
     def compute(self) -> dict[str, Tensor]:
         """The four values by name, float64 scalars."""
