@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from etude.core.errors import UserError
 from etude.core.rng import Stream, permute
 
 
@@ -84,6 +85,41 @@ class Generator(Protocol):
     def draw(self, indices: np.ndarray, labels: np.ndarray, *, seed: int) -> Any:
         """uint8 (B, H, W, C), alone or first in a tuple, of indices and labels (B,) int64."""
         ...
+
+
+def class_numbers(
+    theirs: Sequence[str], ours: Sequence[str], generator: str, name: str
+) -> list[int]:
+    """The generator's number of every class of a data set; empty where it states no classes.
+
+    A name that both know stands for one class, whatever its number. Where they share no name, as
+    ImageNet's and a model's that only numbers its classes, equal numbers are one class.
+
+    Args:
+        theirs, ours: names of the generator's classes and of the data set's, in index order.
+        generator, name: what has them, as messages say it.
+
+    Raises:
+        UserError: they have unequal numbers of classes, or share some names out of order.
+    """
+    if not theirs:
+        return []
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"{generator} knows {len(theirs)} classes and {name} has {len(ours)}; name a data set"
+            " with the classes it was trained on"
+        )
+    places = {one: number for number, one in enumerate(theirs)}
+    if places.keys() == set(ours):
+        return [places[one] for one in ours]
+    for number, one in enumerate(ours):
+        if places.get(one, number) != number:
+            other = next(one for one in ours if one not in places)
+            raise UserError(
+                f"{generator} and {name} name their classes differently: both have {one!r}, and"
+                f" only {name} has {other!r}; name its classes as the generator does"
+            )
+    return list(range(len(ours)))
 
 
 def stacked(images: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:

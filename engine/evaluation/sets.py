@@ -19,7 +19,17 @@ from etude.data.shards import ShardSet
 
 from .arrays import ArrayPictures, NpzPictures
 from .decoding import FIT, FITS, Form, files_sha256, pool
-from .picture_set import Generator, Pictures, PictureSet, Stages, digest, group_of, spread, stacked
+from .picture_set import (
+    Generator,
+    Pictures,
+    PictureSet,
+    Stages,
+    class_numbers,
+    digest,
+    group_of,
+    spread,
+    stacked,
+)
 from .text_files import METADATA, read_metadata
 
 __all__ = [
@@ -245,7 +255,8 @@ class GeneratedPictures:
 
     Args:
         seed: names the sequence of pictures.
-        classes: class names; empty asks for label 0 throughout.
+        classes: class names, which are asked for by name where the generator knows some; empty
+            asks for label 0 throughout.
         size, fit, channels: as in `Form`, so that drawn pictures take the steps of the real ones;
             by default they are kept as drawn.
     """
@@ -264,10 +275,14 @@ class GeneratedPictures:
         self.generator, self._count, self.seed = generator, count, seed
         self.name, self.classes = generator.name, list(classes)
         self._labelled = "prompts" not in generator.protocol
+        by_class = self._labelled and bool(self.classes)
+        theirs = getattr(generator, "classes", ()) if by_class else ()
+        self._numbers = class_numbers(theirs, self.classes, self.name, "the real set")
         self._form = Form(size, fit, channels)
         labels = "in turn" if self._labelled else "none"
         drawn = dict(generator.protocol) | {"seed": seed, "labels": labels}
         form = [self._form.parts] if size or channels else []
+        form += [self._numbers] if self._numbers != sorted(self._numbers) else []
         self.fingerprint = digest(
             ["generated", generator.fingerprint, drawn, count, self.classes, *form]
         )
@@ -283,7 +298,8 @@ class GeneratedPictures:
             indices % max(len(self.classes), 1) if self._labelled else np.full_like(indices, -1)
         )
         with stages("draw"):
-            drawn = self.generator.draw(indices, labels, seed=self.seed)
+            asked = np.array(self._numbers, np.int64)[labels] if self._numbers else labels
+            drawn = self.generator.draw(indices, asked, seed=self.seed)
         images = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(indices):
             raise ValueError(f"{self.name} drew {images.dtype} {images.shape}, not uint8 BHWC")

@@ -187,6 +187,19 @@ def test_a_generator_is_asked_for_classes_in_turn() -> None:
     assert len({found.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
+def test_a_generator_that_names_its_classes_is_asked_by_name() -> None:
+    plain, named = Ramp(), Ramp()
+    named.classes = ["c", "a", "b"]
+    found = GeneratedPictures(named, 9, seed=3, classes=["a", "b", "c"])
+    block = found.read(4, 8, Stages())
+    assert block.images[:, 0, 0, 0].tolist() == [42, 50, 61, 72]
+    assert block.labels.tolist() == [1, 2, 0, 1] and block.groups == ["b", "c", "a", "b"]
+    unnamed = GeneratedPictures(plain, 9, seed=3, classes=["a", "b", "c"])
+    assert found.fingerprint != unnamed.fingerprint
+    with pytest.raises(UserError, match="ramp knows 3 classes and the real set has 2; name a data"):
+        GeneratedPictures(named, 9, classes=["a", "b"])
+
+
 def test_a_squashed_picture_is_whole_and_no_square_of_it(tmp_path) -> None:
     """Columns of one value each: the crop holds the middle ones, the squash all of them."""
     wide = np.repeat(np.arange(0, 240, 12, dtype=np.uint8)[None], 10, axis=0)  # 10 x 20

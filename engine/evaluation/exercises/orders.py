@@ -154,7 +154,7 @@ def order_of_pairs(names: list[str], columns: list[Column], level: float) -> lis
                     for p, column in zip(probabilities, columns, strict=True)
                 ],
                 "decided": signs,
-                "same_by_value": not {1.0, -1.0} <= set(ahead),  # nor by value
+                "same_by_value": not {1.0, -1.0} <= set(ahead),  # nor does a tie here
                 "inversion": 1.0 - float(same.mean()) if known else None,
                 "verdict": verdict,
             }
@@ -172,8 +172,8 @@ def pair_table(names: list[str], columns: list[Column], level: float) -> Table:
             sign = int(column.decided[i, j])
             verdict = names[i] if sign > 0 else names[j] if sign < 0 else "open"
             value = column.figure.sign * one.value
-            rows.append((column.name, names[i], names[j], value, *ends, one.adjusted_p_value))
-            rows[-1] += (verdict,)
+            row = column.name, names[i], names[j], value, *ends, one.adjusted_p_value, verdict
+            rows.append(row)
     return Table(
         "Every pair in every column",
         ("column", "a", "b", "a minus b", "low", "high", "adjusted p", "better"),

@@ -28,7 +28,7 @@ from ..datasets import Prompt, Prompts
 from ..decoding import Form
 from ..extract import ended
 from ..generators import DrawsPictures
-from ..picture_set import Pictures, Stages, digest, spread_order, stacked
+from ..picture_set import Pictures, Stages, class_numbers, digest, spread_order, stacked
 
 AS_DRAWN = Form(channels=0)
 BLOCK = 64  # pictures of a file; the sampler's own block
@@ -64,7 +64,8 @@ class DrawnPictures:
                 f"{generator.name} is asked by text and prompts of {prompts.name} have none; name"
                 " a data set with captions"
             )
-        self._numbers = [] if generator.asked_by_text else _class_numbers(generator, prompts)
+        theirs = () if generator.asked_by_text else generator.classes
+        self._numbers = class_numbers(theirs, prompts.classes, generator.name, prompts.name)
         self.generator, self.prompts, self.seed = generator, prompts, seed
         self.name, self.classes, self._count = generator.name, list(prompts.classes), count
         self.protocol: dict[str, Any] = dict(generator.protocol) | {
@@ -172,37 +173,6 @@ class DrawnPictures:
         stream = io.BytesIO()
         np.save(stream, images)
         write_bytes_atomic(self._block(start), stream.getvalue())
-
-
-def _class_numbers(generator: DrawsPictures, prompts: Prompts) -> list[int]:
-    """The generator's number of every class of the prompts; empty where it states no classes.
-
-    A name that both know stands for one class, whatever its number. Where they share no name, as
-    ImageNet's and a model's that only numbers its classes, equal numbers are one class.
-
-    Raises:
-        UserError: they have unequal numbers of classes, or share some names out of order.
-    """
-    theirs, ours = list(generator.classes), list(prompts.classes)
-    if not theirs:
-        return []
-    if len(ours) != len(theirs):
-        raise UserError(
-            f"{generator.name} knows {len(theirs)} classes and {prompts.name} has {len(ours)};"
-            " name a data set with the classes it was trained on"
-        )
-    places = {name: number for number, name in enumerate(theirs)}
-    if places.keys() == set(ours):
-        return [places[name] for name in ours]
-    for number, name in enumerate(ours):
-        if places.get(name, number) != number:
-            other = next(name for name in ours if name not in places)
-            raise UserError(
-                f"{generator.name} and {prompts.name} name their classes differently: both have"
-                f" {name!r}, and only {prompts.name} has {other!r}; name its classes as the"
-                " generator does"
-            )
-    return list(range(len(ours)))
 
 
 def noise_position(prompt_id: str, repetition: int) -> int:
